@@ -1,0 +1,36 @@
+"""The backend `aten`: what the framework's own libraries fuse, oneDNN on a CPU and cuDNN on a GPU."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+from torch import Tensor
+
+from . import cudnn, onednn
+from .problem import ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
+
+NAME = "aten"
+_LIBRARIES: dict[str, ModuleType] = {"cpu": onednn, "cuda": cudnn}
+
+
+def refuse(problem: Problem) -> str | None:
+    """Why the device's library cannot serve, or None."""
+    library = _LIBRARIES.get(problem.device)
+    if library is None:
+        return f"the framework has no fused convolution calls for the device {problem.device!r}"
+    return library.refuse(problem)
+
+
+def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+    """The convolution bound to its packed weights: `run(x, gate, residual, consume)`."""
+    return _LIBRARIES[problem.device].prepare_conv(problem, weight, bias)
+
+
+def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> Callable[[Tensor], Tensor]:
+    """The gate bound to its float32 weights: `run(means)`."""
+    return _LIBRARIES[problem.device].prepare_squeeze_excite(problem, *weights)
+
+
+def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Callable[..., Tensor]:
+    """The affine map and activation bound to scale and shift: `run(x, gate, consume)`."""
+    return _LIBRARIES[problem.device].prepare_norm_act(problem, scale, shift)

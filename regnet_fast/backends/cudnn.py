@@ -1,0 +1,72 @@
+"""cuDNN and cuBLAS on a GPU: convolution with bias, residual and ReLU in one call where the library has one."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .problem import ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def refuse(problem: Problem) -> str | None:
+    """Why cuDNN cannot serve here, or None."""
+    if torch.version.hip is not None:
+        return "this build of torch is for ROCm, which has no cuDNN"
+    if not torch.backends.cudnn.is_available() or not torch.backends.cudnn.enabled:
+        return "cuDNN is missing or switched off (torch.backends.cudnn)"
+    if problem.dtype not in _DTYPES:
+        return f"the fused calls compute in float32, float16 and bfloat16, not in {problem.dtype}"
+    return None
+
+
+class FusedConv:
+    """cuDNN's convolution + bias [+ residual] + ReLU; other activations follow in place: `run(x, gate, residual, consume)`."""
+
+    label = "cuDNN"
+
+    def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
+        self.problem = problem
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.bias = bias if bias is not None else weight.new_zeros(weight.shape[0])
+        self.geometry = (list(problem.stride), list(problem.padding), list(problem.dilation), problem.groups)
+
+    def __call__(self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool) -> Tensor:
+        if gate is not None:
+            x = x.mul_(gate[:, :, None, None]) if consume else x * gate[:, :, None, None]
+        if self.problem.activation == "relu":
+            if residual is None:
+                return torch.ops.aten.cudnn_convolution_relu(x, self.weight, self.bias, *self.geometry)
+            return torch.ops.aten.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *self.geometry)
+        y = F.conv2d(x, self.weight, self.bias, *self.geometry)
+        if residual is not None:
+            y = y.add_(residual)
+        return F.silu(y, inplace=True) if self.problem.activation == "silu" else y
+
+
+def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+    """The convolution bound to its weights: `run(x, gate, residual, consume)`."""
+    return FusedConv(problem, weight, bias)
+
+
+def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> Callable[[Tensor], Tensor]:
+    """The gate bound to its float32 weights: `run(means)`."""
+    return reference.prepare_squeeze_excite(problem, *weights)
+
+
+def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Callable[..., Tensor]:
+    """The affine map and activation bound to scale and shift: `run(x, gate, consume)`."""
+    scale, shift = scale.reshape(1, -1, 1, 1), shift.reshape(1, -1, 1, 1)
+
+    def run(x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:
+        y = torch.addcmul(shift, x, scale if gate is None else scale * gate[:, :, None, None])
+        if problem.activation == "relu":
+            return y.relu_()
+        return F.silu(y, inplace=True) if problem.activation == "silu" else y
+
+    run.label = "torch addcmul"
+    return run

@@ -1,0 +1,136 @@
+"""oneDNN on a CPU: prepacked weights, and bias, residual and activation as post-ops of the convolution.
+
+The calls are the ones that torch.compile emits when it freezes a model (`torch.ops.mkldnn`), so nothing is compiled
+here and nothing is slower there. Everything computes in channels_last.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import winograd
+from .problem import ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
+
+_POST_OP = {"none": "none", "relu": "relu", "silu": "swish"}
+_IN_PLACE = {"none": lambda x: x, "relu": torch.relu_, "silu": lambda x: torch.nn.functional.silu(x, inplace=True)}
+
+
+def refuse(problem: Problem) -> str | None:
+    """Why oneDNN cannot serve here, or None."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return "this build of torch has no oneDNN"
+    if not torch._C._get_mkldnn_enabled():
+        return "oneDNN is switched off (torch.backends.mkldnn)"
+    if problem.dtype == torch.bfloat16:
+        return None if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "this CPU has no bfloat16 instructions that oneDNN uses"
+    if problem.dtype == torch.float16:
+        return None if torch.ops.mkldnn._is_mkldnn_fp16_supported() else "this CPU has no float16 instructions that oneDNN uses"
+    if problem.dtype != torch.float32:
+        return f"oneDNN computes in float32, bfloat16 and float16, not in {problem.dtype}"
+    return None
+
+
+def apply_gate(x: Tensor, gate: Tensor, consume: bool) -> Tensor:
+    """`x * gate[:, :, None, None]`, in x's own memory where the caller has no more use for x."""
+    gate = gate[:, :, None, None]
+    return x.mul_(gate) if consume else x * gate
+
+
+class DirectConv:
+    """oneDNN's convolution with packed weights: `run(x, gate, residual, consume)`.
+
+    The weights are packed for one input shape, for which oneDNN chooses the blocking.
+    """
+
+    def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
+        self.problem = problem
+        self.label = "oneDNN"
+        p = problem
+        self.geometry = (list(p.padding), list(p.stride), list(p.dilation), p.groups)
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+            weight.contiguous(memory_format=torch.channels_last), *self.geometry, list(p.input_shape)
+        )
+        self.bias = bias
+        self.attr = _POST_OP[p.activation]
+        self.conv = torch.ops.mkldnn._convolution_pointwise.default
+        self.conv_add = torch.ops.mkldnn._convolution_pointwise.binary
+        self.conv_add_ = torch.ops.mkldnn._convolution_pointwise_.binary
+
+    def __call__(self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool) -> Tensor:
+        if gate is not None:
+            x = apply_gate(x, gate, consume)
+        if residual is None:
+            return self.conv(x, self.weight, self.bias, *self.geometry, self.attr, [], "")
+        if self.problem.activation == "silu":  # the sum and SiLU are no pair of post-ops that torch's call takes
+            y = self.conv(x, self.weight, self.bias, *self.geometry, "none", [], "")
+            return torch.nn.functional.silu(y.add_(residual), inplace=True)
+        unary = None if self.attr == "none" else self.attr
+        if consume:
+            return self.conv_add_(residual, x, self.weight, self.bias, *self.geometry, "add", None, unary, [], "")
+        return self.conv_add(x, residual, self.weight, self.bias, *self.geometry, "add", None, unary, [], "")
+
+
+def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+    """The convolution bound to packed weights: Winograd's algorithm where it was measured faster, else oneDNN's own."""
+    if winograd.faster(problem):
+        return winograd.WinogradConv(problem, weight, bias)
+    return DirectConv(problem, weight, bias)
+
+
+class SqueezeExcite:
+    """The gate from the means in three matrix calls, in float32 whatever the model's dtype: `run(means)`."""
+
+    label = "torch addmm, float32"
+
+    def __init__(self, problem: SqueezeExciteProblem, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor):
+        self.fc1 = fc1_weight.t().contiguous()
+        self.fc2 = fc2_weight.t().contiguous()
+        self.bias1, self.bias2 = fc1_bias, fc2_bias
+        self.activate = _IN_PLACE[problem.activation]
+
+    def __call__(self, means: Tensor) -> Tensor:
+        hidden = self.activate(torch.addmm(self.bias1, means, self.fc1))
+        return torch.addmm(self.bias2, hidden, self.fc2).sigmoid_()
+
+
+def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> Callable[[Tensor], Tensor]:
+    """The gate bound to its float32 weights: `run(means)`."""
+    return SqueezeExcite(problem, *weights)
+
+
+class AffineNormAct:
+    """Scale, shift and activation as one `addcmul` and an activation in place: `run(x, gate, consume)`."""
+
+    label = "torch addcmul"
+
+    def __init__(self, problem: NormActProblem, scale: Tensor, shift: Tensor):
+        self.scale, self.shift = scale.reshape(1, -1, 1, 1), shift.reshape(1, -1, 1, 1)
+        self.activate = _IN_PLACE[problem.activation]
+
+    def __call__(self, x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:
+        scale = self.scale if gate is None else self.scale * gate[:, :, None, None]
+        return self.activate(torch.addcmul(self.shift, x, scale))
+
+
+class DepthwiseNormAct:
+    """Scale, shift and activation as a depthwise 1x1 convolution with post-ops: one pass where torch makes several.
+
+    In bfloat16 it is 1.5 to 2 times faster than `addcmul` and an activation (docs/cpu.md).
+    """
+
+    def __init__(self, problem: NormActProblem, scale: Tensor, shift: Tensor):
+        channels = problem.input_shape[1]
+        conv = ConvProblem("norm_act", problem.input_shape, channels, (1, 1), (1, 1), (0, 0), (1, 1), channels,
+                           problem.activation, False, False, problem.dtype, problem.device)
+        self.conv = DirectConv(conv, scale.reshape(-1, 1, 1, 1), shift)
+        self.label = "oneDNN depthwise"
+
+    def __call__(self, x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:
+        return self.conv(x, gate, None, consume)
+
+
+def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Callable[..., Tensor]:
+    """The affine map and activation bound to scale and shift: `run(x, gate, consume)`."""
+    return (AffineNormAct if problem.dtype == torch.float32 else DepthwiseNormAct)(problem, scale, shift)

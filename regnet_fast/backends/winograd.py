@@ -1,0 +1,83 @@
+"""Winograd's F(2x2, 3x3) convolution in float32 on a CPU: 2.25 times fewer multiplications than the direct one.
+
+A 3x3 convolution with stride 1 is computed on 2x2 tiles of outputs: with d a 4x4 tile of the padded input and g the
+kernel, `y = A^T [ (G g G^T) * (B^T d B) ] A`. The sixteen products become one grouped 1x1 convolution over the tiles;
+G g G^T is made once, in float64. On data of unit variance the result is closer to float64 than the direct
+convolution's, since far fewer products are summed (docs/cpu.md has the errors and the times).
+
+Source: A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, arXiv 1509.09308.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .problem import ConvProblem
+
+
+def faster(problem: ConvProblem) -> bool:
+    """Whether Winograd was measured faster than oneDNN's direct convolution for such a problem (docs/cpu.md)."""
+    p = problem
+    n, c, h, w = p.input_shape
+    return (
+        p.dtype == torch.float32 and p.kernel == (3, 3) and p.groups == 1
+        and p.stride == p.padding == p.dilation == (1, 1) and not p.gate
+        and c >= 192 and p.out_channels >= 192 and h % 2 == 0 and w % 2 == 0 and 14 <= min(h, w) and max(h, w) <= 56
+    )
+
+
+def transformed_weights(weight: Tensor) -> Tensor:
+    """G g G^T of (K, C, 3, 3) weights as (16 * K, C, 1, 1), ordered by tile position, in the weights' dtype."""
+    g = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64, device=weight.device)
+    u = torch.einsum("ai,kcij,bj->abkc", g, weight.double(), g)
+    return u.reshape(-1, weight.shape[1], 1, 1).to(weight.dtype)
+
+
+class WinogradConv:
+    """The convolution bound to transformed and packed weights: `run(x, gate, residual, consume)`; gate is None."""
+
+    label = "Winograd F(2x2, 3x3) over oneDNN"
+
+    def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
+        n, c, h, w = problem.input_shape
+        self.tiles = ((h + 1) // 2, (w + 1) // 2)
+        self.out_channels = problem.out_channels
+        pixels = n * self.tiles[0] * self.tiles[1]
+        self.geometry = ([0, 0], [1, 1], [1, 1], 16)
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+            transformed_weights(weight).contiguous(memory_format=torch.channels_last), *self.geometry, [1, 16 * c, pixels, 1]
+        )
+        self.bias = bias
+        self.activate = {"none": lambda y: y, "relu": torch.relu_, "silu": lambda y: F.silu(y, inplace=True)}[problem.activation]
+
+    def __call__(self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool) -> Tensor:
+        n, c, h, w = x.shape
+        th, tw = self.tiles
+        k = self.out_channels
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1 + 2 * tw - w, 1, 1 + 2 * th - h))
+        d = [padded[:, i:i + 2 * th:2] for i in range(4)]
+        v = torch.empty((n, th, tw, 4, 4, c), dtype=x.dtype)
+        for a, row in enumerate((d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3])):
+            e = [row[:, :, j:j + 2 * tw:2] for j in range(4)]
+            torch.sub(e[0], e[2], out=v[:, :, :, a, 0])
+            torch.add(e[1], e[2], out=v[:, :, :, a, 1])
+            torch.sub(e[2], e[1], out=v[:, :, :, a, 2])
+            torch.sub(e[1], e[3], out=v[:, :, :, a, 3])
+        flat = v.view(1, n * th * tw, 1, 16 * c).permute(0, 3, 1, 2)
+        m = torch.ops.mkldnn._convolution_pointwise.default(flat, self.weight, None, *self.geometry, "none", [], "")
+        m = m.permute(0, 2, 3, 1).reshape(n, th, tw, 4, 4, k)
+        y = torch.empty((n, 2 * th, 2 * tw, k), dtype=x.dtype)
+        for i in range(2):
+            t = m[..., 0, :, :] + m[..., 1, :, :] if i == 0 else m[..., 1, :, :] - m[..., 2, :, :]
+            t = t.add_(m[..., 2, :, :]) if i == 0 else t.sub_(m[..., 3, :, :])
+            torch.add(t[..., 0, :], t[..., 1, :], out=y[:, i::2, 0::2]).add_(t[..., 2, :])
+            torch.sub(t[..., 1, :], t[..., 2, :], out=y[:, i::2, 1::2]).sub_(t[..., 3, :])
+        if (2 * th, 2 * tw) != (h, w):
+            y = y[:, :h, :w].contiguous()
+        y = y.permute(0, 3, 1, 2)
+        if residual is not None:
+            y = y.add_(residual)
+        if self.bias is not None:
+            y = y.add_(self.bias.reshape(1, -1, 1, 1))
+        return self.activate(y)

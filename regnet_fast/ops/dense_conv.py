@@ -1,0 +1,69 @@
+"""Any convolution: stems, RepVGG, ResNetV2's 3x3, with bias, residual and activation in one call.
+
+    y = activation(conv2d(x, weight, bias, stride, padding, dilation, groups) + residual)
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import convolution
+from .convolution import PackedConv, pair
+from .fold import BatchNorm
+
+
+def dense_conv(
+    x: Tensor, weight: Tensor | PackedConv, bias: Tensor | None = None, *, norm: BatchNorm | None = None,
+    stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1, groups: int = 1,
+    activation: str = "none", residual: Tensor | None = None,
+) -> Tensor:
+    """A convolution with its epilogue.
+
+    `activation(batch_norm(conv2d(x, weight, bias, stride, padding, dilation, groups)) + residual)`
+
+    Args:
+        x: (N, C, H, W), any memory format.
+        weight: (K, C / groups, R, S), or a `PackedConv` that holds all that follows but the residual.
+        bias: (K,).
+        norm: an evaluation-mode BatchNorm over K channels, folded in float64.
+        stride, padding, dilation: one integer or two.
+        activation: "none", "relu" or "silu".
+        residual: (N, K, H', W'), added before the activation.
+
+    Returns (N, K, H', W') in channels_last, in x's dtype. Differentiable in every tensor. Raises ValueError and TypeError
+    for arguments that do not fit together, and BackendError where a forced backend cannot serve.
+    """
+    if isinstance(weight, PackedConv):
+        return convolution.call_packed("dense_conv", weight, x, None, residual)
+    convolution.check_weight("dense_conv", weight, groups, x)
+    stride, padding, dilation = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation")
+    x, (weight, bias), _, residual = convolution.in_compute_dtype("dense_conv", x, weight, bias, norm, None, residual)
+    convolution.check_operands("dense_conv", x, weight, bias, None, residual, stride, padding, dilation, groups, activation)
+    return torch.ops.regnet_fast.dense_conv(x, weight, bias, residual, stride, padding, dilation, groups, activation)
+
+
+@torch.library.custom_op("regnet_fast::dense_conv", mutates_args=())
+def _operator(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: list[int], padding: list[int],
+              dilation: list[int], groups: int, activation: str) -> Tensor:
+    return convolution.run_operator("dense_conv", x, weight, bias, None, residual, stride, padding, dilation, groups, activation)
+
+
+@_operator.register_fake
+def _fake(x, weight, bias, residual, stride, padding, dilation, groups, activation):
+    return convolution.empty_output(x, weight, stride, padding, dilation)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, residual, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, ctx.activation = inputs
+    ctx.save_for_backward(x, weight, bias, residual, output)
+
+
+def _backward(ctx, dy):
+    x, weight, bias, residual, y = ctx.saved_tensors
+    needs = dict(zip(("x", "weight", "bias", "residual"), ctx.needs_input_grad, strict=False), gate=False)
+    d = convolution.conv_gradients(dy, y, x, weight, bias, None, residual, ctx.stride, ctx.padding, ctx.dilation, ctx.groups,
+                                   ctx.activation, needs)
+    return d["x"], d["weight"], d["bias"], d["residual"], None, None, None, None, None
+
+
+_operator.register_autograd(_backward, setup_context=_setup)

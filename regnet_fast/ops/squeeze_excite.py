@@ -1,0 +1,93 @@
+"""Squeeze-excite: from the channel means of a feature map to a factor for each of its channels.
+
+    gate = sigmoid(fc2(activation(fc1(means))))
+
+Source: J. Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, arXiv 1709.01507.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import SqueezeExciteProblem, select
+from ..backends.reference import activate
+from .convolution import FLOATS, activation_gradient, check_activation
+
+
+def squeeze_excite(
+    means: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, *, activation: str = "relu",
+) -> Tensor:
+    """The gate of a squeeze-excite module.
+
+    `sigmoid(linear(activation(linear(means, fc1_weight, fc1_bias)), fc2_weight, fc2_bias))`
+
+    Args:
+        means: (N, C), float32 as `grouped_conv(..., means=True)` gives them; any floating dtype is taken.
+        fc1_weight: (R, C), or (R, C, 1, 1) as timm keeps it. fc1_bias: (R,).
+        fc2_weight: (C, R), or (C, R, 1, 1). fc2_bias: (C,).
+        activation: between the two, "none", "relu" or "silu".
+
+    Returns (N, C) in the dtype of the means; the weights are converted to it. Differentiable in every tensor. Raises
+    ValueError and TypeError for arguments that do not fit together.
+    """
+    check_activation("squeeze_excite", activation)
+    if means.dim() != 2 or means.dtype not in FLOATS:
+        raise ValueError(f"squeeze_excite: the means must be a floating (N, C) tensor, got {means.dtype} {tuple(means.shape)}")
+    fc1_weight, fc2_weight = (w.flatten(1).to(means.dtype) for w in (fc1_weight, fc2_weight))
+    fc1_bias, fc2_bias = fc1_bias.to(means.dtype), fc2_bias.to(means.dtype)
+    hidden, channels = fc1_weight.shape
+    if means.shape[1] != channels or fc2_weight.shape != (channels, hidden) or fc1_bias.shape != (hidden,) or fc2_bias.shape != (channels,):
+        raise ValueError(
+            f"squeeze_excite: shapes do not fit: means {tuple(means.shape)}, fc1 {tuple(fc1_weight.shape)} and {tuple(fc1_bias.shape)}, "
+            f"fc2 {tuple(fc2_weight.shape)} and {tuple(fc2_bias.shape)}"
+        )
+    return torch.ops.regnet_fast.squeeze_excite(means, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+
+
+class PackedSqueezeExcite:
+    """Squeeze-excite with its float32 weights packed by the chosen backend: `gate = packed(means)`."""
+
+    def __init__(self, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, activation: str):
+        self.weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        self.activation = activation
+        self._runs: dict[int, object] = {}
+
+    def problem(self, means: Tensor) -> SqueezeExciteProblem:
+        """The problem that these weights pose for some means."""
+        return SqueezeExciteProblem(means.shape[0], means.shape[1], self.weights[0].shape[0], self.activation, means.dtype,
+                                    means.device.type)
+
+    def __call__(self, means: Tensor) -> Tensor:
+        run = self._runs.get(means.shape[0])
+        if run is None:
+            problem = self.problem(means)
+            run = select(problem).module.prepare_squeeze_excite(problem, *self.weights)
+            self._runs = {means.shape[0]: run}
+        return run(means)
+
+
+@torch.library.custom_op("regnet_fast::squeeze_excite", mutates_args=())
+def _operator(means: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, activation: str) -> Tensor:
+    return PackedSqueezeExcite(fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)(means)
+
+
+@_operator.register_fake
+def _fake(means, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation):
+    return means.new_empty(means.shape)
+
+
+def _setup(ctx, inputs, output):
+    means, fc1_weight, fc1_bias, fc2_weight, _, ctx.activation = inputs
+    ctx.save_for_backward(means, fc1_weight, fc1_bias, fc2_weight, output)
+
+
+def _backward(ctx, dgate):
+    means, fc1_weight, fc1_bias, fc2_weight, gate = ctx.saved_tensors
+    before = torch.addmm(fc1_bias, means, fc1_weight.t())
+    hidden = activate(before, ctx.activation)
+    d2 = dgate * gate * (1 - gate)
+    d1 = activation_gradient(d2 @ fc2_weight, hidden, before, ctx.activation)
+    return d1 @ fc1_weight, d1.t() @ means, d1.sum(0), d2.t() @ hidden, d2.sum(0), None
+
+
+_operator.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,437 @@
+"""Checkpoint files: what timm reads, and the RepVGG layouts that it does not.
+
+A file is read without executing anything in it, brought to timm's keys, compared with the model key by key and shape
+by shape, and only then written: a failure leaves the model's values and its module structure as they were.
+
+    file  ->  read_state_dict  ->  timm's keys  ->  check  ->  [fold | reparameterize]  ->  load_state_dict
+
+Beyond timm's own `load_checkpoint`: torchvision and SEER RegNets (through timm's own key filter), original RepVGG files
+(https://github.com/DingXiaoH/RepVGG), and RepVGG files in another form than the model: a deployed file
+reparameterises the model's blocks, and a training-form file is folded into a model that is already deployed.
+"""
+
+import argparse
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from timm.models import clean_state_dict
+from timm.models.byobnet import RepVggBlock
+from timm.models.regnet import _filter_fn as regnet_filter
+from torch import Tensor, nn
+
+__all__ = ["CheckpointError", "convert_repvgg", "load_checkpoint", "pretrained_overlay", "read_state_dict"]
+
+StateDict = dict[str, Tensor]
+
+_NUMPY_SUFFIXES = (".npz", ".npy")
+_SAFETENSORS_MAX_HEADER = 100_000_000  # bytes, the format's own limit
+
+# A key of each layout, and what a file that has it looks like.
+_LAYOUTS = (
+    ("s1.b1.conv1.conv.weight", "a timm RegNet"),
+    ("s1.b1.conv1.weight", "a timm RegNetV"),
+    ("stages.0.0.conv_kxk.conv.weight", "a RepVGG in training form"),
+    ("stages.0.0.reparam_conv.weight", "a deployed (reparameterised) RepVGG"),
+    ("stages.0.0.conv1_1x1.conv.weight", "a timm ByobNet such as regnetz_b16"),
+    ("stages.0.blocks.0.conv1.weight", "a timm ResNetV2"),
+    ("s1.b1.f.a.weight", "an original pycls RegNet, whose conversion is offline: use timm's pycls_in1k tags"),
+    ("regnet.embedder.embedder.convolution.weight", "a Hugging Face transformers RegNet"),
+    ("layer1.0.conv1.weight", "a ResNet"),
+    ("blocks.0.attn.qkv.weight", "a vision transformer"),
+)
+
+_REPVGG_BLOCK_KEY = re.compile(
+    r"(?:stage0|stage([1-9])\.(\d+))\.(rbr_dense|rbr_1x1|rbr_identity|rbr_reparam|se\.down|se\.up)\.(.+)"
+)
+_REPVGG_PARTS = {
+    "rbr_dense": "conv_kxk",
+    "rbr_1x1": "conv_1x1",
+    "rbr_identity": "identity",
+    "rbr_reparam": "reparam_conv",
+    "se.down": "attn.fc1",
+    "se.up": "attn.fc2",
+}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read, or does not fit the model. The model is as it was before the call."""
+
+
+def read_state_dict(path: str | PathLike, use_ema: bool = True, device: str | torch.device = "cpu") -> StateDict:
+    """Reads the tensors of a safetensors or torch file, whichever its content is, without executing anything in it.
+
+    Training wrappers are opened in timm's order ('state_dict_ema' and 'model_ema' if `use_ema`, 'state_dict', 'model'),
+    SEER (VISSL) files are brought to timm's keys, and the prefixes 'module.' and '_orig_mod.' are removed. Entries that
+    are not tensors are left out.
+
+    Raises FileNotFoundError, and CheckpointError if the file is a directory, empty, damaged, no checkpoint, without
+    tensors, or needs code to be executed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint file '{path}'")
+    if path.is_dir():
+        raise CheckpointError(
+            f"'{path}' is a directory: name the weight file in it, or, where it holds a config.json, "
+            f"use create_model('local-dir:{path}', pretrained=True)"
+        )
+    if path.suffix.lower() in _NUMPY_SUFFIXES:
+        raise CheckpointError(
+            f"'{path}' is a NumPy archive, which only the model itself can read: use create_model(..., "
+            "checkpoint_path=...), or custom_load=True in pretrained_cfg_overlay"
+        )
+    with path.open("rb") as file:
+        head = file.read(9)
+    if not head:
+        raise CheckpointError(f"'{path}' is empty (0 bytes)")
+    try:
+        if _is_safetensors(head):
+            content = safetensors.torch.load_file(path, device=str(device))
+        else:
+            # timm's training checkpoints keep their arguments as a Namespace, which is only data.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(_why_unreadable(path, head, error)) from error
+    return _tensors(path, _unwrap(content, use_ema))
+
+
+def load_checkpoint(
+    model: nn.Module,
+    checkpoint_path: str | PathLike,
+    use_ema: bool = True,
+    device: str | torch.device = "cpu",
+    strict: bool = True,
+) -> Any:
+    """Loads a checkpoint file into `model`: timm's `load_checkpoint`, for more layouts, and all or nothing.
+
+    `.npz` files go to the model's own `load_pretrained`. A RepVGG block is reparameterised where the file holds its
+    deployed form; where only the model is deployed, the file's branches are folded in float64 (with BatchNorm's default
+    eps, which a checkpoint does not record).
+
+    Returns what `model.load_state_dict` returns (missing and unexpected keys), None for `.npz`.
+    Raises FileNotFoundError; CheckpointError if the file cannot be read, if a shape differs, if nothing matches, or,
+    if `strict`, if a key is missing or unexpected. After any exception the model is as it was.
+    """
+    if Path(checkpoint_path).suffix.lower() in _NUMPY_SUFFIXES:
+        return _load_numpy(model, checkpoint_path)
+    state = _to_timm_keys(read_state_dict(checkpoint_path, use_ema, device))
+    to_deploy, to_fold = _repvgg_form_changes(model, state)
+    expected = _expected_tensors(model, to_deploy, to_fold)
+    _check(model, checkpoint_path, state, expected, strict)
+    try:
+        for prefix, twin in to_fold.items():
+            _fold(state, prefix, twin)
+        template = model.state_dict() if to_fold else expected
+        state = {key: value.to(template[key].dtype) if key in template else value for key, value in state.items()}
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"cannot load '{checkpoint_path}' into {_name(model)}: {error}") from error
+    with _structure_kept_on_failure(to_deploy.values()):
+        for block in to_deploy.values():
+            block.reparameterize()
+        return model.load_state_dict(state, strict=False)  # strictness was checked before the first write
+
+
+def pretrained_overlay(overlay: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Makes a `pretrained_cfg_overlay` whose `file` is an original RepVGG checkpoint readable for timm.
+
+    Returns an overlay with the converted `state_dict` in place of `file` (timm then adapts `in_chans` and `num_classes`
+    itself), or `overlay` itself where timm reads the file, or where it names none. Only worth calling if weights are to
+    be loaded, since it reads the file. timm keeps the overlay, tensors included, in `model.pretrained_cfg`.
+    Raises what `read_state_dict` raises, and CheckpointError for a deployed RepVGG, which timm cannot load.
+    """
+    if not overlay or not overlay.get("file") or overlay.get("state_dict") or overlay.get("custom_load"):
+        return overlay
+    state = read_state_dict(overlay["file"])
+    if "stem.reparam_conv.weight" in state or "stage0.rbr_reparam.weight" in state:
+        raise CheckpointError(
+            f"'{overlay['file']}' is a deployed (reparameterised) RepVGG, which cannot be adapted as pretrained "
+            f"weights: use create_model(..., checkpoint_path='{overlay['file']}')"
+        )
+    if not _is_original_repvgg(state):
+        return overlay
+    return {**{key: value for key, value in overlay.items() if key != "file"}, "state_dict": convert_repvgg(state)}
+
+
+def convert_repvgg(state_dict: Mapping[str, Tensor]) -> StateDict:
+    """Renames the keys of an original RepVGG checkpoint (A, B and D2se; training or deployed form) to timm's.
+
+    stage0.* -> stem.*, stage{k}.{i}.* -> stages.{k-1}.{i}.*, linear.* -> head.fc.*, and in each block rbr_dense ->
+    conv_kxk, rbr_1x1 -> conv_1x1, rbr_identity -> identity, rbr_reparam -> reparam_conv, se.down/up -> attn.fc1/fc2.
+
+    Returns a new dict with the same tensors. Raises CheckpointError for a key that is not of this layout.
+    """
+    converted = {}
+    for key, value in state_dict.items():
+        block = _REPVGG_BLOCK_KEY.fullmatch(key)
+        if block:
+            stage, index, part, rest = block.groups()
+            prefix = f"stages.{int(stage) - 1}.{index}" if stage else "stem"
+            converted[f"{prefix}.{_REPVGG_PARTS[part]}.{rest}"] = value
+        elif key.startswith("linear."):
+            converted[f"head.fc.{key.removeprefix('linear.')}"] = value
+        else:
+            raise CheckpointError(
+                f"'{key}' is no key of an original RepVGG checkpoint (A, B or D2se: stage0 to stage4, linear)"
+            )
+    return converted
+
+
+def _is_safetensors(head: bytes) -> bool:
+    """Whether a file that starts with these bytes is safetensors: the length of a JSON header, then the header."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _SAFETENSORS_MAX_HEADER
+
+
+def _why_unreadable(path: Path, head: bytes, error: Exception) -> str:
+    message = str(error)
+    needs_code = "GLOBAL" in message or "TorchScript" in message
+    if needs_code or ("Weights only load failed" in message and head[:1] in (b"\x80", b"P")):
+        names = sorted(set(re.findall(r"GLOBAL ([\w.]+)", message)))
+        return (
+            f"'{path}' needs code execution to be read{f' (it names {", ".join(names)})' if names else ''} and is "
+            "refused. Where you trust its origin, load it with the library that wrote it and save "
+            "model.state_dict() alone"
+        )
+    reason = "" if "Weights only load failed" in message else f": {message or type(error).__name__}"
+    return f"'{path}' is not a readable safetensors or torch checkpoint: damaged, truncated or another format{reason}"
+
+
+def _unwrap(content: Any, use_ema: bool) -> Any:
+    """Returns the state dict in a training checkpoint, in timm's order of preference; `content` if there is none."""
+    if isinstance(content, Mapping):
+        for wrapper in (*(("state_dict_ema", "model_ema") if use_ema else ()), "state_dict", "model"):
+            if isinstance(content.get(wrapper), Mapping):
+                return content[wrapper]
+    return content
+
+
+def _tensors(path: Path, content: Any) -> StateDict:
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"'{path}' holds a {type(content).__name__}, not a checkpoint (a dict of tensors)")
+    entries = content
+    if "classy_state_dict" in content:
+        try:
+            entries = regnet_filter(content)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"'{path}' is no SEER (VISSL) RegNet checkpoint: {error!r}") from error
+    tensors = {key: value for key, value in entries.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(
+            f"'{path}' is a checkpoint without tensors; its entries are {_some(map(str, entries)) or 'none'}. "
+            "Weights belong at its top level or under 'state_dict' or 'model'"
+        )
+    return clean_state_dict(tensors)
+
+
+def _is_original_repvgg(state: StateDict) -> bool:
+    return any(key.startswith("stage0.rbr_") for key in state)
+
+
+def _to_timm_keys(state: StateDict) -> StateDict:
+    """Brings the layouts of other libraries to timm's keys; others are returned as they are."""
+    if _is_original_repvgg(state):
+        return convert_repvgg(state)
+    if "stem.0.weight" in state and any(key.startswith("trunk_output.") for key in state):
+        return regnet_filter(state)
+    return state
+
+
+def _repvgg_form_changes(
+    model: nn.Module, state: StateDict
+) -> tuple[dict[str, RepVggBlock], dict[str, RepVggBlock]]:
+    """Finds the RepVGG blocks that have one form in the model and the other in the file, by key prefix.
+
+    Returns the model's blocks that have to be deployed, and a training-form twin for each block to be folded into.
+    """
+    to_deploy, to_fold = {}, {}
+    for name, block in model.named_modules():
+        if not isinstance(block, RepVggBlock):
+            continue
+        prefix = f"{name}." if name else ""
+        if block.reparam_conv is None and f"{prefix}reparam_conv.weight" in state:
+            to_deploy[prefix] = block
+        elif block.reparam_conv is not None and f"{prefix}conv_kxk.conv.weight" in state:
+            to_fold[prefix] = _training_twin(block.reparam_conv)
+    return to_deploy, to_fold
+
+
+def _training_twin(conv: nn.Conv2d) -> RepVggBlock:
+    """Returns the training-form block whose deployed form is `conv`, in float64 and without storage."""
+    return RepVggBlock(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size[0],
+        stride=conv.stride[0],
+        dilation=conv.dilation,
+        group_size=conv.in_channels // conv.groups,
+        device="meta",
+        dtype=torch.float64,
+    )
+
+
+def _expected_tensors(
+    model: nn.Module, to_deploy: Mapping[str, RepVggBlock], to_fold: Mapping[str, RepVggBlock]
+) -> StateDict:
+    """Returns a tensor of the right shape and dtype for every key that the file should have."""
+    expected = dict(model.state_dict())
+    for prefix, block in to_deploy.items():
+        kernel = block.conv_kxk.conv.weight
+        for key in block.state_dict():
+            if not key.startswith("attn."):
+                del expected[prefix + key]
+        expected[f"{prefix}reparam_conv.weight"] = kernel
+        expected[f"{prefix}reparam_conv.bias"] = kernel[:, 0, 0, 0]
+    for prefix, twin in to_fold.items():
+        del expected[f"{prefix}reparam_conv.weight"], expected[f"{prefix}reparam_conv.bias"]
+        expected.update({prefix + key: value for key, value in twin.state_dict().items()})
+    return expected
+
+
+def _fold(state: StateDict, prefix: str, twin: RepVggBlock) -> None:
+    """Replaces one block's branches in `state` by the kernel and bias of its deployed form, computed in float64.
+
+    Raises RuntimeError if a branch is incomplete.
+    """
+    branches = {key: state.pop(prefix + key).double() for key in twin.state_dict() if prefix + key in state}
+    twin.load_state_dict(branches, assign=True)
+    with torch.no_grad():
+        state[f"{prefix}reparam_conv.weight"], state[f"{prefix}reparam_conv.bias"] = twin._get_kernel_bias()
+
+
+@contextmanager
+def _structure_kept_on_failure(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Gives `blocks` their attributes, children and `requires_grad` back if the body raises."""
+    before = [
+        (block, dict(vars(block)), dict(block._modules), [(p, p.requires_grad) for p in block.parameters()])
+        for block in blocks
+    ]
+    try:
+        yield
+    except BaseException:
+        for block, attributes, children, gradients in before:
+            vars(block).clear()
+            vars(block).update(attributes)
+            block._modules.clear()
+            block._modules.update(children)
+            for parameter, requires_grad in gradients:
+                parameter.requires_grad_(requires_grad)
+        raise
+
+
+def _load_numpy(model: nn.Module, path: str | PathLike) -> None:
+    if not hasattr(model, "load_pretrained"):
+        raise CheckpointError(
+            f"'{path}' is a NumPy archive, and {_name(model)} has no load_pretrained() to read it: timm reads the "
+            ".npz files of the BiT models (resnetv2_*_bit)"
+        )
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    try:
+        model.load_pretrained(str(path))
+    except BaseException as error:
+        model.load_state_dict(before)
+        if isinstance(error, FileNotFoundError) or not isinstance(error, Exception):
+            raise
+        raise CheckpointError(f"cannot load '{path}' into {_name(model)}: {error}") from error
+
+
+def _check(model: nn.Module, path: str | PathLike, state: StateDict, expected: StateDict, strict: bool) -> None:
+    """Raises CheckpointError, with what would work, unless every tensor of the file has its place in the model.
+
+    As in torch, `num_batches_tracked` may be missing, or left over where a BatchNorm was frozen, or have shape (1,).
+    """
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [
+        key
+        for key in state
+        if key not in expected and not (key.endswith("num_batches_tracked") and _sibling(key) in expected)
+    ]
+    common = [key for key in state if key in expected]
+    wrong = [key for key in common if not _fits(state[key], expected[key])]
+    if not wrong and len(common) > 0 and not (strict and (missing or unexpected)):
+        return
+
+    right = len(common) - len(wrong)
+    lines = [f"cannot load '{path}' into {_name(model)}: {right} of its {len(expected)} keys match. It is unchanged."]
+    if wrong:
+        shapes = (f"{key} is {_shape(state[key])} in the file, {_shape(expected[key])} in the model" for key in wrong)
+        lines.append(f"wrong shape ({len(wrong)}): {_some(shapes, '; ')}")
+    if missing:
+        lines.append(f"missing from the file ({len(missing)}): {_some(missing)}")
+    if unexpected:
+        lines.append(f"unknown to the model ({len(unexpected)}): {_some(unexpected)}")
+    lines += _advice(model, path, state, expected, wrong, missing, unexpected)
+    raise CheckpointError("\n  ".join(lines))
+
+
+def _advice(
+    model: nn.Module,
+    path: str | PathLike,
+    state: StateDict,
+    expected: StateDict,
+    wrong: list[str],
+    missing: list[str],
+    unexpected: list[str],
+) -> Iterator[str]:
+    """Yields what would make the checkpoint fit, or, where most of it does not, what it looks like."""
+    if len(wrong) + len(missing) > len(expected) // 2:
+        layout, own = _layout(state), _layout(expected)
+        if layout:
+            yield f"The file looks like {layout}{', of another size' if layout == own else ''}."
+        return
+    config = getattr(model, "pretrained_cfg", None) or {}
+    classifier = f"{config.get('classifier') or 'head.fc'}.weight"
+    if classifier in wrong and state[classifier].shape[1:] == expected[classifier].shape[1:]:
+        classes = len(state[classifier])
+        yield f"The file has {classes} classes: create the model with num_classes={classes}."
+        if not any("reparam_conv" in key for key in state):
+            yield (
+                "To keep the model's classes and leave the file's classifier out: create_model(..., pretrained=True, "
+                f"pretrained_cfg_overlay=dict(file='{path}', num_classes={classes}))."
+            )
+    elif classifier in unexpected:
+        classes = len(state[classifier])
+        yield f"The model has no classifier: create it with num_classes={classes}, or load with strict=False."
+    elif classifier in missing:
+        yield "The file has no classifier: create the model with num_classes=0, or load with strict=False."
+    for key in wrong:
+        found, wanted = state[key].shape, expected[key].shape
+        if key.startswith("stem") and len(found) == len(wanted) == 4 and found[2:] == wanted[2:]:
+            if found[0] == wanted[0]:
+                yield f"The file takes {found[1]} input channels: create the model with in_chans={found[1]}."
+                return
+
+
+def _fits(value: Tensor, target: Tensor) -> bool:
+    same_shape = value.shape == target.shape or (target.ndim == 0 and value.shape == (1,))
+    return same_shape and value.layout == target.layout and value.is_complex() == target.is_complex()
+
+
+def _sibling(key: str) -> str:
+    return key.removesuffix("num_batches_tracked") + "running_mean"
+
+
+def _layout(state: StateDict) -> str:
+    return next((layout for key, layout in _LAYOUTS if key in state), "")
+
+
+def _name(model: nn.Module) -> str:
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    return f"{type(model).__name__} {architecture}" if architecture else type(model).__name__
+
+
+def _shape(tensor: Tensor) -> str:
+    kind = "" if tensor.layout == torch.strided else f" {tensor.layout}"
+    return f"{tuple(tensor.shape)}{' complex' if tensor.is_complex() else ''}{kind}"
+
+
+def _some(items: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
+    items = list(items)
+    return separator.join(items[:limit]) + (f"{separator}..." if len(items) > limit else "")
