@@ -40,7 +40,7 @@ _LAYOUTS = (
     ("stages.0.0.reparam_conv.weight", "a deployed (reparameterised) RepVGG"),
     ("stages.0.0.conv1_1x1.conv.weight", "a timm ByobNet such as regnetz_b16"),
     ("stages.0.blocks.0.conv1.weight", "a timm ResNetV2"),
-    ("s1.b1.f.a.weight", "an original pycls RegNet, whose conversion is offline: use timm's pycls_in1k tags"),
+    ("s1.b1.f.a.weight", "an original pycls RegNet, which timm converts offline: use its pycls_in1k tags"),
     ("regnet.embedder.embedder.convolution.weight", "a Hugging Face transformers RegNet"),
     ("layer1.0.conv1.weight", "a ResNet"),
     ("blocks.0.attn.qkv.weight", "a vision transformer"),
@@ -88,19 +88,21 @@ def read_state_dict(path: str | PathLike, use_ema: bool = True, device: str | to
         )
     with path.open("rb") as file:
         head = file.read(9)
-    if not head:
-        raise CheckpointError(f"'{path}' is empty (0 bytes)")
-    try:
-        if _is_safetensors(head):
-            content = safetensors.torch.load_file(path, device=str(device))
-        else:
-            # timm's training checkpoints keep their arguments as a Namespace, which is only data.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:
-        raise CheckpointError(_why_unreadable(path, head, error)) from error
+        file.seek(0)
+        if not head:
+            raise CheckpointError(f"'{path}' is empty (0 bytes)")
+        try:
+            if _is_safetensors(head):
+                content = safetensors.torch.load_file(path, device=str(device))
+            else:
+                # An open file, because torch.load takes the name's extension for the format. timm's training
+                # checkpoints keep their arguments as a Namespace, which is only data.
+                with torch.serialization.safe_globals([argparse.Namespace]):
+                    content = torch.load(file, map_location=device, weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise CheckpointError(_why_unreadable(path, head, error)) from error
     return _tensors(path, _unwrap(content, use_ema))
 
 
@@ -194,11 +196,10 @@ def _why_unreadable(path: Path, head: bytes, error: Exception) -> str:
     message = str(error)
     needs_code = "GLOBAL" in message or "TorchScript" in message
     if needs_code or ("Weights only load failed" in message and head[:1] in (b"\x80", b"P")):
-        names = sorted(set(re.findall(r"GLOBAL ([\w.]+)", message)))
+        names = ", ".join(sorted(set(re.findall(r"GLOBAL ([\w.]+)", message))))
         return (
-            f"'{path}' needs code execution to be read{f' (it names {", ".join(names)})' if names else ''} and is "
-            "refused. Where you trust its origin, load it with the library that wrote it and save "
-            "model.state_dict() alone"
+            f"'{path}' needs code execution to be read{names and f' (it names {names})'} and is refused. Where you "
+            "trust its origin, load it with the library that wrote it and save model.state_dict() alone"
         )
     reason = "" if "Weights only load failed" in message else f": {message or type(error).__name__}"
     return f"'{path}' is not a readable safetensors or torch checkpoint: damaged, truncated or another format{reason}"
@@ -244,9 +245,7 @@ def _to_timm_keys(state: StateDict) -> StateDict:
     return state
 
 
-def _repvgg_form_changes(
-    model: nn.Module, state: StateDict
-) -> tuple[dict[str, RepVggBlock], dict[str, RepVggBlock]]:
+def _repvgg_form_changes(model: nn.Module, state: StateDict) -> tuple[dict[str, RepVggBlock], dict[str, RepVggBlock]]:
     """Finds the RepVGG blocks that have one form in the model and the other in the file, by key prefix.
 
     Returns the model's blocks that have to be deployed, and a training-form twin for each block to be folded into.
@@ -265,16 +264,9 @@ def _repvgg_form_changes(
 
 def _training_twin(conv: nn.Conv2d) -> RepVggBlock:
     """Returns the training-form block whose deployed form is `conv`, in float64 and without storage."""
-    return RepVggBlock(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size[0],
-        stride=conv.stride[0],
-        dilation=conv.dilation,
-        group_size=conv.in_channels // conv.groups,
-        device="meta",
-        dtype=torch.float64,
-    )
+    shape = (conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0], conv.dilation)
+    with torch.device("meta"):
+        return RepVggBlock(*shape, group_size=conv.in_channels // conv.groups).double()
 
 
 def _expected_tensors(
@@ -348,65 +340,54 @@ def _check(model: nn.Module, path: str | PathLike, state: StateDict, expected: S
     As in torch, `num_batches_tracked` may be missing, or left over where a BatchNorm was frozen, or have shape (1,).
     """
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [
-        key
-        for key in state
-        if key not in expected and not (key.endswith("num_batches_tracked") and _sibling(key) in expected)
-    ]
+    unexpected = [key for key in state if key not in expected and _frozen_statistic(key) not in expected]
     common = [key for key in state if key in expected]
     wrong = [key for key in common if not _fits(state[key], expected[key])]
-    if not wrong and len(common) > 0 and not (strict and (missing or unexpected)):
+    if common and not wrong and not (strict and (missing or unexpected)):
         return
 
     right = len(common) - len(wrong)
     lines = [f"cannot load '{path}' into {_name(model)}: {right} of its {len(expected)} keys match. It is unchanged."]
     if wrong:
-        shapes = (f"{key} is {_shape(state[key])} in the file, {_shape(expected[key])} in the model" for key in wrong)
+        shapes = (f"{key} is {_form(state[key])} in the file, {_form(expected[key])} in the model" for key in wrong)
         lines.append(f"wrong shape ({len(wrong)}): {_some(shapes, '; ')}")
     if missing:
         lines.append(f"missing from the file ({len(missing)}): {_some(missing)}")
     if unexpected:
         lines.append(f"unknown to the model ({len(unexpected)}): {_some(unexpected)}")
-    lines += _advice(model, path, state, expected, wrong, missing, unexpected)
+    if right < len(expected) // 2:
+        layout, own = _layout(state), _layout(expected)
+        lines += [f"The file looks like {layout}{', of another size' if layout == own else ''}."] if layout else []
+    else:
+        config = getattr(model, "pretrained_cfg", None) or {}
+        lines += _classifier_advice(f"{config.get('classifier') or 'head.fc'}.weight", path, state, expected)
+        lines += _stem_advice(wrong, state, expected)
     raise CheckpointError("\n  ".join(lines))
 
 
-def _advice(
-    model: nn.Module,
-    path: str | PathLike,
-    state: StateDict,
-    expected: StateDict,
-    wrong: list[str],
-    missing: list[str],
-    unexpected: list[str],
-) -> Iterator[str]:
-    """Yields what would make the checkpoint fit, or, where most of it does not, what it looks like."""
-    if len(wrong) + len(missing) > len(expected) // 2:
-        layout, own = _layout(state), _layout(expected)
-        if layout:
-            yield f"The file looks like {layout}{', of another size' if layout == own else ''}."
-        return
-    config = getattr(model, "pretrained_cfg", None) or {}
-    classifier = f"{config.get('classifier') or 'head.fc'}.weight"
-    if classifier in wrong and state[classifier].shape[1:] == expected[classifier].shape[1:]:
-        classes = len(state[classifier])
-        yield f"The file has {classes} classes: create the model with num_classes={classes}."
+def _classifier_advice(key: str, path: str | PathLike, state: StateDict, expected: StateDict) -> Iterator[str]:
+    """Yields what to do about a classifier (whose weight is `key`) of other size, or on one side only."""
+    if key not in state and key in expected:
+        yield "The file has no classifier: create the model with num_classes=0, or load with strict=False."
+    elif key in state and key not in expected:
+        yield f"The model has no classifier: create it with num_classes={len(state[key])}, or load with strict=False."
+    elif key in state and len(state[key]) != len(expected[key]):
+        found, wanted = len(state[key]), len(expected[key])
+        yield f"The file has {found} classes: create the model with num_classes={found}."
         if not any("reparam_conv" in key for key in state):
             yield (
-                "To keep the model's classes and leave the file's classifier out: create_model(..., pretrained=True, "
-                f"pretrained_cfg_overlay=dict(file='{path}', num_classes={classes}))."
+                "To leave the file's classifier out: create_model(..., pretrained=True, "
+                f"num_classes={wanted}, pretrained_cfg_overlay=dict(file='{path}', num_classes={found}))."
             )
-    elif classifier in unexpected:
-        classes = len(state[classifier])
-        yield f"The model has no classifier: create it with num_classes={classes}, or load with strict=False."
-    elif classifier in missing:
-        yield "The file has no classifier: create the model with num_classes=0, or load with strict=False."
+
+
+def _stem_advice(wrong: Iterable[str], state: StateDict, expected: StateDict) -> Iterator[str]:
+    """Yields what to do about a first convolution that has other input channels."""
     for key in wrong:
         found, wanted = state[key].shape, expected[key].shape
-        if key.startswith("stem") and len(found) == len(wanted) == 4 and found[2:] == wanted[2:]:
-            if found[0] == wanted[0]:
-                yield f"The file takes {found[1]} input channels: create the model with in_chans={found[1]}."
-                return
+        if key.startswith("stem") and len(found) == len(wanted) == 4 and found[1] != wanted[1]:
+            yield f"The file takes {found[1]} input channels: create the model with in_chans={found[1]}."
+            return
 
 
 def _fits(value: Tensor, target: Tensor) -> bool:
@@ -414,8 +395,14 @@ def _fits(value: Tensor, target: Tensor) -> bool:
     return same_shape and value.layout == target.layout and value.is_complex() == target.is_complex()
 
 
-def _sibling(key: str) -> str:
-    return key.removesuffix("num_batches_tracked") + "running_mean"
+def _form(tensor: Tensor) -> str:
+    plain = tensor.layout == torch.strided and not tensor.is_complex()
+    return f"{tuple(tensor.shape)}{'' if plain else f' {tensor.layout} {tensor.dtype}'}"
+
+
+def _frozen_statistic(key: str) -> str:
+    """Returns the key that a frozen BatchNorm still has beside the `num_batches_tracked` that it gave up."""
+    return key.removesuffix("num_batches_tracked") + "running_mean" if key.endswith("num_batches_tracked") else key
 
 
 def _layout(state: StateDict) -> str:
@@ -425,11 +412,6 @@ def _layout(state: StateDict) -> str:
 def _name(model: nn.Module) -> str:
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     return f"{type(model).__name__} {architecture}" if architecture else type(model).__name__
-
-
-def _shape(tensor: Tensor) -> str:
-    kind = "" if tensor.layout == torch.strided else f" {tensor.layout}"
-    return f"{tuple(tensor.shape)}{' complex' if tensor.is_complex() else ''}{kind}"
 
 
 def _some(items: Iterable[str], separator: str = ", ", limit: int = 4) -> str:

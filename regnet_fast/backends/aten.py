@@ -22,7 +22,7 @@ def refuse(problem: Problem) -> str | None:
 
 
 def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
-    """The convolution bound to its packed weights: `run(x, gate, residual, consume)`."""
+    """The convolution bound to its packed weights: `run(x, gate, residual, consume, into_residual)`."""
     return _LIBRARIES[problem.device].prepare_conv(problem, weight, bias)
 
 

@@ -25,7 +25,7 @@ def refuse(problem: Problem) -> str | None:
 
 
 class FusedConv:
-    """cuDNN's convolution + bias [+ residual] + ReLU; other activations follow in place: `run(x, gate, residual, consume)`."""
+    """cuDNN's convolution + bias [+ residual] + ReLU; other activations follow in place: `run(x, gate, residual, consume, into_residual)`."""
 
     label = "cuDNN"
 
@@ -35,7 +35,7 @@ class FusedConv:
         self.bias = bias if bias is not None else weight.new_zeros(weight.shape[0])
         self.geometry = (list(problem.stride), list(problem.padding), list(problem.dilation), problem.groups)
 
-    def __call__(self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool) -> Tensor:
+    def __call__(self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool) -> Tensor:
         if gate is not None:
             x = x.mul_(gate[:, :, None, None]) if consume else x * gate[:, :, None, None]
         if self.problem.activation == "relu":
@@ -49,7 +49,7 @@ class FusedConv:
 
 
 def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
-    """The convolution bound to its weights: `run(x, gate, residual, consume)`."""
+    """The convolution bound to its weights: `run(x, gate, residual, consume, into_residual)`."""
     return FusedConv(problem, weight, bias)
 
 

@@ -39,7 +39,7 @@ def apply_gate(x: Tensor, gate: Tensor, consume: bool) -> Tensor:
 
 
 class DirectConv:
-    """oneDNN's convolution with packed weights: `run(x, gate, residual, consume)`.
+    """oneDNN's convolution with packed weights: `run(x, gate, residual, consume, into_residual)`.
 
     The weights are packed for one input shape, for which oneDNN chooses the blocking.
     """
@@ -58,7 +58,7 @@ class DirectConv:
         self.conv_add = torch.ops.mkldnn._convolution_pointwise.binary
         self.conv_add_ = torch.ops.mkldnn._convolution_pointwise_.binary
 
-    def __call__(self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool) -> Tensor:
+    def __call__(self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool) -> Tensor:
         if gate is not None:
             x = apply_gate(x, gate, consume)
         if residual is None:
@@ -67,7 +67,7 @@ class DirectConv:
             y = self.conv(x, self.weight, self.bias, *self.geometry, "none", [], "")
             return torch.nn.functional.silu(y.add_(residual), inplace=True)
         unary = None if self.attr == "none" else self.attr
-        if consume:
+        if into_residual:
             return self.conv_add_(residual, x, self.weight, self.bias, *self.geometry, "add", None, unary, [], "")
         return self.conv_add(x, residual, self.weight, self.bias, *self.geometry, "add", None, unary, [], "")
 
@@ -128,7 +128,7 @@ class DepthwiseNormAct:
         self.label = "oneDNN depthwise"
 
     def __call__(self, x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:
-        return self.conv(x, gate, None, consume)
+        return self.conv(x, gate, None, consume, False)
 
 
 def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Callable[..., Tensor]:

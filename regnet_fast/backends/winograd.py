@@ -35,7 +35,7 @@ def transformed_weights(weight: Tensor) -> Tensor:
 
 
 class WinogradConv:
-    """The convolution bound to transformed and packed weights: `run(x, gate, residual, consume)`; gate is None."""
+    """The convolution bound to transformed and packed weights: `run(x, gate, residual, consume, into_residual)`; gate is None."""
 
     label = "Winograd F(2x2, 3x3) over oneDNN"
 
@@ -51,7 +51,7 @@ class WinogradConv:
         self.bias = bias
         self.activate = {"none": lambda y: y, "relu": torch.relu_, "silu": lambda y: F.silu(y, inplace=True)}[problem.activation]
 
-    def __call__(self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool) -> Tensor:
+    def __call__(self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool) -> Tensor:
         n, c, h, w = x.shape
         th, tw = self.tiles
         k = self.out_channels

@@ -91,16 +91,17 @@ class PackedConv:
         return run
 
     def __call__(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None, *, means: bool = False,
-                 consume: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+                 consume: bool = False, into_residual: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """`activation(conv(x * gate) + bias + residual)`, with its float32 channel means where `means` is asked.
 
-        `consume` allows the backend to overwrite x and the residual. No argument is checked: the callers did.
+        `consume` allows the backend to overwrite x, `into_residual` the residual. x and the residual are channels_last.
+        No argument is checked: the callers did.
         """
         key = (x.shape, gate is None, residual is None)
         run = self._runs.get(key)
         if run is None:
             run = self._prepare(key, x, gate is not None, residual is not None)
-        y = run(x, gate, residual, consume)
+        y = run(x, gate, residual, consume, into_residual)
         return (y, pixel_means(y)) if means else y
 
 

@@ -1,0 +1,175 @@
+"""The blocks as formulas over units: what each one computes in evaluation.
+
+    unit  = convolution -> normalisation -> activation
+    block = unit(1x1) -> unit(3x3, grouped) -> [squeeze-excite] -> unit(1x1) (+ shortcut) -> activation
+
+A form holds units, or their packed versions after `bind`; `run(x)` is the same code for both. x is channels_last.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..backends.reference import activate
+from ..ops.convolution import pixel_means
+from .units import ConvUnit, HostNormUnit, NormActUnit, SqueezeExciteUnit, Unit
+
+
+class Form:
+    """What a block computes. `casts_input` says that the output's dtype under autocast does not depend on the input's."""
+
+    casts_input: bool = True
+
+    def units(self) -> dict[str, Unit]:
+        """The units by field."""
+        return {name: unit for name, unit in vars(self).items() if isinstance(unit, Unit)}
+
+    def bind(self, wrap: Callable[[Unit], Callable]) -> Form:
+        """The same form with every unit replaced by `wrap(unit)`."""
+        bound = copy.copy(self)
+        for name, unit in self.units().items():
+            setattr(bound, name, wrap(unit))
+        return bound
+
+    def in_channels(self) -> int | None:
+        """Channels of the input, where a unit tells."""
+        for unit in self.units().values():
+            if isinstance(unit, ConvUnit):
+                return unit.in_channels
+            if isinstance(unit, NormActUnit):
+                return unit.norm.running_mean.shape[0]
+        return None
+
+    def run(self, x: Tensor) -> Tensor:
+        """The block's output."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class Single(Form):
+    """One convolution unit: stems, a final convolution, a stand-alone layer."""
+
+    unit: ConvUnit
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.unit(x)
+
+
+@dataclass(eq=False)
+class Norm(Form):
+    """A norm and activation that no convolution of the same block precedes."""
+
+    unit: NormActUnit
+    casts_input = False
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.unit(x)
+
+
+@dataclass(eq=False)
+class Bottleneck(Form):
+    """`conv3(se(conv2(conv1(x)))) + shortcut(x) -> activation`: RegNetX, RegNetY, RegNetZ.
+
+    `shortcut` is a unit on the pooled input, `identity` adds x itself, and with neither nothing is added.
+    """
+
+    conv1: ConvUnit
+    conv2: ConvUnit
+    conv3: ConvUnit
+    squeeze_excite: SqueezeExciteUnit | None = None
+    shortcut: ConvUnit | None = None
+    pool: nn.Module | None = None
+    identity: bool = False
+
+    @property
+    def casts_input(self) -> bool:
+        return not self.identity
+
+    def run(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        gate = None
+        if self.squeeze_excite is None:
+            y = self.conv2(y)
+        else:
+            y, means = self.conv2(y, means=True)
+            gate = self.squeeze_excite(means, y.dtype)
+        if self.shortcut is None:
+            return self.conv3(y, gate, x if self.identity else None, consume=True)
+        shortcut = self.shortcut(x if self.pool is None else self.pool(x))
+        return self.conv3(y, gate, shortcut, consume=True, into_residual=True)
+
+
+@dataclass(eq=False)
+class PreAct(Form):
+    """`conv3(norm3(se(conv2(norm2(conv1(norm1(x))))))) + shortcut`: RegNetV and ResNetV2.
+
+    norm2, and norm3 where no squeeze-excite stands before it, are folded into conv1 and conv2. Without `conv3` it is the
+    basic block of two convolutions. `shortcut` reads the normalised input; an identity adds the normalised input where
+    `identity_after_norm` (RegNetV), else x itself (ResNetV2).
+    """
+
+    norm1: NormActUnit | HostNormUnit
+    conv1: ConvUnit
+    conv2: ConvUnit
+    conv3: ConvUnit | None = None
+    norm3: NormActUnit | HostNormUnit | None = None
+    squeeze_excite: SqueezeExciteUnit | None = None
+    shortcut: ConvUnit | None = None
+    pool: nn.Module | None = None
+    identity: bool = True
+    identity_after_norm: bool = False
+    owns_norm: bool = True
+    casts_input = False
+
+    def run(self, x: Tensor) -> Tensor:
+        normalised = self.norm1(x)
+        owned = self.shortcut is not None
+        if owned:
+            residual = self.shortcut(normalised if self.pool is None else self.pool(normalised))
+        elif self.identity:
+            owned = self.identity_after_norm and self.owns_norm
+            residual = normalised if self.identity_after_norm else x
+        else:
+            residual = None
+        y = self.conv1(normalised)
+        if self.conv3 is None:
+            return self.conv2(y, None, residual, into_residual=owned)
+        if self.squeeze_excite is not None:
+            y, means = self.conv2(y, means=True)
+            y = self.norm3(y, self.squeeze_excite(means, y.dtype), consume=True)
+        else:
+            y = self.conv2(y)
+            y = y if self.norm3 is None else self.norm3(y, consume=True)
+        return self.conv3(y, None, residual, into_residual=owned)
+
+
+@dataclass(eq=False)
+class RepVgg(Form):
+    """One convolution, [squeeze-excite], activation."""
+
+    conv: ConvUnit
+    squeeze_excite: SqueezeExciteUnit | None = None
+    activation: str = "relu"
+    casts_input: bool = True
+
+    def run(self, x: Tensor) -> Tensor:
+        if self.squeeze_excite is None:
+            return self.conv(x)
+        y, means = self.conv(x, means=True)
+        return activate(y * self.squeeze_excite(means, y.dtype)[:, :, None, None], self.activation)
+
+
+@dataclass(eq=False)
+class Head(Form):
+    """Global average pooling, then a linear classifier (a Linear or a 1x1 convolution) where there is one."""
+
+    classifier: ConvUnit | None = None
+
+    def run(self, x: Tensor) -> Tensor:
+        means = pixel_means(x).to(x.dtype)
+        if self.classifier is None:
+            return means
+        return self.classifier(means[:, :, None, None]).flatten(1)

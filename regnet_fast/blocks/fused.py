@@ -1,0 +1,298 @@
+"""The mixin that turns a host's block into a fused one: when the fused path applies, its caches, and its gradient.
+
+`class Bottleneck(Fused, timm.models.regnet.Bottleneck)` overrides `forward` and nothing else. The instance keeps its
+modules, parameters and buffers; `super().forward` is always there as the reference and as the way taken whenever the
+fused path does not compute exactly the same function.
+"""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+
+from ..backends import BackendError, forced_backend
+from .forms import Form
+from .units import ConvUnit, Refused
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CONFIG = ("stride", "padding", "dilation", "groups", "padding_mode", "eps", "add_maxpool", "negative_slope", "inplace")
+_STATE = "_regnet_fast_plans"
+
+recorder: ContextVar[Callable | None] = ContextVar("regnet_fast_recorder", default=None)
+"""What `explain` listens with: called with each block, its reason or form, while it runs."""
+
+
+class FallbackWarning(UserWarning):
+    """A block that could run fused takes the host's own forward."""
+
+
+class Plan:
+    """A form bound to packed weights, and the facts it rests on; or the reason why there is none.
+
+    `current()` is the whole of cache invalidation: the structure below the block, the settings of its layers, hooks,
+    training flags, and the identity, memory and version of every parameter and buffer.
+
+    Attributes: `form`, bound to packed weights, and `unbound`, over the live modules; `in_channels` of the input;
+    `refusal`, set where there is no form; `differentiated`, whether a gradient was ever asked for.
+    """
+
+    def __init__(self, block: Fused, dtype: torch.dtype):
+        self.refusal: str | None = None
+        self.form: Form | None = None
+        self.unbound: Form | None = None
+        self.in_channels: int | None = None
+        self.differentiated = False
+        self._structure = [
+            (m, m.__class__, m.__dict__, dict(m._modules), tuple(map(m.__dict__.get, _CONFIG)), m.training,
+             m is not block and _hooked(m.__dict__))
+            for m in block.modules()
+        ]
+        self._tensors = [
+            (table, name, t)
+            for m in block.modules() for table in (m._parameters, m._buffers) for name, t in table.items()
+            if t is not None and name != "num_batches_tracked"
+        ]
+        tensors = [t for _, _, t in self._tensors]
+        self.parameters = [t for t in tensors if isinstance(t, nn.Parameter)]
+        if any(t.is_inference() for t in tensors):
+            self.refusal = "its weights were made in inference mode, where changes to them cannot be seen"
+            self._versions, self._pointers = [], []
+            return
+        self._versions = [t._version for t in tensors]
+        self._pointers = [t.data_ptr() for t in tensors]
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                unbound = block.fused_form()
+                _check_tensors(unbound, tensors, dtype)
+                self.form = unbound.bind(lambda unit: unit.pack(dtype))
+                self.unbound, self.in_channels = unbound, unbound.in_channels()
+        except Refused as refusal:
+            self.refusal = str(refusal)
+
+    def current(self) -> bool:
+        """Whether everything that the plan rests on is as it was."""
+        for m, cls, state, children, config, training, hooked in self._structure:
+            if (
+                m.__class__ is not cls or state["training"] is not training or state["_modules"] != children
+                or tuple(map(state.get, _CONFIG)) != config
+                or (_hooked(state) if m is not self._structure[0][0] else False) != hooked
+            ):
+                return False
+        return self.tensors_current()
+
+    def tensors_current(self) -> bool:
+        """Whether every parameter and buffer is the one that was packed, unchanged."""
+        for table, name, t in self._tensors:
+            if table.get(name) is not t:
+                return False
+        if not self._versions:
+            return True
+        return (
+            [t._version for _, _, t in self._tensors] == self._versions
+            and [t.data_ptr() for _, _, t in self._tensors] == self._pointers
+        )
+
+
+def _hooked(state: dict) -> bool:
+    """Whether somebody listens to a module or has replaced its forward."""
+    return bool(
+        state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
+
+
+def _check_tensors(form: Form, tensors: list[Tensor], dtype: torch.dtype) -> None:
+    """Refuse what the host itself would refuse or promote: mixed devices, and weights of another dtype."""
+    if len({t.device for t in tensors}) > 1:
+        raise Refused("its weights are on more than one device")
+    wrong = [unit for unit in form.units().values() if isinstance(unit, ConvUnit) and unit.dtype != dtype]
+    if wrong and not torch.is_autocast_enabled(tensors[0].device.type):
+        raise Refused(f"{wrong[0].path} has {wrong[0].dtype} weights and the input is {dtype}")
+
+
+def _global_hooks() -> bool:
+    return bool(
+        module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks
+        or module_hooks._global_backward_hooks or module_hooks._global_backward_pre_hooks
+    )
+
+
+class Fused:
+    """Mixin before a host's block class. Subclasses set `host` and define `fused_form`."""
+
+    host: type[nn.Module]
+
+    def fused_form(self) -> Form:
+        """The block as a form over its own modules. Raises `Refused` where it is not exactly that form."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._traced(x)
+        reason = self._unfit(x)
+        plan = None
+        if reason is None:
+            plan, x, reason = self._plan(x)
+        listen = recorder.get()
+        if listen is not None:
+            listen(self, x, plan, reason)
+        if reason is not None:
+            return self._by_host(x, reason)
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in plan.parameters)):
+            if plan.differentiated:
+                return super().forward(x)
+            return _Evaluated.apply(self, plan, x, *plan.parameters)
+        return self._run(plan, x)
+
+    def _run(self, plan: Plan, x: Tensor) -> Tensor:
+        quiet = torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()
+        with quiet:
+            return plan.form.run(x.contiguous(memory_format=torch.channels_last))
+
+    def _unfit(self, x: Tensor) -> str | None:
+        """Why this call cannot be fused, from what is known without looking at the weights."""
+        if self.training:
+            return "training mode runs the host's own forward"
+        if type(x) is not Tensor and type(x) is not nn.Parameter:
+            return f"the input is a {type(x).__name__}, not a plain tensor"
+        if x.dim() != 4 or x.numel() == 0:
+            return f"an input of shape {tuple(x.shape)} is left to the host"
+        if x.dtype not in _DTYPES:
+            return f"{x.dtype} is computed by the host's own forward"
+        if torch._C._get_tracing_state() is not None:
+            return "torch.jit.trace and the ONNX exporter record the host's own forward"
+        if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return "a dispatch mode or a functorch transform is active"
+        if torch.autograd.forward_ad._current_level >= 0:
+            return "forward-mode differentiation runs the host's own forward"
+        if _global_hooks():
+            return "a global module hook is registered"
+        return None
+
+    def _plan(self, x: Tensor) -> tuple[Plan | None, Tensor, str | None]:
+        """The current plan for an input, and the input in the plan's dtype; or the reason why there is none."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if dtype not in _DTYPES:
+            return None, x, f"autocast to {dtype} is left to the host"
+        key = (dtype, forced_backend(), torch._C._get_mkldnn_enabled())
+        plans = self.__dict__.get(_STATE)
+        plan = plans.get(key) if plans is not None else None
+        if plan is None or not plan.current():
+            plan = Plan(self, dtype)
+            self.__dict__[_STATE] = {key: plan} if plans is None or len(plans) >= 4 else {**plans, key: plan}
+        if plan.refusal is not None:
+            return plan, x, plan.refusal
+        weight = plan.parameters[0] if plan.parameters else None
+        if weight is not None and weight.device != x.device:
+            return plan, x, f"the input is on {x.device}, the weights on {weight.device}"
+        if plan.in_channels is not None and x.shape[1] != plan.in_channels:
+            return plan, x, f"an input of {x.shape[1]} channels is left to the host"
+        if x.dtype != dtype:
+            if not plan.form.casts_input:
+                return plan, x, f"under autocast this block adds its {x.dtype} input to {dtype} results"
+            x = x.to(dtype)
+        return plan, x, None
+
+    def _by_host(self, x: Tensor, reason: str) -> Tensor:
+        """The host's forward. Raises BackendError where a backend is forced; warns once where speed is lost."""
+        forced = forced_backend()
+        if forced is not None:
+            raise BackendError(
+                f"{type(self).__name__}: the backend {forced!r} was asked for and the fused path does not apply: {reason}. "
+                "Lift the force (backend 'auto') to run the host's own forward."
+            )
+        if not self.training and type(x) is Tensor and x.dtype in _DTYPES:
+            warnings.warn(f"{type(self).__name__} runs the host's own forward: {reason}", FallbackWarning, stacklevel=3)
+        return super().forward(x)
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """The path under torch.compile and torch.export: through the operators, weights folded in the graph."""
+        if self.training or x.dim() != 4 or x.dtype not in _DTYPES:
+            return super().forward(x)
+        try:
+            form = self.fused_form()
+        except Refused:
+            return super().forward(x)
+        if not form.casts_input and torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return form.run(x)
+
+    def host_forward(self, x: Tensor) -> Tensor:
+        """What the block computed before it was rebuilt."""
+        return super().forward(x)
+
+    def train(self, mode: bool = True):
+        self.__dict__.pop(_STATE, None)
+        return super().train(mode)
+
+    def _apply(self, fn, *args, **kwargs):
+        self.__dict__.pop(_STATE, None)
+        return super()._apply(fn, *args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.__dict__.pop(_STATE, None)
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != _STATE}
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """TorchScript compiles the host's own block."""
+        return as_host(self)
+
+
+class _Evaluated(torch.autograd.Function):
+    """An evaluation-mode block under autograd: the fused forward, and a backward that first computes it again, step by step.
+
+    Nothing but the input is saved. A block that was differentiated once runs the host's forward from then on, until
+    its plan changes: computing it twice pays only while nobody asks for a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, block: Fused, plan: Plan, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.block, ctx.plan = block, plan
+        device = x.device.type
+        ctx.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        ctx.save_for_backward(x, *parameters)
+        return block._run(plan, x)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, *parameters = ctx.saved_tensors
+        ctx.plan.differentiated = True
+        if not ctx.plan.tensors_current():
+            raise RuntimeError(
+                f"{type(ctx.block).__name__}: a weight or running statistic was changed between forward and backward, so the "
+                "gradient cannot be computed any more; call backward before the change"
+            )
+        again = torch.is_grad_enabled()
+        device, enabled, dtype = ctx.autocast
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled):
+            inner = x if again else x.detach().requires_grad_(ctx.needs_input_grad[2])
+            y = ctx.plan.unbound.run(inner)
+        wanted = [t for t, need in zip((inner, *ctx.plan.parameters), ctx.needs_input_grad[2:], strict=True) if need]
+        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=again, allow_unused=True))
+        return None, None, *[next(found) if need else None for need in ctx.needs_input_grad[2:]]
+
+
+def as_host(block: Fused) -> nn.Module:
+    """A plain host block that shares the fused block's modules and parameters."""
+    plain = object.__new__(type(block).host)
+    plain.__dict__ = block.__getstate__()
+    return plain
+
+
+@contextmanager
+def listening(listen: Callable) -> Iterator[None]:
+    """Call `listen(block, x, plan, reason)` for every fused block that runs inside the `with` block."""
+    token = recorder.set(listen)
+    try:
+        yield
+    finally:
+        recorder.reset(token)

@@ -1,0 +1,195 @@
+"""The units that blocks are made of: which of a host's modules form one operation, and how to run it.
+
+A unit refers to the host's own modules and reads their weights when it is used. Called, it runs through the public
+operations (traceable, differentiable). `pack(dtype)` gives the same callable with its weights folded and packed.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backends.reference import activate, channel_means
+from ..functional import BatchNorm, PackedConv, conv_op, dense_conv, fold, grouped_conv, norm_act, pointwise_conv, squeeze_excite
+from ..ops.convolution import pixel_means
+from ..ops.norm_act import PackedNormAct
+from ..ops.squeeze_excite import PackedSqueezeExcite
+
+
+class Refused(Exception):
+    """Why a block cannot run fused, in words for the user."""
+
+
+def batch_norm(module: nn.Module) -> BatchNorm:
+    """The statistics and parameters of an evaluation-mode BatchNorm module."""
+    return BatchNorm(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+
+
+class Unit:
+    """One operation of a block. `path` is its module's name inside the block."""
+
+    path: str
+
+    def pack(self, dtype: torch.dtype) -> Callable:
+        """The unit with its weights folded and packed, computing in `dtype`."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class ConvUnit(Unit):
+    """`activation(norm(conv(x * gate)) + residual)`.
+
+    `norm` is an evaluation-mode BatchNorm and is folded. `then` is a norm without an affine form, which runs as the
+    host's own module between the convolution and the residual. `standardize` is the epsilon of weight standardisation.
+    """
+
+    path: str
+    conv: nn.Conv2d | nn.Linear
+    norm: nn.Module | None = None
+    then: nn.Module | None = None
+    activation: str = "none"
+    standardize: float | None = None
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """The folded weights and bias in float64."""
+        weight = self.conv.weight if self.conv.weight.dim() == 4 else self.conv.weight[:, :, None, None]
+        if self.standardize is not None:
+            rows = weight.double().flatten(1)
+            variance, mean = torch.var_mean(rows, 1, correction=0, keepdim=True)
+            weight = ((rows - mean) * (variance + self.standardize).rsqrt()).reshape(weight.shape)
+        return fold(weight, self.conv.bias, None if self.norm is None else batch_norm(self.norm))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv.weight.dtype
+
+    @property
+    def in_channels(self) -> int:
+        return self.conv.weight.shape[1] * self.geometry()[3]
+
+    def geometry(self) -> tuple:
+        """Stride, padding, dilation and groups; a linear layer is a 1x1 convolution."""
+        if isinstance(self.conv, nn.Linear):
+            return (1, 1), (0, 0), (1, 1), 1
+        return self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups
+
+    def op(self, residual: bool = False) -> str:
+        """The operation that serves this convolution."""
+        _, padding, dilation, groups = self.geometry()
+        kernel = (1, 1) if isinstance(self.conv, nn.Linear) else self.conv.kernel_size
+        return conv_op(kernel, padding, dilation, groups, residual)
+
+    def __call__(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None, *, means: bool = False,
+                 consume: bool = False, into_residual: bool = False):
+        weight, bias = (None if t is None else t.to(self.dtype) for t in self.weights())
+        stride, padding, dilation, groups = self.geometry()
+        fused, after = (residual, self.activation) if self.then is None else (None, "none")
+        op = self.op(fused is not None)
+        if op == "pointwise_conv":
+            y = pointwise_conv(x, weight, bias, stride=stride, activation=after, gate=gate, residual=fused)
+        elif op == "grouped_conv":
+            y = grouped_conv(x, weight, bias, groups=groups, stride=stride, dilation=dilation, activation=after)
+        else:
+            y = dense_conv(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups, activation=after,
+                           residual=fused)
+        if self.then is not None:
+            y = self.then(y)
+            y = activate(y if residual is None else y + residual, self.activation)
+        return (y, channel_means(y)) if means else y
+
+    def pack(self, dtype: torch.dtype) -> Callable:
+        weight, bias = (None if t is None else t.to(dtype) for t in self.weights())
+        stride, padding, dilation, groups = self.geometry()
+        activation = self.activation if self.then is None else "none"
+        packed = PackedConv(self.op(), weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
+                            activation=activation)
+        return packed if self.then is None else PackedConvThenNorm(packed, self.then, self.activation)
+
+
+class PackedConvThenNorm:
+    """A packed convolution, the host's own norm, then residual and activation."""
+
+    def __init__(self, conv: PackedConv, norm: nn.Module, activation: str):
+        self.conv, self.norm, self.activation = conv, norm, activation
+
+    def __call__(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None, *, means: bool = False,
+                 consume: bool = False, into_residual: bool = False):
+        y = self.norm(self.conv(x, gate, consume=consume))
+        y = activate(y if residual is None else y + residual, self.activation)
+        return (y, pixel_means(y)) if means else y
+
+
+@dataclass(eq=False)
+class RepVggUnit(ConvUnit):
+    """The sum of a kxk, a 1x1 and an identity branch, each with its BatchNorm, as one convolution.
+
+    `conv` and `norm` are the kxk branch; the kernel of the 1x1 branch and a unit kernel for the identity are padded to
+    k x k and added. Source: X. Ding et al., "RepVGG", CVPR 2021, arXiv 2101.03697.
+    """
+
+    pointwise: nn.Conv2d = None
+    pointwise_norm: nn.Module = None
+    identity: nn.Module | None = None
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = super().weights()
+        weight1, bias1 = fold(self.pointwise.weight, self.pointwise.bias, batch_norm(self.pointwise_norm))
+        centre = weight.shape[2] // 2
+        weight, bias = weight + F.pad(weight1, [centre] * 4), bias + bias1
+        if self.identity is not None:
+            scale, shift = batch_norm(self.identity).scale_shift()
+            channel = torch.arange(weight.shape[0], device=weight.device)
+            unit = F.one_hot(channel % weight.shape[1], weight.shape[1]).to(weight.dtype) * scale[:, None]
+            weight, bias = weight + F.pad(unit[:, :, None, None], [centre] * 4), bias + shift
+        return weight, bias
+
+
+@dataclass(eq=False)
+class SqueezeExciteUnit(Unit):
+    """From float32 channel means to a gate in the dtype of the feature map: `unit(means, dtype)`."""
+
+    path: str
+    fc1: nn.Conv2d
+    fc2: nn.Conv2d
+    activation: str = "relu"
+
+    def __call__(self, means: Tensor, dtype: torch.dtype) -> Tensor:
+        return squeeze_excite(means, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, activation=self.activation).to(dtype)
+
+    def pack(self, dtype: torch.dtype) -> Callable:
+        weights = [t.float() for t in (self.fc1.weight.flatten(1), self.fc1.bias, self.fc2.weight.flatten(1), self.fc2.bias)]
+        packed = PackedSqueezeExcite(*weights, self.activation)
+        return lambda means, dtype: packed(means).to(dtype)
+
+
+@dataclass(eq=False)
+class NormActUnit(Unit):
+    """`activation(norm(x * gate))` for an evaluation-mode BatchNorm."""
+
+    path: str
+    norm: nn.Module
+    activation: str = "none"
+
+    def __call__(self, x: Tensor, gate: Tensor | None = None, *, consume: bool = False) -> Tensor:
+        return norm_act(x, batch_norm(self.norm), activation=self.activation, gate=gate)
+
+    def pack(self, dtype: torch.dtype) -> Callable:
+        scale, shift = batch_norm(self.norm).scale_shift()
+        return PackedNormAct(scale.to(dtype), shift.to(dtype), self.activation)
+
+
+@dataclass(eq=False)
+class HostNormUnit(Unit):
+    """A norm without an affine form, run as the host's own module: `norm(x * gate)`."""
+
+    path: str
+    norm: nn.Module
+
+    def __call__(self, x: Tensor, gate: Tensor | None = None, *, consume: bool = False) -> Tensor:
+        return self.norm(x if gate is None else x * gate[:, :, None, None])
+
+    def pack(self, dtype: torch.dtype) -> Callable:
+        return self

@@ -1,0 +1,372 @@
+"""timm: which of its classes is which block.
+
+Each class subclasses timm's own, keeps its state and its constructor, and reads itself as a form. Nothing is decided
+at construction: a block is read again whenever a module, a setting or a hook below it changes.
+"""
+from __future__ import annotations
+
+from torch import nn
+from timm.layers import (
+    BatchNormAct2d, ClassifierHead as TimmClassifierHead, ConvNormAct as TimmConvNormAct, DropPath, FrozenBatchNormAct2d, SEModule,
+    StdConv2d, SyncBatchNormAct,
+)
+from timm.layers.activations import Sigmoid, Swish
+from timm.layers.drop import DropBlock2d
+from timm.models import byobnet, regnet, register_notrace_module, resnetv2
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from ..blocks import forms
+from ..blocks.fused import Fused
+from ..blocks.units import ConvUnit, HostNormUnit, NormActUnit, Refused, RepVggUnit, SqueezeExciteUnit
+
+FAMILIES = ("regnetx_", "regnety_", "regnetv_", "regnetz_", "repvgg_", "resnetv2_")
+"""Architectures whose models `create_model` rebuilds, by the beginning of their names."""
+
+_ACTIVATIONS = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu", Swish: "silu"}
+_BATCH_NORMS = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct, FrozenBatchNormAct2d, FrozenBatchNorm2d)
+_INERT_IN_EVALUATION = (nn.Identity, nn.Dropout, DropPath, DropBlock2d)
+
+
+def _activation(path: str, module: nn.Module) -> str:
+    name = _ACTIVATIONS.get(type(module))
+    if name is None:
+        raise Refused(f"{path} is {type(module).__name__}, which has no fused form")
+    return name
+
+
+def _check_inert(path: str, module: nn.Module | None) -> None:
+    if module is not None and (type(module) not in _INERT_IN_EVALUATION or (module.training and type(module) is not nn.Identity)):
+        raise Refused(f"{path} is an active {type(module).__name__}")
+
+
+def _check_quiet(block: nn.Module) -> None:
+    """Refuse a block below which somebody listens, trains or has replaced a forward."""
+    for path, module in block.named_modules():
+        if path == "":
+            continue
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            raise Refused(f"a hook is registered on {path}")
+        if "forward" in module.__dict__:
+            raise Refused(f"the forward of {path} was replaced")
+
+
+def _folds(norm: nn.Module) -> bool:
+    """Whether a norm is a fixed affine map in evaluation."""
+    return type(norm) in _BATCH_NORMS and norm.running_mean is not None and norm.running_var is not None
+
+
+def _norm_activation(path: str, norm: nn.Module) -> str:
+    """The activation that a BatchNorm module carries. Raises `Refused` where it does anything else."""
+    if norm.training and not isinstance(norm, (FrozenBatchNormAct2d, FrozenBatchNorm2d)):
+        raise Refused(f"{path} is in training mode")
+    _check_inert(f"{path}.drop", getattr(norm, "drop", None))
+    act = getattr(norm, "act", None)
+    return "none" if act is None else _activation(f"{path}.act", act)
+
+
+def _conv(path: str, conv: nn.Module) -> float | None:
+    """The epsilon of weight standardisation, None for a plain convolution. Raises `Refused` for any other layer."""
+    if type(conv) not in (nn.Conv2d, StdConv2d, Conv2d):
+        raise Refused(f"{path} is {type(conv).__name__}, not a plain convolution")
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        raise Refused(f"{path} pads with {conv.padding!r} in mode {conv.padding_mode!r}")
+    return conv.eps if type(conv) is StdConv2d else None
+
+
+def _conv_norm(conv_path: str, conv: nn.Module, norm_path: str, norm: nn.Module | None, after: str = "none") -> ConvUnit:
+    """A convolution and the norm after it; `after` is the activation behind the block's sum."""
+    unit = ConvUnit(conv_path, conv, standardize=_conv(conv_path, conv), activation=after)
+    if norm is None:
+        return unit
+    if not _folds(norm):
+        unit.then = norm
+        return unit
+    activation = _norm_activation(norm_path, norm)
+    if activation != "none":
+        if after != "none":
+            raise Refused(f"{norm_path} has an activation of its own before the block's sum")
+        unit.activation = activation
+    unit.norm = norm
+    return unit
+
+
+def _conv_norm_act(path: str, module: nn.Module, after: str = "none") -> ConvUnit:
+    """timm's ConvNormAct as a unit."""
+    if type(module) not in (TimmConvNormAct, ConvNormAct):
+        raise Refused(f"{path} is {type(module).__name__}, not ConvNormAct")
+    if getattr(module, "aa", None) is not None:
+        raise Refused(f"{path} is anti-aliased")
+    dot = f"{path}." if path else ""
+    if type(module.bn) is nn.Sequential:
+        if len(module.bn):
+            raise Refused(f"{dot}bn is not a norm")
+        return _conv_norm(f"{dot}conv", module.conv, f"{dot}bn", None, after)
+    return _conv_norm(f"{dot}conv", module.conv, f"{dot}bn", module.bn, after)
+
+
+def _norm(path: str, norm: nn.Module) -> NormActUnit | HostNormUnit:
+    """A norm and activation that no convolution precedes."""
+    if not _folds(norm):
+        return HostNormUnit(path, norm)
+    return NormActUnit(path, norm, _norm_activation(path, norm))
+
+
+def _squeeze_excite(path: str, module: nn.Module) -> SqueezeExciteUnit | None:
+    if type(module) is nn.Identity:
+        return None
+    if type(module) is not SEModule:
+        raise Refused(f"{path} is {type(module).__name__}, not SEModule")
+    if module.add_maxpool or type(module.bn) is not nn.Identity or type(module.gate) not in (nn.Sigmoid, Sigmoid):
+        raise Refused(f"{path} has a max pool, a norm or another gate than the sigmoid")
+    if type(module.fc1) is not nn.Conv2d or type(module.fc2) is not nn.Conv2d or module.fc1.bias is None or module.fc2.bias is None:
+        raise Refused(f"{path} is not made of two plain convolutions with bias")
+    return SqueezeExciteUnit(path, module.fc1, module.fc2, _activation(f"{path}.act", module.act))
+
+
+def _shortcut(path: str, module: nn.Module | None, norm: bool) -> dict:
+    """The fields `shortcut`, `pool` and `identity` of a form, from timm's shortcut module."""
+    if module is None:
+        return {"identity": False}
+    if type(module) is nn.Identity:
+        return {"identity": True}
+    pool, conv_path = None, path
+    if type(module) is nn.Sequential and len(module) == 2:
+        pool, conv_path, module = module[0], f"{path}.1", module[1]
+    elif type(module) in (byobnet.DownsampleAvg, resnetv2.DownsampleAvg, resnetv2.DownsampleConv):
+        if type(getattr(module, "norm", None)) not in (type(None), nn.Identity):
+            raise Refused(f"{path} has a norm of its own")
+        pool, conv_path, module = getattr(module, "pool", None), f"{path}.conv", module.conv
+    pool = None if type(pool) is nn.Identity else pool
+    if norm:
+        return {"shortcut": _conv_norm_act(conv_path, module), "pool": pool, "identity": False}
+    return {"shortcut": _conv_norm(conv_path, module, "", None), "pool": pool, "identity": False}
+
+
+@register_notrace_module
+class ConvNormAct(Fused, TimmConvNormAct):
+    """timm's `ConvNormAct`: `act(norm(conv(x)))`. Constructor and state are timm's."""
+
+    host = TimmConvNormAct
+
+    def fused_form(self) -> forms.Single:
+        _check_quiet(self)
+        return forms.Single(_conv_norm_act("", self))
+
+
+@register_notrace_module
+class Conv2d(Fused, nn.Conv2d):
+    """`torch.nn.Conv2d` with packed weights: the bare stem convolutions of RegNetV and ResNetV2."""
+
+    host = nn.Conv2d
+
+    def fused_form(self) -> forms.Single:
+        return forms.Single(_conv_norm("", self, "", None))
+
+
+@register_notrace_module
+class StdConv(Fused, StdConv2d):
+    """timm's `StdConv2d` with its standardised weights kept between evaluations: the stem of the BiT models."""
+
+    host = StdConv2d
+
+    def fused_form(self) -> forms.Single:
+        _conv_kind = ConvUnit("", self, standardize=self.eps)
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            raise Refused(f"it pads with {self.padding!r} in mode {self.padding_mode!r}")
+        return forms.Single(_conv_kind)
+
+
+@register_notrace_module
+class NormAct(Fused, BatchNormAct2d):
+    """timm's `BatchNormAct2d` where no convolution precedes it: the stem and final norms of ResNetV2."""
+
+    host = BatchNormAct2d
+
+    def fused_form(self) -> forms.Norm:
+        _check_quiet(self)
+        if self.running_mean is None or self.running_var is None:
+            raise Refused("it keeps no running statistics")
+        return forms.Norm(NormActUnit("", self, _norm_activation("", self)))
+
+
+@register_notrace_module
+class Bottleneck(Fused, regnet.Bottleneck):
+    """timm's RegNet `Bottleneck` (RegNetX, RegNetY and the RegNetZ of regnet.py). Constructor and state are timm's."""
+
+    host = regnet.Bottleneck
+
+    def fused_form(self) -> forms.Bottleneck:
+        _check_quiet(self)
+        _check_inert("drop_path", self.drop_path)
+        return forms.Bottleneck(
+            _conv_norm_act("conv1", self.conv1), _conv_norm_act("conv2", self.conv2),
+            _conv_norm_act("conv3", self.conv3, after=_activation("act3", self.act3)), _squeeze_excite("se", self.se),
+            **_shortcut("downsample", self.downsample, norm=True),
+        )
+
+
+@register_notrace_module
+class BottleneckBlock(Fused, byobnet.BottleneckBlock):
+    """timm's byobnet `BottleneckBlock` (most RegNetZ). Constructor and state are timm's."""
+
+    host = byobnet.BottleneckBlock
+
+    def fused_form(self) -> forms.Bottleneck:
+        _check_quiet(self)
+        _check_inert("drop_path", self.drop_path)
+        for path in ("conv2b_kxk", "attn_last"):
+            if type(getattr(self, path)) is not nn.Identity:
+                raise Refused(f"{path} has no fused form")
+        return forms.Bottleneck(
+            _conv_norm_act("conv1_1x1", self.conv1_1x1), _conv_norm_act("conv2_kxk", self.conv2_kxk),
+            _conv_norm_act("conv3_1x1", self.conv3_1x1, after=_activation("act", self.act)), _squeeze_excite("attn", self.attn),
+            **_shortcut("shortcut", self.shortcut, norm=True),
+        )
+
+
+@register_notrace_module
+class PreBottleneck(Fused, regnet.PreBottleneck):
+    """timm's RegNetV `PreBottleneck`. Constructor and state are timm's."""
+
+    host = regnet.PreBottleneck
+
+    def fused_form(self) -> forms.PreAct:
+        _check_quiet(self)
+        _check_inert("drop_path", self.drop_path)
+        squeeze_excite = _squeeze_excite("se", self.se)
+        norm1 = _norm("norm1", self.norm1)
+        return forms.PreAct(
+            norm1, _conv_norm("conv1", self.conv1, "norm2", self.norm2),
+            _conv_norm("conv2", self.conv2, "norm3", self.norm3 if squeeze_excite is None else None),
+            _conv_norm("conv3", self.conv3, "", None),
+            norm3=None if squeeze_excite is None else _norm("norm3", self.norm3), squeeze_excite=squeeze_excite,
+            identity_after_norm=True, owns_norm=isinstance(norm1, NormActUnit), **_shortcut("downsample", self.downsample, norm=False),
+        )
+
+
+@register_notrace_module
+class PreActBottleneck(Fused, resnetv2.PreActBottleneck):
+    """timm's ResNetV2 `PreActBottleneck`. Constructor and state are timm's."""
+
+    host = resnetv2.PreActBottleneck
+
+    def fused_form(self) -> forms.PreAct:
+        _check_quiet(self)
+        _check_inert("drop_path", self.drop_path)
+        return forms.PreAct(
+            _norm("norm1", self.norm1), _conv_norm("conv1", self.conv1, "norm2", self.norm2),
+            _conv_norm("conv2", self.conv2, "norm3", self.norm3), _conv_norm("conv3", self.conv3, "", None),
+            **_raw_shortcut(self.downsample),
+        )
+
+
+@register_notrace_module
+class PreActBasic(Fused, resnetv2.PreActBasic):
+    """timm's ResNetV2 `PreActBasic`. Constructor and state are timm's."""
+
+    host = resnetv2.PreActBasic
+
+    def fused_form(self) -> forms.PreAct:
+        _check_quiet(self)
+        _check_inert("drop_path", self.drop_path)
+        return forms.PreAct(
+            _norm("norm1", self.norm1), _conv_norm("conv1", self.conv1, "norm2", self.norm2),
+            _conv_norm("conv2", self.conv2, "", None), **_raw_shortcut(self.downsample),
+        )
+
+
+def _raw_shortcut(module: nn.Module | None) -> dict:
+    """ResNetV2's shortcut: without a downsample module the raw input is added."""
+    return {"identity": True} if module is None else _shortcut("downsample", module, norm=False)
+
+
+@register_notrace_module
+class RepVggBlock(Fused, byobnet.RepVggBlock):
+    """timm's `RepVggBlock`, in training form and reparameterised. Constructor and state are timm's."""
+
+    host = byobnet.RepVggBlock
+
+    def fused_form(self) -> forms.RepVgg:
+        _check_quiet(self)
+        squeeze_excite = _squeeze_excite("attn", self.attn)
+        activation = _activation("act", self.act)
+        after = activation if squeeze_excite is None else "none"
+        if self.reparam_conv is not None:
+            return forms.RepVgg(_conv_norm("reparam_conv", self.reparam_conv, "", None, after), squeeze_excite, activation)
+        _check_inert("drop_path", self.drop_path)
+        kxk = _conv_norm_act("conv_kxk", self.conv_kxk)
+        pointwise = _conv_norm_act("conv_1x1", self.conv_1x1)
+        folded = [kxk, pointwise] if self.identity is None else [kxk, pointwise, _norm("identity", self.identity)]
+        if any(unit.norm is None or unit.activation != "none" or isinstance(unit, HostNormUnit) for unit in folded):
+            raise Refused("its branches are not all BatchNorm without an activation")
+        padding = tuple(self.conv_kxk.conv.dilation[i] * (self.conv_kxk.conv.kernel_size[i] // 2) for i in range(2))
+        if kxk.standardize or pointwise.standardize or pointwise.geometry()[1] != (0, 0) or kxk.geometry()[1] != padding \
+                or pointwise.geometry()[0] != kxk.geometry()[0] or pointwise.geometry()[3] != kxk.geometry()[3]:
+            raise Refused("its branches do not have the same geometry")
+        unit = RepVggUnit("conv_kxk", self.conv_kxk.conv, self.conv_kxk.bn, activation=after, pointwise=self.conv_1x1.conv,
+                          pointwise_norm=self.conv_1x1.bn, identity=self.identity)
+        return forms.RepVgg(unit, squeeze_excite, activation, casts_input=self.identity is None)
+
+
+@register_notrace_module
+class ClassifierHead(Fused, TimmClassifierHead):
+    """timm's `ClassifierHead`: global average pooling and a linear classifier. Constructor and state are timm's."""
+
+    host = TimmClassifierHead
+
+    def fused_form(self) -> forms.Head:
+        _check_quiet(self)
+        _check_inert("drop", self.drop)
+        if self.input_fmt not in (None, "NCHW") or self.global_pool.pool_type not in ("avg", "fast", "fastavg"):
+            raise Refused(f"global_pool={self.global_pool.pool_type!r} has no fused form")
+        if type(self.fc) is nn.Identity:
+            return forms.Head()
+        if type(self.fc) is nn.Linear:
+            return forms.Head(ConvUnit("fc", self.fc))
+        if type(self.fc) is not nn.Conv2d or self.fc.kernel_size != (1, 1):
+            raise Refused(f"fc is {type(self.fc).__name__}, not a plain linear layer or 1x1 convolution")
+        return forms.Head(_conv_norm("fc", self.fc, "", None))
+
+    def forward(self, x, pre_logits: bool = False):
+        return TimmClassifierHead.forward(self, x, pre_logits) if pre_logits else Fused.forward(self, x)
+
+
+BLOCKS: dict[type[nn.Module], type[Fused]] = {
+    cls.host: cls
+    for cls in (ConvNormAct, Bottleneck, BottleneckBlock, PreBottleneck, PreActBottleneck, PreActBasic, RepVggBlock, ClassifierHead)
+}
+"""timm's class to ours, wherever it stands in a network."""
+
+_BARE = {nn.Conv2d: Conv2d, StdConv2d: StdConv, BatchNormAct2d: NormAct}
+_BARE_PARENTS = (regnet.RegNet, resnetv2.ResNetV2)
+
+
+def candidates(network: nn.Module) -> list[tuple[str, nn.Module, type[Fused]]]:
+    """Every module of a network that has a fused twin, outermost only: (path, module, fused class).
+
+    Bare convolutions and norms count only where a stem or the final norm of these models is made of them.
+    """
+    found: list[tuple[str, nn.Module, type[Fused]]] = []
+    seen: set[int] = set()
+
+    def walk(path: str, module: nn.Module, bare: bool) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        cls = BLOCKS.get(type(module)) or (_BARE.get(type(module)) if bare else None)
+        if cls is not None:
+            found.append((path, module, cls))
+            return
+        features = isinstance(module, nn.ModuleDict) and _holds_resnet_stages(module)
+        for name, child in module.named_children():
+            inside = isinstance(module, _BARE_PARENTS) or features
+            stem = (inside and (name.startswith("stem") or name == "norm")) or (bare and isinstance(module, nn.Sequential))
+            walk(f"{path}.{name}" if path else name, child, stem)
+
+    walk("", network, False)
+    return found
+
+
+def _holds_resnet_stages(module: nn.Module) -> bool:
+    """Whether a feature extractor was made of one of these models."""
+    return any(isinstance(child, (regnet.RegStage, resnetv2.ResNetStage)) for child in module.children())

@@ -1,0 +1,167 @@
+"""What is installed, which devices there are, and which backend serves which dtype on each of them."""
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import backends
+from .backends import ConvProblem
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def package_version(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def own_version() -> str:
+    """The version of regnet_fast, from the package itself: a checkout need not be installed."""
+    import regnet_fast
+
+    return getattr(regnet_fast, "__version__", None) or package_version("regnet_fast") or "unknown"
+
+
+def cpu_name() -> str:
+    """The processor's name as the system knows it."""
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return match.group(1).strip() if match else platform.processor() or platform.machine()
+
+
+def _library_versions() -> dict[str, str | None]:
+    """oneDNN, MKL, CUDA and cuDNN, as far as this build of torch has them."""
+    build = torch.__config__.show()
+    onednn = re.search(r"MKL-DNN v([\d.]+)", build)
+    mkl = re.search(r"Math Kernel Library Version ([\d.]+)", build)
+    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
+    return {
+        "oneDNN": onednn.group(1) if onednn else None,
+        "MKL": mkl.group(1) if mkl else None,
+        "CUDA": torch.version.cuda,
+        "cuDNN": str(cudnn) if cudnn else None,
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions by name; None for what is not installed."""
+    packages = {name: package_version(name) for name in ("timm", "triton", "numpy", "cupy")}
+    own = {"regnet_fast": own_version(), "python": platform.python_version(), "torch": torch.__version__}
+    return {**own, **packages, **_library_versions()}
+
+
+def devices() -> list[dict[str, Any]]:
+    """The CPU, then every CUDA device."""
+    bfloat16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    found: list[dict[str, Any]] = [{
+        "device": "cpu",
+        "name": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": bool(bfloat16 and bfloat16()),
+    }]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append({
+            "device": f"cuda:{index}",
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "bfloat16": properties.major >= 8,
+        })
+    return found
+
+
+def probe(device: str, dtype: str) -> ConvProblem:
+    """A small grouped convolution, the operation that every RegNet needs, to ask backends about."""
+    return ConvProblem("grouped_conv", (1, 64, 14, 14), 64, (3, 3), (1, 1), (1, 1), (1, 1), 8, "relu", False, False,
+                       getattr(torch, dtype), device.partition(":")[0])
+
+
+def support() -> list[dict[str, Any]]:
+    """One row for each device, backend and dtype: whether the backend serves `probe`, and why not."""
+    rows = []
+    for device in devices():
+        for backend, module in backends.BACKENDS.items():
+            for dtype in DTYPES:
+                if device["device"] == "cpu":
+                    reason = module.refuse(probe("cpu", dtype))
+                else:
+                    with torch.cuda.device(device["device"]):
+                        reason = module.refuse(probe(device["device"], dtype))
+                rows.append({"device": device["device"], "backend": backend, "dtype": dtype,
+                             "available": reason is None, "reason": reason or ""})
+    return rows
+
+
+def collect() -> dict[str, Any]:
+    """Everything that `regnet-fast info` shows. Raises ValueError where REGNET_FAST_BACKEND names no backend."""
+    return {
+        "versions": versions(),
+        "devices": devices(),
+        "forced_backend": backends.forced_backend(),
+        "backends": support(),
+    }
+
+
+def conditions(device: str = "cpu") -> dict[str, Any]:
+    """What a measured number needs beside it: hardware, versions, commit, load and date."""
+    facts: dict[str, Any] = {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "driver": _driver() if device.startswith("cuda") else None,
+        "system": platform.platform(),
+        **{name: version for name, version in versions().items() if version},
+        **_commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if hasattr(os, "getloadavg"):
+        facts["load_average"] = round(os.getloadavg()[0], 2)
+    return facts
+
+
+def conditions_line(facts: dict[str, Any]) -> str:
+    """The conditions in one line of text."""
+    where = facts["cpu"] if facts["device"] == "cpu" else f"{facts['device']} (driver {facts['driver']}), {facts['cpu']}"
+    commit = f", commit {facts['commit'][:9]}{' with local changes' if facts['dirty'] else ''}" if facts.get("commit") else ""
+    load = f", load average {facts['load_average']} at the start" if "load_average" in facts else ""
+    return (f"{where}, {facts['threads']} threads, torch {facts['torch']}, timm {facts['timm']}, "
+            f"regnet_fast {facts['regnet_fast']}{commit}, {facts['date'][:10]}{load}")
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return (_output(command) or "unknown").splitlines()[0]
+
+
+def _commit() -> dict[str, Any]:
+    """The commit that the package was imported from, where that is a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return {}
+    commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
+    return {"commit": commit, "dirty": bool(_output(["git", "-C", str(root), "status", "--porcelain"]))} if commit else {}
+
+
+def _output(command: list[str]) -> str:
+    """What a command prints; '' where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,144 @@
+"""Models: timm builds them, and the blocks that are known here are rebuilt fused. Names timm's `models` has and this
+module has not are timm's.
+"""
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm.models
+from timm.layers import is_exportable, is_scriptable
+from timm.models import get_pretrained_cfg, is_model, list_models, list_pretrained
+from torch import nn
+
+from . import weights
+from .blocks.fused import Fused
+from .blocks.units import Refused
+from .hosts import timm as host
+
+__all__ = [
+    "Report", "create_model", "get_pretrained_cfg", "is_model", "list_models", "list_pretrained", "model_entrypoint", "rebuild", "restore",
+]
+
+_create_model = getattr(timm.models.create_model, "__wrapped__", timm.models.create_model)
+_model_entrypoint = getattr(timm.models.model_entrypoint, "__wrapped__", timm.models.model_entrypoint)
+
+
+@dataclass
+class Report:
+    """What `rebuild` did: the model, the modules that run fused, and those that were left with the reason."""
+
+    model: nn.Module
+    rebuilt: list[tuple[str, str]] = field(default_factory=list)
+    kept: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.rebuilt)} modules rebuilt, {len(self.kept)} kept"]
+        lines += [f"  kept {path} ({name}): {reason}" for path, name, reason in self.kept]
+        return "\n".join(lines)
+
+
+def rebuild(model: nn.Module, inplace: bool = True) -> Report:
+    """Turn every block of a network that is known here into its fused twin.
+
+    A block keeps its modules, parameters, buffers and identity: only its class becomes a subclass of the host's. So
+    state-dict keys, optimisers, hooks and references to the block stay as they are.
+
+    Args:
+        model: a timm model of any kind, or a network that contains such models or blocks.
+        inplace: change the model itself; else a deep copy of it.
+
+    Returns a `Report` with the model, what was rebuilt, and what was not and why. Raises TypeError for anything but a
+    module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"rebuild takes a torch.nn.Module, got {type(model).__name__}")
+    report = Report(model if inplace else copy.deepcopy(model))
+    for path, module, cls in host.candidates(report.model):
+        try:
+            _refuse_in_vain(module, cls)
+        except Refused as refusal:
+            report.kept.append((path, type(module).__name__, str(refusal)))
+            continue
+        module.__class__ = cls
+        report.rebuilt.append((path, cls.__name__))
+    return report
+
+
+def _refuse_in_vain(module: nn.Module, cls: type[Fused]) -> None:
+    """Raise `Refused` where a module could not run fused in evaluation either."""
+    twin = object.__new__(cls)
+    twin.__dict__ = {**module.__dict__, "training": False}
+    flags = [(m, m.training) for m in module.modules()]
+    try:
+        for m, _ in flags:
+            m.training = False
+        twin.fused_form()
+    finally:
+        for m, training in flags:
+            m.training = training
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `rebuild` in place: every fused block becomes the host's own class again, weights untouched. Returns the model."""
+    for module in model.modules():
+        if isinstance(module, Fused):
+            state = module.__getstate__()
+            module.__dict__.clear()
+            module.__dict__.update(state)
+            module.__class__ = type(module).host
+    return model
+
+
+def in_family(model_name: str) -> bool:
+    """Whether an architecture is one whose models `create_model` rebuilds."""
+    return model_name.startswith(host.FAMILIES)
+
+
+@functools.wraps(_create_model)
+def create_model(
+    model_name: str, pretrained: bool = False, pretrained_cfg=None, pretrained_cfg_overlay: dict[str, Any] | None = None,
+    checkpoint_path=None, cache_dir=None, scriptable: bool | None = None, exportable: bool | None = None, no_jit: bool | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """`timm.create_model`, with the blocks of RegNet, RepVGG and ResNetV2 rebuilt fused.
+
+    Arguments, defaults and errors are timm's. Beyond timm, `checkpoint_path` and an overlay's `file` also take original
+    RepVGG checkpoints, and `checkpoint_path` deployed (reparameterised) ones. A model of another family, and any model
+    built with `scriptable` or `exportable` set, is exactly timm's.
+    """
+    model = _create_model(
+        model_name, pretrained, pretrained_cfg, weights.pretrained_overlay(pretrained_cfg_overlay), None, cache_dir, scriptable, exportable,
+        no_jit, **kwargs,
+    )
+    if checkpoint_path:
+        weights.load_checkpoint(model, checkpoint_path)
+    scriptable = is_scriptable() if scriptable is None else scriptable
+    exportable = is_exportable() if exportable is None else exportable
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or ""
+    if in_family(architecture) and not scriptable and not exportable:
+        rebuild(model)
+    return model
+
+
+def model_entrypoint(model_name: str, module_filter: str | None = None) -> Callable[..., nn.Module]:
+    """`timm.model_entrypoint`: the function that builds a model, which rebuilds it where it is of our families."""
+    entrypoint = _model_entrypoint(model_name, module_filter)
+    if not in_family(model_name):
+        return entrypoint
+
+    @functools.wraps(entrypoint)
+    def build(*args: Any, **kwargs: Any) -> nn.Module:
+        model = entrypoint(*args, **kwargs)
+        return model if is_scriptable() or is_exportable() else rebuild(model).model
+
+    return build
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(timm.models, name)
+
+

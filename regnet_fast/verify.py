@@ -1,0 +1,274 @@
+"""The numbers of a rebuilt model against timm's own, both judged by float64, stage by stage.
+
+One set of weights, rounded to the compute dtype, and one input run three ways: on timm's forward in float64 (r), on
+timm's forward in the compute dtype (e), and rebuilt (k). Ours is the same function where
+
+    max|k - r| <= 2 max|e - r| + floor        RMS(k - r) <= 2 RMS(e - r) + floor
+
+on the whole tensor and on its border alone; the floor is two ulps of the compute dtype at the RMS of r.
+"""
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from .models import rebuild
+
+ERROR_RATIO = 2.0
+FLOOR_ULPS = 2.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Announce = Callable[[str], None]
+
+
+def silent(text: str) -> None:
+    """Announces nothing."""
+
+
+class UnknownModelError(ValueError):
+    """timm has no model of this name; the message says which names come close."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One output of a model: its largest and RMS errors against float64, ours and eager's, and why ours fails if it does.
+
+    `where` is the index of our largest error. The failure is '' where ours is the same function as eager.
+    """
+
+    stage: str
+    shape: tuple[int, ...]
+    max_ours: float
+    max_eager: float
+    rms_ours: float
+    rms_eager: float
+    floor: float
+    where: tuple[int, ...]
+    failure: str
+
+    @property
+    def ok(self) -> bool:
+        return not self.failure
+
+    @property
+    def ratio(self) -> float:
+        """Our largest error in units of eager's, or of the floor where that is larger."""
+        return self.max_ours / max(self.max_eager, self.floor, 1e-300)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "ratio": self.ratio, "ok": self.ok}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found: the checks in the order of the stages, and what was rebuilt and kept."""
+
+    model: str
+    input_shape: tuple[int, ...]
+    dtype: str
+    device: str
+    seed: int
+    rebuilt: int
+    kept: list[tuple[str, str, str]]
+    checks: list[Check]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "checks": [check.as_dict() for check in self.checks], "ok": self.ok}
+
+
+def host_model(name: str, **kwargs: Any) -> nn.Module:
+    """timm's own model, in evaluation mode and with random weights.
+
+    Raises UnknownModelError, with timm's message and the closest names, where timm has no such model or tag.
+    """
+    try:
+        return timm.create_model(name, pretrained=False, **kwargs).eval()
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, UnknownModelError) or not _names_the_model(error):
+            raise
+        raise UnknownModelError(_with_close_names(error, name)) from error
+
+
+def _names_the_model(error: Exception) -> bool:
+    return str(error).startswith(("Unknown model", "Invalid pretrained tag", "Model name", "Model architecture"))
+
+
+def _with_close_names(error: Exception, name: str) -> str:
+    architecture, _, tag = name.partition(".")
+    if tag and timm.is_model(architecture):
+        close = timm.list_models(f"{architecture}.*", pretrained=True)
+    else:
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.6)
+    return f"{str(error).rstrip('.')}. " + (f"Close: {', '.join(close)}" if close else "See timm.list_models()")
+
+
+def input_size(model: nn.Module, size: int | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the model's input: the size it was trained for, or a square one of `size`."""
+    channels, height, width = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (3, 224, 224)
+    return (channels, size or height, size or width)
+
+
+@torch.no_grad()
+def randomize_norms(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every norm random running statistics and a random affine transform, in place, and return the model.
+
+        running_var, weight ~ U(0.5, 1.5)        running_mean, bias ~ N(0, 0.2)
+
+    A fresh timm model has the last norm of each residual branch zeroed, which hides half of every block. Where the
+    output of a norm is added to something, its weight is smaller, so that activations keep their size at any depth:
+    U(0.1, 0.3) at the end of a residual branch, U(0.3, 0.8) in the three branches of a RepVGG block.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor: Tensor, low: float, high: float) -> None:
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+    def normal(tensor: Tensor) -> None:
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
+
+    summed = dict(_summed_norms(model))
+    for module in filter(_is_norm, model.modules()):
+        if getattr(module, "running_var", None) is not None:
+            uniform(module.running_var, 0.5, 1.5)
+            normal(module.running_mean)
+        if getattr(module, "weight", None) is not None:
+            uniform(module.weight, *summed.get(module, (0.5, 1.5)))
+        if getattr(module, "bias", None) is not None:
+            normal(module.bias)
+    return model
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises per channel: it has running statistics, or a vector for its weight and its bias."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    has_vectors = isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.ndim == bias.ndim == 1
+    return has_vectors or isinstance(getattr(module, "running_var", None), Tensor)
+
+
+def _summed_norms(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[float, float]]]:
+    """The norms whose output is added to something else, with the range of their weights.
+
+    A block is a smallest module that holds more than one norm beside its shortcut.
+    """
+    for block in model.modules():
+        parts = [child for name, child in block.named_children() if name not in ("downsample", "shortcut")]
+        norms = [[module for module in part.modules() if _is_norm(module)] for part in parts]
+        if sum(map(len, norms)) < 2 or max(map(len, norms)) > 1:
+            continue
+        flat = [norm for part in norms for norm in part]
+        if "repvgg" in type(block).__name__.lower():
+            yield from ((norm, (0.3, 0.8)) for norm in flat)
+        else:
+            yield flat[-1], (0.1, 0.3)
+
+
+def judge(stage: str, ours: Tensor, eager: Tensor, reference: Tensor) -> Check:
+    """Judge one output by the rule of this module.
+
+    A border has few values and says little about eager's error there, so eager is granted what a sample of its error
+    over the whole tensor would show: four times its RMS error for the largest.
+    """
+    shape = tuple(reference.shape)
+    if tuple(ours.shape) != tuple(eager.shape) or ours.dtype != eager.dtype or tuple(ours.shape) != shape:
+        failure = f"ours is {tuple(ours.shape)} {ours.dtype}, eager {tuple(eager.shape)} {eager.dtype}"
+        return Check(stage, shape, float("inf"), 0.0, float("inf"), 0.0, 0.0, (), failure)
+    dtype = eager.dtype
+    ours, eager, reference = (t.detach().to(reference.device, torch.float64) for t in (ours, eager, reference))
+    ours_error = (ours - reference).abs().nan_to_num(nan=torch.inf)
+    eager_error = (eager - reference).abs()
+    floor = FLOOR_ULPS * torch.finfo(dtype).eps * _rms(reference)
+    eager_rms = _rms(eager_error)
+    where = tuple(int(i) for i in torch.unravel_index(ours_error.argmax(), shape))
+    failure = ""
+    if not eager_error.isfinite().all():
+        failure = f"timm itself overflows in {dtype}, so there is nothing to hold ours to"
+    for region, index in _regions(len(shape)):
+        if failure:
+            break
+        k, e = ours_error[index], eager_error[index]
+        granted_max, granted_rms = e.max().item(), _rms(e)
+        if region != "everywhere":
+            granted_max = max(granted_max, 4 * eager_rms)
+            granted_rms = max(granted_rms, eager_rms * (1 + 2 / k.numel() ** 0.5))
+        for measure, error, granted in (("largest", k.max().item(), granted_max), ("RMS", _rms(k), granted_rms)):
+            if not error <= ERROR_RATIO * granted + floor:
+                failure = (f"the {measure} error {region} is {error:.3g}; allowed is {ERROR_RATIO:g} times eager's "
+                           f"{granted:.3g} plus {floor:.3g}")
+                break
+    return Check(stage, shape, ours_error.max().item(), eager_error.max().item(), _rms(ours_error), eager_rms, floor, where, failure)
+
+
+def _rms(t: Tensor) -> float:
+    return t.square().mean().sqrt().item()
+
+
+def _regions(dimensions: int) -> Iterator[tuple[str, tuple]]:
+    """Names and indices of the parts of an output on which the rule must hold."""
+    yield "everywhere", ()
+    yield "in the last image", (-1,)
+    if dimensions == 4:
+        yield "in the first row", (..., 0, slice(None))
+        yield "in the last row", (..., -1, slice(None))
+        yield "in the first column", (..., 0)
+        yield "in the last column", (..., -1)
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The output of each stage by name, where the model can give them, and the logits."""
+    stages: dict[str, Tensor] = {}
+    if hasattr(model, "forward_intermediates"):
+        features = model.forward_intermediates(x, intermediates_only=True)
+        names = [info.get("module", "") for info in getattr(model, "feature_info", None) or []]
+        if len(names) != len(features) or len(set(names)) != len(names):
+            names = [f"feature {i}" for i in range(len(features))]
+        stages.update(zip(names, features, strict=True))
+    stages["logits"] = model(x)
+    return {name: value for name, value in stages.items() if isinstance(value, Tensor)}
+
+
+def verify(
+    name: str, batch: int = 2, size: int | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu",
+    seed: int = 0, announce: Announce = silent,
+) -> Verification:
+    """Run a model three ways on the same random weights and input, and judge every stage and the logits.
+
+    Args:
+        name: a timm model name.
+        batch: images.
+        size: height and width; by default those the model was trained for.
+        dtype: compute dtype of timm eager and of ours.
+        device: where all three run.
+        seed: of the weights and the input.
+        announce: told what is about to run.
+
+    Raises UnknownModelError.
+    """
+    announce(f"{name}: building")
+    torch.manual_seed(seed)
+    base = randomize_norms(host_model(name), seed).to(device, dtype)
+    x = torch.randn(batch, *input_size(base, size)).to(device, dtype)
+    report = rebuild(copy.deepcopy(base))
+    announce(f"{name}: regnet_fast in {_short(dtype)}")
+    ours = outputs(report.model, x)
+    announce(f"{name}: timm eager in {_short(dtype)}")
+    eager = outputs(base, x)
+    announce(f"{name}: timm eager in float64")
+    reference = outputs(base.double(), x.double())
+    checks = [judge(stage, ours[stage], eager[stage], reference[stage]) for stage in reference]
+    return Verification(name, tuple(x.shape), _short(dtype), device, seed, len(report.rebuilt), list(report.kept), checks)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
