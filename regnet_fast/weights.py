@@ -11,6 +11,7 @@ reparameterises the model's blocks, and a training-form file is folded into a mo
 """
 
 import argparse
+import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -194,14 +195,14 @@ def _is_safetensors(head: bytes) -> bool:
 
 def _why_unreadable(path: Path, head: bytes, error: Exception) -> str:
     message = str(error)
-    needs_code = "GLOBAL" in message or "TorchScript" in message
-    if needs_code or ("Weights only load failed" in message and head[:1] in (b"\x80", b"P")):
+    is_pickle_refusal = isinstance(error, pickle.UnpicklingError)
+    if "TorchScript" in message or (is_pickle_refusal and ("GLOBAL" in message or head[:1] in (b"\x80", b"P"))):
         names = ", ".join(sorted(set(re.findall(r"GLOBAL ([\w.]+)", message))))
         return (
             f"'{path}' needs code execution to be read{names and f' (it names {names})'} and is refused. Where you "
             "trust its origin, load it with the library that wrote it and save model.state_dict() alone"
         )
-    reason = "" if "Weights only load failed" in message else f": {message or type(error).__name__}"
+    reason = "" if is_pickle_refusal else f": {message or type(error).__name__}"
     return f"'{path}' is not a readable safetensors or torch checkpoint: damaged, truncated or another format{reason}"
 
 
