@@ -19,7 +19,7 @@ _HOME = {
     "model_entrypoint": "models",
     "rebuild": "models",
     "restore": "models",
-    "explain": "explain",
+    "explain": "explanation",
     "backend": "backends",
     "BackendError": "backends",
     "FallbackWarning": "blocks.fused",

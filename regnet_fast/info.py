@@ -5,6 +5,8 @@ import os
 import platform
 import re
 import subprocess
+from collections import Counter
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +18,7 @@ from . import backends
 from .backends import ConvProblem
 
 DTYPES = ("float32", "bfloat16", "float16")
+BUSY = 0.5  # load average per core from which on times are called noisy
 
 
 def package_version(package: str) -> str | None:
@@ -47,7 +50,7 @@ def _library_versions() -> dict[str, str | None]:
     build = torch.__config__.show()
     onednn = re.search(r"MKL-DNN v([\d.]+)", build)
     mkl = re.search(r"Math Kernel Library Version ([\d.]+)", build)
-    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
+    cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
     return {
         "oneDNN": onednn.group(1) if onednn else None,
         "MKL": mkl.group(1) if mkl else None,
@@ -138,9 +141,14 @@ def conditions(device: str = "cpu") -> dict[str, Any]:
 
 def conditions_line(facts: dict[str, Any]) -> str:
     """The conditions in one line of text."""
-    where = facts["cpu"] if facts["device"] == "cpu" else f"{facts['device']} (driver {facts['driver']}), {facts['cpu']}"
-    commit = f", commit {facts['commit'][:9]}{' with local changes' if facts['dirty'] else ''}" if facts.get("commit") else ""
+    where = facts["cpu"]
+    if facts["device"] != "cpu":
+        where = f"{facts['device']} (driver {facts['driver']}), {where}"
+    commit = f", commit {facts['commit'][:9]}" if "commit" in facts else ""
+    commit += " with local changes" if facts.get("dirty") else ""
     load = f", load average {facts['load_average']} at the start" if "load_average" in facts else ""
+    if facts.get("load_average", 0) > BUSY * (os.cpu_count() or 1):
+        load += " (other work runs on this machine: these times are noisy)"
     return (f"{where}, {facts['threads']} threads, torch {facts['torch']}, timm {facts['timm']}, "
             f"regnet_fast {facts['regnet_fast']}{commit}, {facts['date'][:10]}{load}")
 
@@ -156,7 +164,9 @@ def _commit() -> dict[str, Any]:
     if not (root / ".git").exists():
         return {}
     commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
-    return {"commit": commit, "dirty": bool(_output(["git", "-C", str(root), "status", "--porcelain"]))} if commit else {}
+    if not commit:
+        return {}
+    return {"commit": commit, "dirty": bool(_output(["git", "-C", str(root), "status", "--porcelain"]))}
 
 
 def _output(command: list[str]) -> str:
@@ -165,3 +175,25 @@ def _output(command: list[str]) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def explain_model(name: str, batch: int, size: int | None, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """The layers of a model with their totals, as `regnet-fast explain` shows them; no layers outside our families.
+
+    Raises UnknownModelError.
+    """
+    from .explanation import explain
+    from .verify import host_model, input_size, rebuilt
+
+    report = rebuilt(host_model(name).to(device, dtype))
+    shape = (batch, *input_size(report.model, size))
+    rows = [asdict(row) for row in explain(report.model, shape)] if report.rebuilt or report.kept else []
+    served = Counter(row["backend"] for row in rows)
+    return {
+        "model": name, "input_shape": shape, "dtype": str(dtype).removeprefix("torch."), "device": device,
+        "rebuilt": len(report.rebuilt), "kept": report.kept, "layers": rows,
+        "totals": {
+            "flops": sum(row["flops"] for row in rows), "bytes": sum(row["bytes"] for row in rows),
+            "layers_by_backend": dict(served.most_common()),
+        },
+    }

@@ -58,18 +58,17 @@ def rebuild(model: nn.Module, inplace: bool = True) -> Report:
         raise TypeError(f"rebuild takes a torch.nn.Module, got {type(model).__name__}")
     report = Report(model if inplace else copy.deepcopy(model))
     for path, module, cls in host.candidates(report.model):
-        try:
-            _refuse_in_vain(module, cls)
-        except Refused as refusal:
-            report.kept.append((path, type(module).__name__, str(refusal)))
+        reason = why_not(module, cls)
+        if reason is not None:
+            report.kept.append((path, type(module).__name__, reason))
             continue
         module.__class__ = cls
         report.rebuilt.append((path, cls.__name__))
     return report
 
 
-def _refuse_in_vain(module: nn.Module, cls: type[Fused]) -> None:
-    """Raise `Refused` where a module could not run fused in evaluation either."""
+def why_not(module: nn.Module, cls: type[Fused]) -> str | None:
+    """Why a module could not run fused in evaluation as it is built, or None."""
     twin = object.__new__(cls)
     twin.__dict__ = {**module.__dict__, "training": False}
     flags = [(m, m.training) for m in module.modules()]
@@ -77,9 +76,12 @@ def _refuse_in_vain(module: nn.Module, cls: type[Fused]) -> None:
         for m, _ in flags:
             m.training = False
         twin.fused_form()
+    except Refused as refusal:
+        return str(refusal)
     finally:
         for m, training in flags:
             m.training = training
+    return None
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -98,7 +100,6 @@ def in_family(model_name: str) -> bool:
     return model_name.startswith(host.FAMILIES)
 
 
-@functools.wraps(_create_model)
 def create_model(
     model_name: str, pretrained: bool = False, pretrained_cfg=None, pretrained_cfg_overlay: dict[str, Any] | None = None,
     checkpoint_path=None, cache_dir=None, scriptable: bool | None = None, exportable: bool | None = None, no_jit: bool | None = None,
@@ -110,10 +111,13 @@ def create_model(
     RepVGG checkpoints, and `checkpoint_path` deployed (reparameterised) ones. A model of another family, and any model
     built with `scriptable` or `exportable` set, is exactly timm's.
     """
+    overlay = weights.pretrained_overlay(pretrained_cfg_overlay) if pretrained else pretrained_cfg_overlay
     model = _create_model(
-        model_name, pretrained, pretrained_cfg, weights.pretrained_overlay(pretrained_cfg_overlay), None, cache_dir, scriptable, exportable,
-        no_jit, **kwargs,
+        model_name, pretrained, pretrained_cfg, overlay, None, cache_dir, scriptable, exportable, no_jit, **kwargs
     )
+    if overlay is not pretrained_cfg_overlay:  # the converted weights are in the model now, not in its configuration
+        model.pretrained_cfg.pop("state_dict", None)
+        model.pretrained_cfg["file"] = pretrained_cfg_overlay["file"]
     if checkpoint_path:
         weights.load_checkpoint(model, checkpoint_path)
     scriptable = is_scriptable() if scriptable is None else scriptable
@@ -122,6 +126,9 @@ def create_model(
     if in_family(architecture) and not scriptable and not exportable:
         rebuild(model)
     return model
+
+
+create_model.__wrapped__ = _create_model  # by which a second import finds timm's original under ours
 
 
 def model_entrypoint(model_name: str, module_filter: str | None = None) -> Callable[..., nn.Module]:

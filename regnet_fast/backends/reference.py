@@ -55,9 +55,11 @@ def squeeze_excite(
 
 def norm_act(x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None, activation: str) -> Tensor:
     """`activation(x * scale * gate + shift)` with per-channel scale and shift and a (N, C) gate."""
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x, scale, shift = x.to(wide), scale.to(wide), shift.to(wide)
     if gate is not None:
         scale = scale * gate
-    return activate(x * scale.reshape(-1, x.shape[1], 1, 1) + shift[:, None, None], activation)
+    return activate(x * scale.reshape(-1, x.shape[1], 1, 1) + shift[:, None, None], activation).to(dtype)
 
 
 def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:

@@ -57,7 +57,7 @@ class WinogradConv:
         k = self.out_channels
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1 + 2 * tw - w, 1, 1 + 2 * th - h))
         d = [padded[:, i:i + 2 * th:2] for i in range(4)]
-        v = torch.empty((n, th, tw, 4, 4, c), dtype=x.dtype)
+        v = x.new_empty((n, th, tw, 4, 4, c))
         for a, row in enumerate((d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3])):
             e = [row[:, :, j:j + 2 * tw:2] for j in range(4)]
             torch.sub(e[0], e[2], out=v[:, :, :, a, 0])
@@ -67,7 +67,7 @@ class WinogradConv:
         flat = v.view(1, n * th * tw, 1, 16 * c).permute(0, 3, 1, 2)
         m = torch.ops.mkldnn._convolution_pointwise.default(flat, self.weight, None, *self.geometry, "none", [], "")
         m = m.permute(0, 2, 3, 1).reshape(n, th, tw, 4, 4, k)
-        y = torch.empty((n, 2 * th, 2 * tw, k), dtype=x.dtype)
+        y = x.new_empty((n, 2 * th, 2 * tw, k))
         for i in range(2):
             t = m[..., 0, :, :] + m[..., 1, :, :] if i == 0 else m[..., 1, :, :] - m[..., 2, :, :]
             t = t.add_(m[..., 2, :, :]) if i == 0 else t.sub_(m[..., 3, :, :])

@@ -142,7 +142,7 @@ class Fused:
         if listen is not None:
             listen(self, x, plan, reason)
         if reason is not None:
-            return self._by_host(x, reason)
+            return self._by_host(x, reason, lost_speed=plan is not None)
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in plan.parameters)):
             if plan.differentiated:
                 return super().forward(x)
@@ -160,6 +160,8 @@ class Fused:
             return "training mode runs the host's own forward"
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             return f"the input is a {type(x).__name__}, not a plain tensor"
+        if x.is_meta:
+            return "meta tensors have no values to compute with"
         if x.dim() != 4 or x.numel() == 0:
             return f"an input of shape {tuple(x.shape)} is left to the host"
         if x.dtype not in _DTYPES:
@@ -199,21 +201,21 @@ class Fused:
             x = x.to(dtype)
         return plan, x, None
 
-    def _by_host(self, x: Tensor, reason: str) -> Tensor:
-        """The host's forward. Raises BackendError where a backend is forced; warns once where speed is lost."""
+    def _by_host(self, x: Tensor, reason: str, lost_speed: bool) -> Tensor:
+        """The host's forward. Raises BackendError where a backend is forced; warns once where speed is lost unasked."""
         forced = forced_backend()
         if forced is not None:
             raise BackendError(
                 f"{type(self).__name__}: the backend {forced!r} was asked for and the fused path does not apply: {reason}. "
                 "Lift the force (backend 'auto') to run the host's own forward."
             )
-        if not self.training and type(x) is Tensor and x.dtype in _DTYPES:
+        if lost_speed:
             warnings.warn(f"{type(self).__name__} runs the host's own forward: {reason}", FallbackWarning, stacklevel=3)
         return super().forward(x)
 
     def _traced(self, x: Tensor) -> Tensor:
         """The path under torch.compile and torch.export: through the operators, weights folded in the graph."""
-        if self.training or x.dim() != 4 or x.dtype not in _DTYPES:
+        if self.training or x.dim() != 4 or x.dtype not in _DTYPES or x.is_meta:
             return super().forward(x)
         try:
             form = self.fused_form()
@@ -264,7 +266,7 @@ class _Evaluated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x, *parameters = ctx.saved_tensors
+        x = ctx.saved_tensors[0]
         ctx.plan.differentiated = True
         if not ctx.plan.tensors_current():
             raise RuntimeError(

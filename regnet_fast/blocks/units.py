@@ -161,8 +161,7 @@ class SqueezeExciteUnit(Unit):
 
     def pack(self, dtype: torch.dtype) -> Callable:
         weights = [t.float() for t in (self.fc1.weight.flatten(1), self.fc1.bias, self.fc2.weight.flatten(1), self.fc2.bias)]
-        packed = PackedSqueezeExcite(*weights, self.activation)
-        return lambda means, dtype: packed(means).to(dtype)
+        return PackedSqueezeExcite(*weights, self.activation)
 
 
 @dataclass(eq=False)

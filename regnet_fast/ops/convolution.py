@@ -1,26 +1,28 @@
 """What the three convolutions share: argument checks, packed weights, the fake and the gradient."""
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..backends import ACTIVATIONS, ConvProblem, select
+from ..backends import ACTIVATIONS, ConvProblem, forced_backend, select
 from .fold import BatchNorm, fold_to
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _SHAPES_KEPT = 8
+_DROPPING = threading.Lock()  # of the module, since a lock can be neither copied nor pickled
 
 
 def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
     """An integer or a pair of them as a pair. Raises TypeError for anything else."""
     if isinstance(value, int):
         return (value, value)
-    value = tuple(value)
-    if len(value) != 2 or not all(isinstance(v, int) for v in value):
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(isinstance(v, int) for v in value):
         raise TypeError(f"{name} must be an integer or two integers, got {value!r}")
-    return value
+    return tuple(value)
 
 
 def check_input(op: str, x: Tensor, channels: int, *others: Tensor | None) -> None:
@@ -36,6 +38,24 @@ def check_input(op: str, x: Tensor, channels: int, *others: Tensor | None) -> No
             raise ValueError(f"{op}: the input is on {x.device}, a weight or operand on {other.device}; move one of them")
         if other is not None and other.dtype != x.dtype:
             raise TypeError(f"{op}: the input is {x.dtype}, a weight or operand is {other.dtype}; convert one of them")
+
+
+def check_operand(op: str, x: Tensor, operand: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless a weight or operand is floating-point and on x's device."""
+    if operand is None:
+        return
+    if operand.device != x.device:
+        raise ValueError(f"{op}: the input is on {x.device}, a weight or operand on {operand.device}; move one of them")
+    if operand.dtype not in FLOATS:
+        raise TypeError(f"{op}: a weight or operand is {operand.dtype}, which is no floating-point type; convert it")
+
+
+def check_vectors(op: str, x: Tensor, channels: int, *vectors: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless each vector is a floating (channels,) tensor on x's device, or None."""
+    for vector in vectors:
+        check_operand(op, x, vector)
+        if vector is not None and vector.shape != (channels,):
+            raise ValueError(f"{op}: bias and norm must have vectors of shape ({channels},), got {tuple(vector.shape)}")
 
 
 def check_activation(op: str, activation: str) -> None:
@@ -82,12 +102,18 @@ class PackedConv:
         return ConvProblem(self.op, tuple(x.shape), self.weight.shape[0], tuple(self.weight.shape[2:]), self.stride, self.padding,
                            self.dilation, self.groups, self.activation, gate, residual, x.dtype, x.device.type)
 
+    def explain(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> tuple[ConvProblem, str]:
+        """The problem that the last such call posed, and what served it."""
+        run = self._runs[x.shape, gate is None, residual is None, forced_backend()]
+        return self.problem(x, gate is not None, residual is not None), run.label
+
     def _prepare(self, key: tuple, x: Tensor, gate: bool, residual: bool):
         problem = self.problem(x, gate, residual)
         run = select(problem).module.prepare_conv(problem, self.weight, self.bias)
-        self._runs[key] = run
-        while len(self._runs) > _SHAPES_KEPT:
-            self._runs.popitem(last=False)
+        with _DROPPING:
+            self._runs[key] = run
+            while len(self._runs) > _SHAPES_KEPT:
+                self._runs.popitem(last=False)
         return run
 
     def __call__(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None, *, means: bool = False,
@@ -97,18 +123,32 @@ class PackedConv:
         `consume` allows the backend to overwrite x, `into_residual` the residual. x and the residual are channels_last.
         No argument is checked: the callers did.
         """
-        key = (x.shape, gate is None, residual is None)
+        key = (x.shape, gate is None, residual is None, forced_backend())
         run = self._runs.get(key)
         if run is None:
             run = self._prepare(key, x, gate is not None, residual is not None)
-        y = run(x, gate, residual, consume, into_residual)
+        y = run_without_autocast(x.device.type, run, x, gate, residual, consume, into_residual)
         return (y, pixel_means(y)) if means else y
+
+
+def autocast_enabled(device: str) -> bool:
+    """Whether torch.autocast is on for a type of device; never for meta, which torch refuses to be asked about."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def run_without_autocast(device: str, run: Callable, *arguments):
+    """`run(*arguments)` in the arguments' own dtypes, which autocast would change once more."""
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return run(*arguments)
+    return run(*arguments)
 
 
 def pixel_means(y: Tensor) -> Tensor:
     """(N, C) float32 means over the pixels of a channels_last tensor, as one sum over rows of contiguous channels."""
     n, c, h, w = y.shape
-    sums = y.permute(0, 2, 3, 1).reshape(n, h * w, c).sum(1)
+    wide = torch.float32 if y.dtype == torch.float16 else None  # whose sums would overflow
+    sums = y.permute(0, 2, 3, 1).reshape(n, h * w, c).sum(1, dtype=wide)
     return sums.to(torch.promote_types(y.dtype, torch.float32)) / (h * w)
 
 
@@ -123,7 +163,15 @@ def call_packed(op: str, packed: PackedConv, x: Tensor, gate: Tensor | None, res
     if x.numel() == 0:
         y = empty_output(x, packed.weight, packed.stride, packed.padding, packed.dilation)
         return (y, pixel_means(y)) if means else y
-    return packed(x.contiguous(memory_format=torch.channels_last), gate, residual, means=means)
+    y = channels_last(packed(x.contiguous(memory_format=torch.channels_last), gate, residual))
+    return (y, pixel_means(y)) if means else y
+
+
+def check_not_given(op: str, **given: bool) -> None:
+    """Raise ValueError for arguments given beside packed weights, which would be ignored."""
+    names = [name for name, present in given.items() if present]
+    if names:
+        raise ValueError(f"{op}: {', '.join(names)} given beside packed weights, which hold their own; give it to pack_conv")
 
 
 def check_weight(op: str, weight: Tensor, groups: int, x: Tensor) -> None:
@@ -138,9 +186,12 @@ def check_weight(op: str, weight: Tensor, groups: int, x: Tensor) -> None:
 def in_compute_dtype(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNorm | None, gate: Tensor | None,
                      residual: Tensor | None):
     """The operands in the dtype to compute in: autocast's where it is on, else x's; weights folded in float64 first."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x.dtype
-    if dtype == x.dtype and weight.dtype != dtype:
+    for operand in (weight, gate, residual):
+        check_operand(op, x, operand)
+    check_vectors(op, x, weight.shape[0], bias, *(() if norm is None else (norm.mean, norm.var, norm.weight, norm.bias)))
+    autocast = autocast_enabled(x.device.type) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    if not autocast and weight.dtype != dtype:
         raise TypeError(f"{op}: the input is {x.dtype}, the weight {weight.dtype}; convert one of them or use torch.autocast")
     gate, residual = (None if t is None else t.to(dtype) for t in (gate, residual))
     return x.to(dtype), fold_to(dtype, weight, bias, norm), gate, residual
@@ -151,6 +202,8 @@ def check_operands(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, gate
     """Raise ValueError or TypeError unless all operands of a convolution fit together."""
     check_activation(op, activation)
     check_input(op, x, weight.shape[1] * groups, weight, bias, gate, residual)
+    if min(x.shape[1:]) < 1:
+        raise ValueError(f"{op}: only the batch may be empty, got an input of {tuple(x.shape)}")
     if min(*stride, *dilation) < 1 or min(padding) < 0:
         raise ValueError(f"{op}: stride {stride} and dilation {dilation} must be positive, padding {padding} not negative")
     size = tuple(output_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in range(2))
@@ -181,6 +234,8 @@ def activation_gradient(dy: Tensor, y: Tensor, before: Tensor | None, activation
     if activation == "relu":
         return torch.where(y > 0, dy, torch.zeros_like(dy))
     if activation == "silu":
+        if not torch.is_grad_enabled():  # one pass, rounded once; but it cannot be differentiated again
+            return torch.ops.aten.silu_backward(dy, before)
         s = torch.sigmoid(before)
         return dy * (s * (1 + before * (1 - s)))
     return dy

@@ -34,9 +34,11 @@ def dense_conv(
     for arguments that do not fit together, and BackendError where a forced backend cannot serve.
     """
     if isinstance(weight, PackedConv):
+        convolution.check_not_given("dense_conv", bias=bias is not None, norm=norm is not None, stride=stride != 1,
+                                    activation=activation != "none", groups=groups != 1, dilation=dilation != 1, padding=padding != 0)
         return convolution.call_packed("dense_conv", weight, x, None, residual)
     convolution.check_weight("dense_conv", weight, groups, x)
-    stride, padding, dilation = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation")
+    stride, padding, dilation = pair(stride, "dense_conv: stride"), pair(padding, "dense_conv: padding"), pair(dilation, "dense_conv: dilation")
     x, (weight, bias), _, residual = convolution.in_compute_dtype("dense_conv", x, weight, bias, norm, None, residual)
     convolution.check_operands("dense_conv", x, weight, bias, None, residual, stride, padding, dilation, groups, activation)
     return torch.ops.regnet_fast.dense_conv(x, weight, bias, residual, stride, padding, dilation, groups, activation)

@@ -36,11 +36,13 @@ def grouped_conv(
     forced backend cannot serve.
     """
     if isinstance(weight, PackedConv):
+        convolution.check_not_given("grouped_conv", bias=bias is not None, norm=norm is not None, stride=stride != 1,
+                                    activation=activation != "none", groups=groups != 1, dilation=dilation != 1)
         return convolution.call_packed("grouped_conv", weight, x, None, None, means)
     convolution.check_weight("grouped_conv", weight, groups, x)
     if tuple(weight.shape[2:]) != (3, 3):
         raise ValueError(f"grouped_conv: the weight must be (K, C / groups, 3, 3), got {tuple(weight.shape)}; use dense_conv")
-    stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
+    stride, dilation = pair(stride, "grouped_conv: stride"), pair(dilation, "grouped_conv: dilation")
     x, (weight, bias), _, _ = convolution.in_compute_dtype("grouped_conv", x, weight, bias, norm, None, None)
     convolution.check_operands("grouped_conv", x, weight, bias, None, None, stride, dilation, dilation, groups, activation)
     y, m = torch.ops.regnet_fast.grouped_conv(x, weight, bias, stride, dilation, groups, activation, means)

@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import NormActProblem, select
-from .convolution import activation_gradient, channels_last, check_activation, check_input
+from ..backends import NormActProblem, forced_backend, select
+from .convolution import activation_gradient, channels_last, check_activation, check_input, check_vectors, run_without_autocast
 from .fold import BatchNorm
 
 
@@ -27,9 +27,11 @@ def norm_act(x: Tensor, norm: BatchNorm | tuple[Tensor, Tensor], *, activation: 
     that do not fit together, and BackendError where a forced backend cannot serve.
     """
     check_activation("norm_act", activation)
+    check_input("norm_act", x, x.shape[min(1, x.dim() - 1)], gate)
+    vectors = (norm.mean, norm.var, norm.weight, norm.bias) if isinstance(norm, BatchNorm) else norm
+    check_vectors("norm_act", x, x.shape[1], *vectors)
     scale, shift = norm.scale_shift() if isinstance(norm, BatchNorm) else norm
     scale, shift = scale.to(x.dtype), shift.to(x.dtype)
-    check_input("norm_act", x, scale.shape[0], scale, shift, gate)
     if gate is not None and gate.shape != x.shape[:2]:
         raise ValueError(f"norm_act: the gate must be (N, C) = {tuple(x.shape[:2])}, got {tuple(gate.shape)}")
     return torch.ops.regnet_fast.norm_act(x, scale, shift, gate, activation)
@@ -46,14 +48,18 @@ class PackedNormAct:
         """The problem that this map poses for an input."""
         return NormActProblem(tuple(x.shape), self.activation, gate, x.dtype, x.device.type)
 
+    def explain(self, x: Tensor, gate: Tensor | None = None, *_: object) -> tuple[NormActProblem, str]:
+        """The problem that the last such call posed, and what served it."""
+        return self.problem(x, gate is not None), self._runs[x.shape, gate is None, forced_backend()].label
+
     def __call__(self, x: Tensor, gate: Tensor | None = None, *, consume: bool = False) -> Tensor:
-        key = (x.shape, gate is None)
+        key = (x.shape, gate is None, forced_backend())
         run = self._runs.get(key)
         if run is None:
             problem = self.problem(x, gate is not None)
             run = select(problem).module.prepare_norm_act(problem, self.scale, self.shift)
             self._runs = {key: run}
-        return run(x, gate, consume)
+        return run_without_autocast(x.device.type, run, x, gate, consume)
 
 
 @torch.library.custom_op("regnet_fast::norm_act", mutates_args=())

@@ -34,13 +34,15 @@ def pointwise_conv(
     for arguments that do not fit together, and BackendError where a forced backend cannot serve.
     """
     if isinstance(weight, PackedConv):
+        convolution.check_not_given("pointwise_conv", bias=bias is not None, norm=norm is not None, stride=stride != 1,
+                                    activation=activation != "none")
         return convolution.call_packed("pointwise_conv", weight, x, gate, residual)
     convolution.check_weight("pointwise_conv", weight, 1, x)
     if tuple(weight.shape[2:]) != (1, 1):
         raise ValueError(f"pointwise_conv: the weight must be (K, C, 1, 1), got {tuple(weight.shape)}; use dense_conv")
     x, (weight, bias), gate, residual = convolution.in_compute_dtype("pointwise_conv", x, weight, bias, norm, gate, residual)
-    convolution.check_operands("pointwise_conv", x, weight, bias, gate, residual, pair(stride, "stride"), (0, 0), (1, 1), 1, activation)
-    return torch.ops.regnet_fast.pointwise_conv(x, weight, bias, gate, residual, pair(stride, "stride"), activation)
+    convolution.check_operands("pointwise_conv", x, weight, bias, gate, residual, pair(stride, "pointwise_conv: stride"), (0, 0), (1, 1), 1, activation)
+    return torch.ops.regnet_fast.pointwise_conv(x, weight, bias, gate, residual, pair(stride, "pointwise_conv: stride"), activation)
 
 
 @torch.library.custom_op("regnet_fast::pointwise_conv", mutates_args=())

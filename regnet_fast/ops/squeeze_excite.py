@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import SqueezeExciteProblem, select
+from ..backends import SqueezeExciteProblem, forced_backend, select
 from ..backends.reference import activate
-from .convolution import FLOATS, activation_gradient, check_activation
+from .convolution import FLOATS, activation_gradient, check_activation, check_operand, run_without_autocast
 
 
 def squeeze_excite(
@@ -31,8 +31,13 @@ def squeeze_excite(
     ValueError and TypeError for arguments that do not fit together.
     """
     check_activation("squeeze_excite", activation)
-    if means.dim() != 2 or means.dtype not in FLOATS:
-        raise ValueError(f"squeeze_excite: the means must be a floating (N, C) tensor, got {means.dtype} {tuple(means.shape)}")
+    if means.dtype not in FLOATS:
+        raise TypeError(f"squeeze_excite: the means must be a floating-point tensor, got {means.dtype}; convert it")
+    for weight in (fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+        check_operand("squeeze_excite", means, weight)
+    if means.dim() != 2 or min(fc1_weight.dim(), fc2_weight.dim()) < 2:
+        raise ValueError(f"squeeze_excite: the means must be (N, C) and the weights (R, C) and (C, R), got {tuple(means.shape)}, "
+                         f"{tuple(fc1_weight.shape)} and {tuple(fc2_weight.shape)}")
     fc1_weight, fc2_weight = (w.flatten(1).to(means.dtype) for w in (fc1_weight, fc2_weight))
     fc1_bias, fc2_bias = fc1_bias.to(means.dtype), fc2_bias.to(means.dtype)
     hidden, channels = fc1_weight.shape
@@ -45,25 +50,31 @@ def squeeze_excite(
 
 
 class PackedSqueezeExcite:
-    """Squeeze-excite with its float32 weights packed by the chosen backend: `gate = packed(means)`."""
+    """Squeeze-excite with its float32 weights packed by the chosen backend: `gate = packed(means, dtype)`."""
 
     def __init__(self, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, activation: str):
         self.weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         self.activation = activation
-        self._runs: dict[int, object] = {}
+        self._runs: dict[tuple, object] = {}
 
     def problem(self, means: Tensor) -> SqueezeExciteProblem:
         """The problem that these weights pose for some means."""
         return SqueezeExciteProblem(means.shape[0], means.shape[1], self.weights[0].shape[0], self.activation, means.dtype,
                                     means.device.type)
 
-    def __call__(self, means: Tensor) -> Tensor:
-        run = self._runs.get(means.shape[0])
+    def explain(self, means: Tensor, *_: object) -> tuple[SqueezeExciteProblem, str]:
+        """The problem that the last such call posed, and what served it."""
+        return self.problem(means), self._runs[means.shape[0], forced_backend()].label
+
+    def __call__(self, means: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The gate in `dtype`, by default that of the means."""
+        key = (means.shape[0], forced_backend())
+        run = self._runs.get(key)
         if run is None:
             problem = self.problem(means)
             run = select(problem).module.prepare_squeeze_excite(problem, *self.weights)
-            self._runs = {means.shape[0]: run}
-        return run(means)
+            self._runs = {key: run}
+        return run_without_autocast(means.device.type, run, means).to(dtype or means.dtype)
 
 
 @torch.library.custom_op("regnet_fast::squeeze_excite", mutates_args=())

@@ -1,0 +1,55 @@
+# Each target does all of its own set-up, once, in a virtual environment beside this file.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_OLDEST ?= .venv-oldest
+WORKERS ?= 2
+
+# The oldest versions that pyproject.toml admits, and the tests that must hold on them.
+OLDEST_PINS := "torch==2.11.0" "torchvision==0.26.0" "timm==1.0.20" "numpy<2.4"
+OLDEST_TESTS := tests/test_helpers.py
+OLDEST_MODELS := regnetx_002,regnety_040_sgn,regnetz_005,repvgg_a0,resnetv2_18
+
+# The tests run one torch thread per worker: on small shapes two processes beat two threads.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS)
+PYTEST_OLDEST := OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -q -n $(WORKERS)
+
+.PHONY: help demo test test-oldest lint host-suite clean
+
+help:
+	@echo "make demo         what it does and how much faster it is here"
+	@echo "make test         lint, every test, and the quick part of timm's own model tests"
+	@echo "make test-oldest  the tests that must hold on the oldest supported versions"
+	@echo "make host-suite   timm's own model tests on every architecture that fits in memory"
+	@echo "make lint         ruff"
+
+demo: $(VENV)/installed
+	$(VENV)/bin/regnet-fast demo
+
+test: lint
+	$(PYTEST) tests
+	$(VENV)/bin/python tests/host_suite/run.py --quick -n $(WORKERS)
+
+test-oldest: $(VENV_OLDEST)/installed
+	$(PYTEST_OLDEST) $(OLDEST_TESTS)
+	$(VENV_OLDEST)/bin/python tests/host_suite/run.py --models $(OLDEST_MODELS) -n $(WORKERS)
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check --output-format=concise .
+
+host-suite: $(VENV)/installed
+	$(VENV)/bin/python tests/host_suite/run.py -n $(WORKERS)
+
+# An environment is complete when its stamp is newer than the files that say what it holds.
+$(VENV)/installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --editable ".[dev,demo]"
+	@touch $@
+
+$(VENV_OLDEST)/installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV_OLDEST)
+	$(VENV_OLDEST)/bin/python -m pip install -qq --disable-pip-version-check $(OLDEST_PINS) --editable ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV_OLDEST) .cache build dist *.egg-info

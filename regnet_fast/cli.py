@@ -1,0 +1,342 @@
+"""The command line: `regnet-fast info | classify | explain | verify | compare | demo`.
+
+Exit status: 0 done; 1 the check that was asked for failed; 2 the request is wrong (an unknown model, an option);
+3 an image, a checkpoint or pretrained weights cannot be read. With `--json` standard output holds JSON alone; progress
+and messages go to standard error.
+"""
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .terminal import line, progress, show, table
+
+FAILED, USAGE, UNREADABLE = 1, 2, 3
+
+app = typer.Typer(
+    name="regnet-fast", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Faster RegNet, RepVGG and ResNetV2 with timm's weights, keys and calls.",
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
+SizeOption = Annotated[int | None, typer.Option(min=1, help="Height and width of the images. [default: as trained]")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+DtypesOption = Annotated[list[str], typer.Option(help="float32, bfloat16 or float16; may be given several times.")]
+BatchesOption = Annotated[list[int], typer.Option(min=1, help="Images; may be given several times.")]
+ModelArgument = Annotated[str, typer.Argument(help="A timm model name, such as regnety_016.")]
+
+
+def _complain(text: str) -> None:
+    print(f"regnet-fast: {text}", file=sys.stderr)
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2, default=str))
+
+
+@contextmanager
+def _reported_errors() -> Iterator[None]:
+    """Turns what a user can cause into one line and an exit status, and shows no warnings but regnet_fast's own."""
+    import torch
+
+    from .backends import BackendError
+    from .blocks.fused import FallbackWarning
+    from .classify import UnreadableImageError, WeightsUnavailableError
+    from .demo import PhotographMissingError
+    from .verify import UnknownModelError
+    from .weights import CheckpointError
+
+    for library in ("huggingface_hub", "timm", "torch"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("once", FallbackWarning)
+            warnings.showwarning = lambda message, *_, **__: _complain(str(message))
+            yield
+    except (UnreadableImageError, WeightsUnavailableError, CheckpointError, PhotographMissingError, OSError) as error:
+        _complain(str(error))
+        raise typer.Exit(UNREADABLE) from None
+    except (UnknownModelError, BackendError, _UsageError) as error:
+        _complain(str(error))
+        raise typer.Exit(USAGE) from None
+    except torch.OutOfMemoryError as error:
+        _complain(f"{str(error).splitlines()[0]} Try a smaller --batch or --size.")
+        raise typer.Exit(USAGE) from None
+
+
+class _UsageError(ValueError):
+    """An option has a value that cannot be used; the message says which can."""
+
+
+def _dtype(name: str) -> Any:
+    from .verify import DTYPES
+
+    if name not in DTYPES:
+        raise _UsageError(f"unknown dtype {name!r}; choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _check_environment(device: str = "cpu") -> None:
+    """Raise _UsageError unless the device is here and REGNET_FAST_BACKEND names a backend."""
+    import torch
+
+    from .backends import forced_backend
+
+    try:
+        forced_backend()
+    except ValueError as error:
+        raise _UsageError(f"REGNET_FAST_BACKEND: {error}") from None
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise _UsageError(f"the device {device!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+VersionOption = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")]
+
+
+@app.callback()
+def _main(version: VersionOption = False) -> None:
+    pass
+
+
+@app.command()
+def info(as_json: JsonOption = False) -> None:
+    """What is installed, which devices there are, and which backend serves which dtype."""
+    with _reported_errors():
+        from .info import collect
+
+        _check_environment()
+        facts = collect()
+    if as_json:
+        return _print_json(facts)
+    rows = table("Versions", "package", "version")
+    for name, version in facts["versions"].items():
+        rows.add_row(name, version or "not found")
+    show(rows)
+    rows = table("Devices", "device", "facts", flexible="facts")
+    for device in facts["devices"]:
+        described = (f"{key} {value}" for key, value in device.items() if key not in ("device", "name"))
+        rows.add_row(device["device"], f"{device['name']}: {', '.join(described)}")
+    show(rows)
+    title = "Backends, asked for a grouped 3x3 convolution"
+    rows = table(title, "device", "backend", "dtype", "available", flexible="available")
+    for row in facts["backends"]:
+        answer = "yes" if row["available"] else f"no: {row['reason']}"
+        rows.add_row(row["device"], row["backend"], row["dtype"], answer)
+    show(rows)
+    if facts["forced_backend"]:
+        line(f"REGNET_FAST_BACKEND forces {facts['forced_backend']}.")
+
+
+@app.command()
+def classify(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    model: Annotated[str, typer.Option(help="A timm model name, such as regnety_016.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights from a file: safetensors or torch.")] = None,
+    pretrained: Annotated[bool, typer.Option(help="Weights from the hub, unless a checkpoint is given.")] = True,
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Of the checkpoint. [default: as trained]")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 5,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    as_json: JsonOption = False,
+) -> None:
+    """The most probable classes of images."""
+    with _reported_errors(), progress() as announce:
+        from .classify import load, open_image, predict
+
+        _check_environment(device)
+        compute = _dtype(dtype)
+        for image in images:
+            open_image(image)
+        announce(f"loading {model}")
+        network = load(model, pretrained, checkpoint, num_classes).to(device, compute)
+        if checkpoint is None and not pretrained:
+            _complain("the weights are random, so these classes mean nothing")
+        announce("classifying")
+        predictions = list(predict(network, images, top))
+    if as_json:
+        return _print_json({"model": model, "predictions": [prediction.as_dict() for prediction in predictions]})
+    for prediction in predictions:
+        line(prediction.image)
+        for index, name, probability in prediction.top:
+            line(f"  {probability:6.1%}  {name or f'class {index}'}")
+
+
+@app.command()
+def explain(
+    model: ModelArgument,
+    batch: Annotated[int, typer.Option(min=1, help="Images.")] = 1,
+    size: SizeOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """What runs for each layer of a model, on which backend, and why not another."""
+    with _reported_errors(), progress() as announce:
+        from .info import explain_model
+
+        _check_environment(device)
+        compute = _dtype(dtype)
+        announce(f"{model}: building and running")
+        found = explain_model(model, batch, size, compute, device)
+    if as_json:
+        return _print_json(found)
+    if not found["layers"]:
+        return line(f"{model} is no RegNet, RepVGG or ResNetV2: it is passed through as timm makes it.")
+    shape = "x".join(map(str, found["input_shape"]))
+    title = f"{model}, {shape}, {dtype}, {device}"
+    rows = table(title, "layer", "operation", "shape", "runs on", "MFLOP", "MB", "why", flexible="why")
+    for row in found["layers"]:
+        runs_on = f"{row['backend']}: {row['label']}".rstrip(": ")
+        work = (f"{row['flops'] / 1e6:.1f}", f"{row['bytes'] / 1e6:.2f}")
+        rows.add_row(row["layer"], row["operation"], row["shape"], runs_on, *work, row["reason"])
+    show(rows)
+    totals = found["totals"]
+    served = ", ".join(f"{name} {count}" for name, count in totals["layers_by_backend"].items())
+    work = f"{totals['flops'] / 1e9:.2f} GFLOP, {totals['bytes'] / 1e6:.1f} MB at least"
+    line(f"{len(found['layers'])} layers ({served}), {work}")
+    for path, kind, reason in found["kept"]:
+        line(f"kept as timm makes it: {path} ({kind}): {reason}")
+
+
+@app.command()
+def verify(
+    model: ModelArgument,
+    batch: Annotated[int, typer.Option(min=1, help="Images.")] = 2,
+    size: SizeOption = None,
+    dtype: DtypesOption = ["float32"],  # noqa: B006
+    device: DeviceOption = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the random weights and input.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """A model's numbers against timm eager and float64, stage by stage. Exit status 1 where they miss the rule."""
+    found = []
+    with _reported_errors(), progress(len(dtype)) as announce:
+        from . import verify as verification
+
+        _check_environment(device)
+        for compute in [_dtype(name) for name in dtype]:
+            found.append(verification.verify(model, batch, size, compute, device, seed, announce))
+            announce.advance()
+    ok = all(one.ok for one in found)
+    if as_json:
+        _print_json({"ok": ok, "verifications": [one.as_dict() for one in found]})
+    else:
+        for one in found:
+            _show_verification(one)
+    if not ok:
+        raise typer.Exit(FAILED)
+
+
+def _show_verification(found: Any) -> None:
+    shape = "x".join(map(str, found.input_shape))
+    title = f"{found.model}, {shape}, {found.dtype}, {found.device}: errors against float64, ours and timm's"
+    rows = table(title, "stage", "shape", "largest", "timm", "ratio", "RMS", "timm", "worst at", "")
+    for check in found.checks:
+        largest = (f"{check.max_ours:.1e}", f"{check.max_eager:.1e}", f"{check.ratio:.2f}")
+        where, verdict = ",".join(map(str, check.where)), "ok" if check.ok else "FAIL"
+        rms = (f"{check.rms_ours:.1e}", f"{check.rms_eager:.1e}")
+        rows.add_row(check.stage, "x".join(map(str, check.shape)), *largest, *rms, where, verdict)
+    show(rows)
+    for check in found.checks:
+        if not check.ok:
+            line(f"FAIL {check.stage}: {check.failure}")
+    if not found.rebuilt:
+        line(f"Nothing of {found.model} is rebuilt: it is passed through as timm makes it.")
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="timm model names.")],
+    batch: BatchesOption = [1],  # noqa: B006
+    dtype: DtypesOption = ["float32"],  # noqa: B006
+    size: SizeOption = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each variant; a result to quote has at least 7.")] = 7,
+    compile: Annotated[bool, typer.Option(help="Time torch.compile too: a minute or more a case.")] = True,
+    all_peers: Annotated[bool, typer.Option("--all-peers", help="Also compile channels_last, max-autotune.")] = False,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+) -> None:
+    """Times of timm eager, torch.compile and regnet_fast. A wrong result is not timed: exit status 1."""
+    cases: list[dict[str, Any]] = []
+    with _reported_errors(), progress(len(models) * len(batch) * len(dtype)) as announce:
+        from . import compare as comparison
+        from . import info
+        from .verify import check_name
+
+        _check_environment(device)
+        computes = [_dtype(name) for name in dtype]
+        for model in models:
+            check_name(model)
+        facts = info.conditions(device)
+        for model, images, compute in itertools.product(models, batch, computes):
+            cases.append(comparison.compare(
+                model, images, compute, device, rounds, compile, size=size, all_peers=all_peers, announce=announce
+            ))
+            announce.advance()
+    if as_json:
+        command = shlex.join(["regnet-fast", *sys.argv[1:]])
+        means = comparison.geometric_means(cases)
+        _print_json({"command": command, "conditions": facts, "cases": cases, "geometric_means": means})
+    elif as_markdown:
+        print(comparison.markdown(cases, info.conditions_line(facts)))
+    else:
+        rows = table("", *(title for title, _ in comparison.COLUMNS))
+        for case in cases:
+            rows.add_row(*(text(case) for _, text in comparison.COLUMNS))
+        show(rows)
+        for text in (*comparison.summary(cases), info.conditions_line(facts)):
+            line(text)
+    if not all(case["correct"] for case in cases):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="A timm model name.")] = "regnety_016",
+    image: Annotated[Path | None, typer.Option(help="A photograph of your own.")] = None,
+    size: SizeOption = None,
+    pretrained: Annotated[bool, typer.Option(help="Weights from the hub where it can be reached.")] = True,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each variant.")] = 7,
+    device: DeviceOption = "cpu",
+) -> None:
+    """A photograph classified by timm and by regnet_fast: the classes, the difference and the times."""
+    ok = True
+    with _reported_errors(), progress() as announce:
+        from . import demo as demonstration
+
+        _check_environment(device)
+        announce.print(f"Model       {model}")
+        for key, value in demonstration.demo(model, image, size, pretrained, rounds, device, announce):
+            for text in demonstration.lines(key, value):
+                announce.print(text)
+            if key == "measured":
+                ok = value["correct"]
+    if not ok:
+        raise typer.Exit(FAILED)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m regnet_fast.cli")

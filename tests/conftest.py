@@ -1,0 +1,63 @@
+"""Every test is seeded from its own name, the seed is shown when it fails, and workers share the cores."""
+
+import os
+import random
+import zlib
+
+import numpy
+import pytest
+import torch
+
+try:
+    import hypothesis
+except ImportError:
+    hypothesis = None
+
+if hypothesis is not None:
+    # The same examples every time, and no deadline: the first call of an operation may compile.
+    hypothesis.settings.register_profile("regnet_fast", derandomize=True, deadline=None)
+    hypothesis.settings.load_profile("regnet_fast")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=None, help="seed of every test (default: made from the test's name)")
+
+
+def pytest_configure(config):
+    workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+    if workers:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _seed_of(item) -> int:
+    given = item.config.getoption("--seed")
+    return zlib.crc32(item.nodeid.encode()) if given is None else given
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    seed = _seed_of(item)
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        report.sections.append(("seed", f"reproduce with --seed {_seed_of(item)}"))
+    return report
+
+
+@pytest.fixture
+def seed(request) -> int:
+    """The seed of this test, for a generator of its own."""
+    return _seed_of(request.node)

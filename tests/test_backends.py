@@ -1,0 +1,452 @@
+"""Choosing a backend, forcing one, packing weights for it, and Winograd's algorithm."""
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from helpers import assert_close_to_reference
+from torch.nn import functional as F
+
+import regnet_fast.functional as R
+from regnet_fast import backends
+from regnet_fast.backends import (
+    ACTIVATIONS,
+    BACKENDS,
+    BackendError,
+    ConvProblem,
+    NormActProblem,
+    SqueezeExciteProblem,
+    aten,
+    backend,
+    forced_backend,
+    onednn,
+    reference,
+    select,
+    winograd,
+)
+from regnet_fast.backends.problem import Problem
+from regnet_fast.ops.convolution import _SHAPES_KEPT
+from regnet_fast.ops.norm_act import PackedNormAct
+from regnet_fast.ops.squeeze_excite import PackedSqueezeExcite
+
+CONV = ConvProblem(
+    "dense_conv", (2, 8, 14, 14), 16, (3, 3), (1, 1), (1, 1), (1, 1), 1, "relu", False, False, torch.float32, "cpu"
+)
+PROBLEMS: list[Problem] = [
+    CONV,
+    SqueezeExciteProblem(2, 8, 4, "relu", torch.float32, "cpu"),
+    NormActProblem((2, 8, 14, 14), "relu", False, torch.float32, "cpu"),
+]
+
+needs_onednn = pytest.mark.skipif(onednn.refuse(CONV) is not None, reason=str(onednn.refuse(CONV)))
+
+
+@pytest.fixture(autouse=True)
+def nothing_forced(monkeypatch):
+    """Each test starts without a force, whatever the environment of the run says."""
+    monkeypatch.delenv("REGNET_FAST_BACKEND", raising=False)
+    backends._environment_backend.cache_clear()
+    yield
+    backends._environment_backend.cache_clear()
+
+
+def runs_of(packed) -> list[str]:
+    return [run.label for run in packed._runs.values()]
+
+
+# Choosing
+
+def test_the_libraries_are_asked_before_the_reference():
+    assert list(BACKENDS.items()) == [("aten", aten), ("reference", reference)]
+    assert all(name == module.NAME for name, module in BACKENDS.items())
+
+
+@needs_onednn
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.op)
+def test_auto_takes_the_first_that_serves(problem):
+    chosen = select(problem)
+    assert (chosen.name, chosen.module, chosen.refused) == ("aten", aten, {})
+
+
+REFUSALS = {
+    "float64": ({"dtype": torch.float64}, r"float32, bfloat16 and float16, not in torch\.float64"),
+    "another device": ({"device": "meta"}, r"no fused convolution calls for the device 'meta'"),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.op)
+@pytest.mark.parametrize("what", REFUSALS)
+@needs_onednn
+def test_a_refusal_has_a_reason_and_the_reference_serves(problem, what):
+    changes, reason = REFUSALS[what]
+    chosen = select(dataclasses.replace(problem, **changes))
+    assert chosen.name == "reference" and list(chosen.refused) == ["aten"]
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(chosen.refused["aten"])
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="ROCm has no cuDNN at all")
+def test_on_a_gpu_it_is_cudnn_that_is_asked():
+    """No GPU is needed to refuse."""
+    with torch.backends.cudnn.flags(enabled=False):
+        assert "cuDNN is missing or switched off" in select(dataclasses.replace(CONV, device="cuda")).refused["aten"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "supported", "reason"),
+    [
+        (torch.bfloat16, "_is_mkldnn_bf16_supported", "no bfloat16 instructions"),
+        (torch.float16, "_is_mkldnn_fp16_supported", "no float16 instructions"),
+    ],
+    ids=["bfloat16", "float16"],
+)
+def test_low_precision_is_served_where_the_cpu_has_it(dtype, supported, reason):
+    chosen = select(dataclasses.replace(CONV, dtype=dtype))
+    if getattr(torch.ops.mkldnn, supported)():
+        assert chosen.name == "aten"
+    else:
+        assert chosen.name == "reference" and reason in chosen.refused["aten"]
+
+
+def test_a_switched_off_library_is_refused():
+    with torch.backends.mkldnn.flags(enabled=False):
+        chosen = select(CONV)
+        assert chosen.name == "reference" and "switched off" in chosen.refused["aten"]
+        with backend("aten"), pytest.raises(BackendError, match="switched off"):
+            R.pointwise_conv(torch.randn(1, 3, 2, 2), torch.randn(3, 3, 1, 1))
+
+
+def test_nobody_serving_is_an_error(monkeypatch):
+    for module in BACKENDS.values():
+        monkeypatch.setattr(module, "refuse", lambda problem: "on strike")
+    with pytest.raises(BackendError, match=r"dense_conv: no backend can serve .*on strike"):
+        select(CONV)
+    with backend("aten"), pytest.raises(BackendError, match="Backends that can: none"):
+        select(CONV)
+
+
+# Forcing
+
+@pytest.mark.parametrize("name", ["nope", "", "Aten", "cuda"])
+def test_an_unknown_backend_is_refused(name):
+    with pytest.raises(ValueError, match=r"Unknown backend .*choose one of: auto, aten, reference"), backend(name):
+        pass
+    assert forced_backend() is None
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.op)
+def test_a_forced_backend_serves_or_raises_with_operation_reason_and_alternatives(problem):
+    with backend("reference"):
+        assert select(problem).name == "reference" and select(problem).refused == {}
+    unserved = dataclasses.replace(problem, dtype=torch.float64)
+    with backend("aten"), pytest.raises(BackendError) as error:
+        select(unserved)
+    for part in (problem.op, "'aten'", "not in torch.float64", "Backends that can: reference", repr(unserved)):
+        assert part in str(error.value)
+
+
+def float64_calls():
+    def r(*shape):
+        return torch.randn(*shape, dtype=torch.float64)
+
+    x = r(1, 4, 3, 3)
+    return {
+        "pointwise_conv": lambda: R.pointwise_conv(x, r(2, 4, 1, 1)),
+        "grouped_conv": lambda: R.grouped_conv(x, r(4, 2, 3, 3), groups=2),
+        "dense_conv": lambda: R.dense_conv(x, r(2, 4, 3, 3)),
+        "norm_act": lambda: R.norm_act(x, (r(4), r(4))),
+        "squeeze_excite": lambda: R.squeeze_excite(r(1, 4), r(2, 4), r(2), r(4, 2), r(4)),
+    }
+
+
+@pytest.mark.parametrize("op", float64_calls())
+def test_the_operations_raise_where_the_forced_backend_cannot_serve(op):
+    call = float64_calls()[op]
+    with backend("aten"), pytest.raises(BackendError, match=rf"{op}: the backend 'aten' was asked for"):
+        call()
+    call()
+
+
+def test_forces_nest_and_end():
+    assert forced_backend() is None
+    with backend("aten"):
+        with backend("reference"):
+            assert forced_backend() == "reference"
+            with backend("auto"):
+                assert forced_backend() is None
+            assert forced_backend() == "reference"
+        assert forced_backend() == "aten"
+        with contextlib.suppress(KeyError), backend("reference"):
+            raise KeyError
+        assert forced_backend() == "aten"
+    assert forced_backend() is None
+
+
+def test_a_force_stays_in_its_thread():
+    seen, inside, forced = {}, threading.Event(), threading.Event()
+
+    def other():
+        inside.wait(10)
+        seen["before"] = forced_backend()
+        with backend("aten"):
+            forced.set()
+            seen["within"] = forced_backend()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with backend("reference"):
+        inside.set()
+        assert forced.wait(10)
+        thread.join(10)
+        assert forced_backend() == "reference"
+    assert seen == {"before": None, "within": "aten"}
+
+
+def test_the_environment_forces_and_a_block_overrules_it(monkeypatch):
+    monkeypatch.setenv("REGNET_FAST_BACKEND", "reference")
+    backends._environment_backend.cache_clear()
+    assert forced_backend() == "reference"
+    with backend("aten"):
+        assert forced_backend() == "aten"
+    with backend("auto"):
+        assert forced_backend() is None
+    monkeypatch.setenv("REGNET_FAST_BACKEND", "nope")
+    backends._environment_backend.cache_clear()
+    with pytest.raises(ValueError, match="Unknown backend 'nope'"):
+        forced_backend()
+
+
+def test_the_environment_forces_a_new_process():
+    code = (
+        "import torch, regnet_fast.functional as R\n"
+        "from regnet_fast.backends import BackendError, forced_backend\n"
+        "x, w = torch.randn(1, 3, 2, 2).double(), torch.randn(3, 3, 1, 1).double()\n"
+        "try: R.pointwise_conv(x, w)\n"
+        "except BackendError as e: print(forced_backend(), e)"
+    )
+    environment = os.environ | {"REGNET_FAST_BACKEND": "aten", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("aten pointwise_conv: the backend 'aten' was asked for")
+
+
+# A wrong kernel
+
+def break_last_column(run):
+    def broken(x, gate, residual, *flags):
+        y = run(x, gate, residual, *flags)
+        y[..., -1] *= 1.01
+        return y
+    return broken
+
+
+def test_a_wrong_kernel_is_caught(monkeypatch):
+    """The test of the tests: a last column that is off by a hundredth, which a correlation would not see."""
+    prepare = onednn.prepare_conv
+    monkeypatch.setattr(onednn, "prepare_conv", lambda *arguments: break_last_column(prepare(*arguments)))
+    x, weight = torch.randn(2, 8, 13, 13), torch.randn(8, 4, 3, 3) / 6
+    eager = F.conv2d(x, weight, padding=1, groups=2)
+    ref = F.conv2d(x.double(), weight.double(), padding=1, groups=2)
+    with backend("reference"):
+        assert_close_to_reference(R.grouped_conv(x, weight, groups=2), eager, ref, "whole", 2)
+    with backend("aten"), pytest.raises(AssertionError, match=r"last column(?s:.)*worst at \(\d, \d, \d+, 12\)"):
+        assert_close_to_reference(R.grouped_conv(x, weight, groups=2), eager, ref, "broken", 2)
+
+
+# Problems
+
+def test_a_problem_knows_its_output_and_its_work():
+    geometry = ((3, 5), (2, 1), (1, 2), (1, 2), 2)
+    p = ConvProblem("dense_conv", (2, 6, 13, 7), 10, *geometry, "none", True, True, torch.bfloat16, "cpu")
+    y = F.conv2d(torch.randn(p.input_shape), torch.randn(10, 3, 3, 5), None, p.stride, p.padding, p.dilation, p.groups)
+    assert p.output_shape == tuple(y.shape)
+    assert p.flops == 2 * y.numel() * 3 * 3 * 5
+    assert p.bytes == 2 * (2 * 6 * 13 * 7 + 2 * y.numel() + 10 * 3 * 3 * 5 + 10 + 2 * 6)
+
+
+# Packing
+
+@needs_onednn
+def test_a_force_reaches_weights_that_are_already_packed():
+    """They kept the backend of their first call, so that a forced comparison compared a backend with itself."""
+    x, means = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last), torch.randn(2, 8)
+    conv = R.pack_conv(torch.randn(8, 8, 1, 1))
+    norm = PackedNormAct(torch.randn(8), torch.randn(8), "relu")
+    gate = PackedSqueezeExcite(torch.randn(4, 8), torch.randn(4), torch.randn(8, 4), torch.randn(8), "relu")
+    for packed, argument in ((conv, x), (norm, x), (gate, means)):
+        packed(argument)
+        with backend("reference"):
+            packed(argument)
+            assert runs_of(packed)[-1] == reference.LABEL
+        with backend("aten"):
+            packed(argument)
+            assert runs_of(packed)[-1] != reference.LABEL
+    with backend("aten"), torch.backends.mkldnn.flags(enabled=False), pytest.raises(BackendError):
+        conv(torch.randn(1, 8, 4, 4))
+
+
+@needs_onednn
+def test_labels_say_what_runs():
+    x = torch.randn(1, 192, 14, 14)
+    cases = {
+        "oneDNN": R.pack_conv(torch.randn(8, 192, 1, 1)),
+        winograd.WinogradConv.label: R.pack_conv(torch.randn(192, 192, 3, 3), padding=1),
+    }
+    for label, packed in cases.items():
+        getattr(R, packed.op)(x, packed)
+        assert runs_of(packed) == [label]
+
+
+def test_only_the_last_shapes_are_kept():
+    packed = R.pack_conv(torch.randn(5, 3, 1, 1))
+    shapes = [(1, 3, h, w) for h in range(1, 6) for w in range(1, 6)]
+    for shape in shapes:
+        R.pointwise_conv(torch.randn(shape), packed)
+        assert len(packed._runs) <= _SHAPES_KEPT
+    assert len(packed._runs) == _SHAPES_KEPT
+    assert [tuple(key[0]) for key in packed._runs] == shapes[-_SHAPES_KEPT:]
+    x = torch.randn(shapes[0])  # one that was dropped
+    with backend("reference"):
+        expected = R.pointwise_conv(x, packed.weight)
+    torch.testing.assert_close(R.pointwise_conv(x, packed), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_shape_is_packed_once(monkeypatch):
+    calls = []
+    prepare = aten.prepare_conv
+    monkeypatch.setattr(aten, "prepare_conv", lambda *a: calls.append(a[0].input_shape) or prepare(*a))
+    packed = R.pack_conv(torch.randn(5, 3, 1, 1))
+    with backend("aten"):
+        for n in (1, 2, 1, 2, 1):
+            R.pointwise_conv(torch.randn(n, 3, 4, 4), packed)
+    assert calls == [(1, 3, 4, 4), (2, 3, 4, 4)]
+
+
+@pytest.fixture
+def impatient_threads():
+    """Threads that take turns as often as they can, so that a race shows."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_packed_weights_are_shared_between_threads(impatient_threads):
+    """More shapes than are kept, so that threads also pack and drop at the same time."""
+    packed = R.pack_conv(torch.randn(26, 5, 3, 3), torch.randn(26), padding=1, activation="silu")
+    inputs = [torch.randn(n, 5, h, w) for n in (1, 3) for h in (2, 7) for w in (1, 5, 13)]
+    expected = [R.dense_conv(x, packed) for x in inputs]
+    start = threading.Barrier(8)
+
+    def work(seed):
+        order = torch.randint(len(inputs), (200,), generator=torch.Generator().manual_seed(seed)).tolist()
+        start.wait(30)
+        return [(i, R.dense_conv(inputs[i], packed)) for i in order]
+
+    with ThreadPoolExecutor(8) as pool:
+        results = [pair for part in pool.map(work, range(8)) for pair in part]
+    assert {i for i, _ in results} == set(range(len(inputs)))
+    for i, y in results:
+        assert torch.equal(y, expected[i]), f"input {i}: {(y - expected[i]).abs().max()}"
+    assert len(packed._runs) <= _SHAPES_KEPT
+
+
+# Winograd
+
+WINOGRAD = ConvProblem(
+    "dense_conv", (1, 192, 14, 14), 192, (3, 3), (1, 1), (1, 1), (1, 1), 1, "relu", False, True, torch.float32, "cpu"
+)
+
+
+def winograd_case(n, c, k, h, w, activation, bias=True):
+    problem = dataclasses.replace(WINOGRAD, input_shape=(n, c, h, w), out_channels=k, activation=activation)
+    x = torch.randn(n, c, h, w).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(k, c, 3, 3) / (9 * c) ** 0.5
+    residual = torch.randn(n, k, h, w).contiguous(memory_format=torch.channels_last)
+    return problem, x, weight, torch.randn(k) if bias else None, residual
+
+
+@needs_onednn
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("size", [(14, 14), (15, 17), (28, 14), (7, 7)], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_winograd(batch, size, activation):
+    """At 64 channels and any size, where it is judged against the direct convolution; `faster` picks more of both."""
+    bias = size != (7, 7)
+    problem, x, weight, bias, residual = winograd_case(batch, 64, 72, *size, activation, bias)
+    run = winograd.WinogradConv(problem, weight, bias)
+    for r in (None, residual):
+        before = [t.clone() for t in (x, weight, residual)]
+        y = run(x, None, r, False, False)
+        assert y.shape == residual.shape and y.is_contiguous(memory_format=torch.channels_last)
+        assert all(map(torch.equal, before, (x, weight, residual)))
+        eager = reference.conv(x, weight, bias, None, r, (1, 1), (1, 1), (1, 1), 1, activation)
+        wide = [None if t is None else t.double() for t in (x, weight, bias, None, r)]
+        ref = reference.conv(*wide, (1, 1), (1, 1), (1, 1), 1, activation)
+        assert_close_to_reference(y, eager, ref, f"winograd {batch} {size} {activation} residual={r is not None}")
+
+
+@needs_onednn
+def test_winograd_of_awkward_channels():
+    """Few channels or pixels are beyond the rule: the direct convolution then adds up too little to be inexact."""
+    for n, c, k, h, w in ((1, 1, 1, 2, 2), (3, 5, 3, 7, 4), (2, 26, 31, 13, 5), (1, 64, 3, 1, 2), (2, 7, 26, 1, 1)):
+        problem, x, weight, bias, _ = winograd_case(n, c, k, h, w, "none")
+        y = winograd.WinogradConv(problem, weight, bias)(x, None, None, False, False)
+        ref = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+        torch.testing.assert_close(y.double(), ref, rtol=0, atol=4e-6)
+
+
+@needs_onednn
+def test_winograd_works_under_a_default_device():
+    problem, x, weight, bias, _ = winograd_case(1, 8, 8, 4, 4, "none")
+    run = winograd.WinogradConv(problem, weight, bias)
+    with torch.device("meta"):
+        y = run(x, None, None, False, False)
+    assert torch.equal(y, run(x, None, None, False, False))
+
+
+def test_transformed_weights_multiply_back():
+    """B^T d B and A^T m A written as matrices, on one tile: the sixteen products give the four outputs exactly."""
+    weight = torch.randn(3, 2, 3, 3, dtype=torch.float64)
+    u = winograd.transformed_weights(weight).view(4, 4, 3, 2)
+    bt = torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], dtype=torch.float64)
+    at = torch.tensor([[1, 1, 1, 0], [0, 1, -1, -1]], dtype=torch.float64)
+    d = torch.randn(2, 4, 4, dtype=torch.float64)
+    m = torch.einsum("abkc,cab->kab", u, bt @ d @ bt.T)
+    torch.testing.assert_close(at @ m @ at.T, F.conv2d(d[None], weight)[0], rtol=1e-12, atol=1e-12)
+
+
+SLOWER = {
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float64": {"dtype": torch.float64},
+    "few input channels": {"input_shape": (1, 191, 14, 14)},
+    "few output channels": {"out_channels": 191},
+    "odd height": {"input_shape": (1, 192, 15, 14)},
+    "odd width": {"input_shape": (1, 192, 14, 15)},
+    "small image": {"input_shape": (1, 192, 12, 14)},
+    "large image": {"input_shape": (1, 192, 14, 58)},
+    "another kernel": {"kernel": (5, 5)},
+    "stride": {"stride": (2, 2)},
+    "no padding": {"padding": (0, 0)},
+    "dilation": {"dilation": (2, 2), "padding": (2, 2)},
+    "groups": {"groups": 2},
+    "gate": {"gate": True},
+}
+
+
+@pytest.mark.parametrize("what", SLOWER)
+def test_winograd_is_not_chosen_where_it_was_not_measured_faster(what):
+    assert not winograd.faster(dataclasses.replace(WINOGRAD, **SLOWER[what]))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"input_shape": (8, 512, 56, 28)}, {"activation": "silu", "residual": False}], ids=str
+)
+def test_winograd_is_chosen_where_it_was_measured_faster(changes):
+    assert winograd.faster(dataclasses.replace(WINOGRAD, **changes))
