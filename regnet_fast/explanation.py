@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .backends import ConvProblem, Problem, select
 from .blocks.fused import Fused, Plan, listening
-from .blocks.units import PackedConvThenNorm, Unit
+from .blocks.units import LinearUnit, PackedConvThenNorm, Unit
 from .hosts import timm as host
 from .models import why_not
 
@@ -106,10 +106,12 @@ def _size(shape: torch.Size | tuple) -> str:
 
 
 def _host_row(path: str, module: nn.Module, inputs: tuple, output: Any, reason: str) -> Row:
-    tensors = [t for t in (*inputs, output) if isinstance(t, Tensor)]
-    tensors += module.parameters()
     shape = " -> ".join(_size(t.shape) for t in (*inputs, output) if isinstance(t, Tensor))
-    return Row(path, "timm", shape, "host", type(module).__name__, reason, 0, sum(t.numel() * t.element_size() for t in tensors))
+    return Row(path, "timm", shape, "host", type(module).__name__, reason, 0, _tensor_bytes(*inputs, output, *module.parameters()))
+
+
+def _tensor_bytes(*tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
 def _shape(problem: Problem) -> str:
@@ -127,13 +129,18 @@ class _Recorded:
 
     def __init__(self, block: str, unit: Unit, dtype: torch.dtype, rows: list[Row]):
         self.layer = ".".join(part for part in (block, unit.path) if part)
-        self.packed, self.rows = unit.pack(dtype), rows
+        self.unit, self.packed, self.rows = unit, unit.pack(dtype), rows
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         y = self.packed(*args, **kwargs)
         packed, norm = self.packed, None
         if isinstance(packed, PackedConvThenNorm):
             packed, norm = packed.conv, packed.norm
+        if isinstance(self.unit, LinearUnit):
+            features = self.unit.linear.weight.shape[0]
+            self.rows.append(Row(self.layer, "linear", f"{_size(args[0].shape)} -> {features}", "torch", "torch linear", "",
+                                 2 * args[0].numel() * features, _tensor_bytes(*args, *self.unit.linear.parameters(), y)))
+            return y
         if not hasattr(packed, "explain"):
             self.rows.append(_host_row(self.layer, packed.norm, (args[0],), y, _norm_reason(packed.norm)))
             return y

@@ -47,6 +47,15 @@ PROBLEMS: list[Problem] = [
 needs_onednn = pytest.mark.skipif(onednn.refuse(CONV) is not None, reason=str(onednn.refuse(CONV)))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Shapes this small only wait for a second thread, for seconds where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def nothing_forced(monkeypatch):
     """Each test starts without a force, whatever the environment of the run says."""

@@ -32,7 +32,7 @@ class FusedConv:
     def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
         self.problem = problem
         self.weight = weight.contiguous(memory_format=torch.channels_last)
-        self.bias = bias if bias is not None else weight.new_zeros(weight.shape[0])
+        self.bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(problem.dtype)
         self.geometry = (list(problem.stride), list(problem.padding), list(problem.dilation), problem.groups)
 
     def __call__(self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool) -> Tensor:
@@ -60,7 +60,7 @@ def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> C
 
 def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Callable[..., Tensor]:
     """The affine map and activation bound to scale and shift: `run(x, gate, consume)`."""
-    scale, shift = scale.reshape(1, -1, 1, 1), shift.reshape(1, -1, 1, 1)
+    scale, shift = (t.to(problem.dtype).reshape(1, -1, 1, 1) for t in (scale, shift))
 
     def run(x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:
         y = torch.addcmul(shift, x, scale if gate is None else scale * gate[:, :, None, None])

@@ -41,7 +41,8 @@ def apply_gate(x: Tensor, gate: Tensor, consume: bool) -> Tensor:
 class DirectConv:
     """oneDNN's convolution with packed weights: `run(x, gate, residual, consume, into_residual)`.
 
-    The weights are packed for one input shape, for which oneDNN chooses the blocking.
+    The weights are packed for one input shape, for which oneDNN chooses the blocking. The bias may be float32 beside
+    weights of another dtype: it is added to the float32 sums before they are rounded.
     """
 
     def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
@@ -52,7 +53,8 @@ class DirectConv:
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(
             weight.contiguous(memory_format=torch.channels_last), *self.geometry, list(p.input_shape)
         )
-        self.bias = None if bias is None else bias.contiguous()  # oneDNN reads a strided bias as a contiguous one
+        wide = bias is not None and not p.residual  # with a residual the call insists on one dtype
+        self.bias = bias.contiguous() if wide else None if bias is None else bias.to(p.dtype).contiguous()
         self.attr = _POST_OP[p.activation]
         # The call that leaves the residual alone raises for bfloat16 + ReLU in groups, and in torch 2.11 for an output of
         # one pixel or one channel; the call that overwrites it does not.
@@ -129,7 +131,7 @@ class DepthwiseNormAct:
         channels = problem.input_shape[1]
         conv = ConvProblem("norm_act", problem.input_shape, channels, (1, 1), (1, 1), (0, 0), (1, 1), channels,
                            problem.activation, False, False, problem.dtype, problem.device)
-        self.conv = DirectConv(conv, scale.reshape(-1, 1, 1, 1), shift)
+        self.conv = DirectConv(conv, scale.to(problem.dtype).reshape(-1, 1, 1, 1), shift)
         self.label = "oneDNN depthwise"
 
     def __call__(self, x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:

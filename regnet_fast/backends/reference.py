@@ -64,6 +64,8 @@ def norm_act(x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None, activ
 
 def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
     """The convolution bound to its folded weights: `run(x, gate, residual, consume, into_residual)`."""
+    bias = None if bias is None else bias.to(problem.dtype)
+
     def run(x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool) -> Tensor:
         return conv(x, weight, bias, gate, residual, problem.stride, problem.padding, problem.dilation, problem.groups,
                     problem.activation)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..backends.reference import activate
 from ..ops.convolution import pixel_means
-from .units import ConvUnit, HostNormUnit, NormActUnit, SqueezeExciteUnit, Unit
+from .units import ConvUnit, HostNormUnit, LinearUnit, NormActUnit, SqueezeExciteUnit, Unit
 
 
 class Form:
@@ -37,7 +37,7 @@ class Form:
     def in_channels(self) -> int | None:
         """Channels of the input, where a unit tells."""
         for unit in self.units().values():
-            if isinstance(unit, ConvUnit):
+            if isinstance(unit, (ConvUnit, LinearUnit)):
                 return unit.in_channels
             if isinstance(unit, NormActUnit):
                 return unit.norm.running_mean.shape[0]
@@ -166,10 +166,8 @@ class RepVgg(Form):
 class Head(Form):
     """Global average pooling, then a linear classifier (a Linear or a 1x1 convolution) where there is one."""
 
-    classifier: ConvUnit | None = None
+    classifier: LinearUnit | None = None
 
     def run(self, x: Tensor) -> Tensor:
         means = pixel_means(x).to(x.dtype)
-        if self.classifier is None:
-            return means
-        return self.classifier(means[:, :, None, None]).flatten(1)
+        return means if self.classifier is None else self.classifier(means)

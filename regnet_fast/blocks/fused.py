@@ -17,7 +17,7 @@ from torch.nn.modules import module as module_hooks
 
 from ..backends import BackendError, forced_backend
 from .forms import Form
-from .units import ConvUnit, Refused
+from .units import ConvUnit, LinearUnit, Refused
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CONFIG = ("stride", "padding", "dilation", "groups", "padding_mode", "eps", "add_maxpool", "negative_slope", "inplace")
@@ -110,7 +110,7 @@ def _check_tensors(form: Form, tensors: list[Tensor], dtype: torch.dtype) -> Non
     """Refuse what the host itself would refuse or promote: mixed devices, and weights of another dtype."""
     if len({t.device for t in tensors}) > 1:
         raise Refused("its weights are on more than one device")
-    wrong = [unit for unit in form.units().values() if isinstance(unit, ConvUnit) and unit.dtype != dtype]
+    wrong = [unit for unit in form.units().values() if isinstance(unit, (ConvUnit, LinearUnit)) and unit.dtype != dtype]
     if wrong and not torch.is_autocast_enabled(tensors[0].device.type):
         raise Refused(f"{wrong[0].path} has {wrong[0].dtype} weights and the input is {dtype}")
 

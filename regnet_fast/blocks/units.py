@@ -47,7 +47,7 @@ class ConvUnit(Unit):
     """
 
     path: str
-    conv: nn.Conv2d | nn.Linear
+    conv: nn.Conv2d
     norm: nn.Module | None = None
     then: nn.Module | None = None
     activation: str = "none"
@@ -55,7 +55,7 @@ class ConvUnit(Unit):
 
     def weights(self) -> tuple[Tensor, Tensor | None]:
         """The folded weights and bias in float64."""
-        weight = self.conv.weight if self.conv.weight.dim() == 4 else self.conv.weight[:, :, None, None]
+        weight = self.conv.weight
         if self.standardize is not None:
             rows = weight.double().flatten(1)
             variance, mean = torch.var_mean(rows, 1, correction=0, keepdim=True)
@@ -71,16 +71,13 @@ class ConvUnit(Unit):
         return self.conv.weight.shape[1] * self.geometry()[3]
 
     def geometry(self) -> tuple:
-        """Stride, padding, dilation and groups; a linear layer is a 1x1 convolution."""
-        if isinstance(self.conv, nn.Linear):
-            return (1, 1), (0, 0), (1, 1), 1
+        """Stride, padding, dilation and groups."""
         return self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups
 
     def op(self, residual: bool = False) -> str:
         """The operation that serves this convolution."""
         _, padding, dilation, groups = self.geometry()
-        kernel = (1, 1) if isinstance(self.conv, nn.Linear) else self.conv.kernel_size
-        return conv_op(kernel, padding, dilation, groups, residual)
+        return conv_op(self.conv.kernel_size, padding, dilation, groups, residual)
 
     def __call__(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None, *, means: bool = False,
                  consume: bool = False, into_residual: bool = False):
@@ -101,7 +98,8 @@ class ConvUnit(Unit):
         return (y, channel_means(y)) if means else y
 
     def pack(self, dtype: torch.dtype) -> Callable:
-        weight, bias = (None if t is None else t.to(dtype) for t in self.weights())
+        weight, bias = self.weights()
+        weight, bias = weight.to(dtype), None if bias is None else bias.float()
         stride, padding, dilation, groups = self.geometry()
         activation = self.activation if self.then is None else "none"
         packed = PackedConv(self.op(), weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
@@ -148,6 +146,33 @@ class RepVggUnit(ConvUnit):
 
 
 @dataclass(eq=False)
+class LinearUnit(Unit):
+    """A classifier on (N, C) means: a Linear, or a 1x1 convolution read as one.
+
+    It stays torch's matrix product: on such a small problem oneDNN's convolution is no faster and rounds worse.
+    """
+
+    path: str
+    linear: nn.Linear | nn.Conv2d
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.linear.weight.dtype
+
+    @property
+    def in_channels(self) -> int:
+        return self.linear.weight.shape[1]
+
+    def __call__(self, means: Tensor) -> Tensor:
+        return F.linear(means, self.linear.weight.flatten(1), self.linear.bias)
+
+    def pack(self, dtype: torch.dtype) -> Callable:
+        weight, bias = self.linear.weight.flatten(1).to(dtype), self.linear.bias
+        bias = None if bias is None else bias.to(dtype)
+        return lambda means: F.linear(means, weight, bias)
+
+
+@dataclass(eq=False)
 class SqueezeExciteUnit(Unit):
     """From float32 channel means to a gate in the dtype of the feature map: `unit(means, dtype)`."""
 
@@ -177,7 +202,7 @@ class NormActUnit(Unit):
 
     def pack(self, dtype: torch.dtype) -> Callable:
         scale, shift = batch_norm(self.norm).scale_shift()
-        return PackedNormAct(scale.to(dtype), shift.to(dtype), self.activation)
+        return PackedNormAct(scale.float(), shift.float(), self.activation)
 
 
 @dataclass(eq=False)

@@ -17,13 +17,14 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ..blocks import forms
 from ..blocks.fused import Fused
-from ..blocks.units import ConvUnit, HostNormUnit, NormActUnit, Refused, RepVggUnit, SqueezeExciteUnit
+from ..blocks.units import ConvUnit, HostNormUnit, LinearUnit, NormActUnit, Refused, RepVggUnit, SqueezeExciteUnit
 
 FAMILIES = ("regnetx_", "regnety_", "regnetv_", "regnetz_", "repvgg_", "resnetv2_")
 """Architectures whose models `create_model` rebuilds, by the beginning of their names."""
 
 _ACTIVATIONS = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu", Swish: "silu"}
-_BATCH_NORMS = (nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct, FrozenBatchNormAct2d, FrozenBatchNorm2d)
+_NORM_ACTS = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
+_BATCH_NORMS = (*_NORM_ACTS, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 _INERT_IN_EVALUATION = (nn.Identity, nn.Dropout, DropPath, DropBlock2d)
 
 
@@ -59,9 +60,11 @@ def _norm_activation(path: str, norm: nn.Module) -> str:
     """The activation that a BatchNorm module carries. Raises `Refused` where it does anything else."""
     if norm.training and not isinstance(norm, (FrozenBatchNormAct2d, FrozenBatchNorm2d)):
         raise Refused(f"{path} is in training mode")
-    _check_inert(f"{path}.drop", getattr(norm, "drop", None))
-    act = getattr(norm, "act", None)
-    return "none" if act is None else _activation(f"{path}.act", act)
+    if not isinstance(norm, _NORM_ACTS):  # torch's conversion to SyncBatchNorm keeps an `act` that is never applied
+        return "none"
+    if hasattr(norm, "drop"):
+        _check_inert(f"{path}.drop", norm.drop)
+    return _activation(f"{path}.act", norm.act) if hasattr(norm, "act") else "none"
 
 
 def _conv(path: str, conv: nn.Module) -> float | None:
@@ -71,6 +74,10 @@ def _conv(path: str, conv: nn.Module) -> float | None:
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         raise Refused(f"{path} pads with {conv.padding!r} in mode {conv.padding_mode!r}")
     return conv.eps if type(conv) is StdConv2d else None
+
+
+def _conv_kind(conv: nn.Conv2d) -> tuple:
+    return conv.kernel_size, conv.padding, conv.groups
 
 
 def _conv_norm(conv_path: str, conv: nn.Module, norm_path: str, norm: nn.Module | None, after: str = "none") -> ConvUnit:
@@ -170,10 +177,9 @@ class StdConv(Fused, StdConv2d):
     host = StdConv2d
 
     def fused_form(self) -> forms.Single:
-        _conv_kind = ConvUnit("", self, standardize=self.eps)
         if self.padding_mode != "zeros" or isinstance(self.padding, str):
             raise Refused(f"it pads with {self.padding!r} in mode {self.padding_mode!r}")
-        return forms.Single(_conv_kind)
+        return forms.Single(ConvUnit("", self, standardize=self.eps))
 
 
 @register_notrace_module
@@ -321,11 +327,9 @@ class ClassifierHead(Fused, TimmClassifierHead):
             raise Refused(f"global_pool={self.global_pool.pool_type!r} has no fused form")
         if type(self.fc) is nn.Identity:
             return forms.Head()
-        if type(self.fc) is nn.Linear:
-            return forms.Head(ConvUnit("fc", self.fc))
-        if type(self.fc) is not nn.Conv2d or self.fc.kernel_size != (1, 1):
+        if type(self.fc) is not nn.Linear and (type(self.fc) is not nn.Conv2d or _conv_kind(self.fc) != ((1, 1), (0, 0), 1)):
             raise Refused(f"fc is {type(self.fc).__name__}, not a plain linear layer or 1x1 convolution")
-        return forms.Head(_conv_norm("fc", self.fc, "", None))
+        return forms.Head(LinearUnit("fc", self.fc))
 
     def forward(self, x, pre_logits: bool = False):
         return TimmClassifierHead.forward(self, x, pre_logits) if pre_logits else Fused.forward(self, x)
@@ -350,7 +354,7 @@ def candidates(network: nn.Module) -> list[tuple[str, nn.Module, type[Fused]]]:
     seen: set[int] = set()
 
     def walk(path: str, module: nn.Module, bare: bool) -> None:
-        if id(module) in seen:
+        if id(module) in seen or isinstance(module, Fused):
             return
         seen.add(id(module))
         cls = BLOCKS.get(type(module)) or (_BARE.get(type(module)) if bare else None)

@@ -86,8 +86,8 @@ def empty_output(x: Tensor, weight: Tensor, stride, padding, dilation) -> Tensor
 class PackedConv:
     """A convolution with its weights folded, and packed by the chosen backend on first use for each input shape.
 
-    Made by `regnet_fast.functional.pack_conv`, and by the blocks for their own layers. The weights are of the compute
-    dtype and are not written to. Safe to share between threads; the last few input shapes are kept.
+    Made by `regnet_fast.functional.pack_conv`, and by the blocks for their own layers. The weight is of the compute
+    dtype, the bias of that or float32, and neither is written to. Safe to share between threads; the last few input shapes are kept.
     """
 
     def __init__(self, op: str, weight: Tensor, bias: Tensor | None, *, stride=(1, 1), padding=(0, 0), dilation=(1, 1),

@@ -1,0 +1,245 @@
+"""Whole models against timm's: every architecture of the families, the same keys, numbers, features and options.
+
+`MATRIX` picks the architectures whose numbers are compared: those of at most `MAX_PARAMETERS` million parameters, and
+with `pytest -m slow` the larger ones, which need up to 16 GB of memory.
+"""
+import copy
+import gc
+
+import pytest
+import timm
+import torch
+from helpers import assert_close_to_reference, randomize_bn
+from torch import nn
+
+import regnet_fast
+from regnet_fast.blocks.fused import FallbackWarning, Fused, listening
+
+FAMILIES = ("regnetx_*", "regnety_*", "regnetv_*", "regnetz_*", "repvgg_*", "resnetv2_*")
+NAMES = [name for family in FAMILIES for name in timm.list_models(family)]
+MAX_PARAMETERS = 30e6
+
+
+def parameters(name: str) -> int:
+    return sum(p.numel() for p in timm.create_model(name, device="meta").parameters())
+
+
+def matrix() -> list:
+    large = {"regnetx_064"}
+    return [pytest.param(name, marks=pytest.mark.slow) if parameters(name) > MAX_PARAMETERS and name not in large else name
+            for name in NAMES]
+
+
+def test_there_are_75_architectures():
+    assert len(NAMES) == 75
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_keys_and_parameters(name):
+    ours, theirs = regnet_fast.create_model(name, device="meta"), timm.create_model(name, device="meta")
+    ours_state, theirs_state = ours.state_dict(), theirs.state_dict()
+    assert list(ours_state) == list(theirs_state)
+    assert [t.shape for t in ours_state.values()] == [t.shape for t in theirs_state.values()]
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    ours.load_state_dict(theirs_state, strict=True)
+    theirs.load_state_dict(ours_state, strict=True)
+    assert ours.pretrained_cfg == theirs.pretrained_cfg
+    blocks = [m for m in ours.modules() if isinstance(m, Fused)]
+    assert len(blocks) >= 6
+    again = [path for path, _ in regnet_fast.rebuild(ours).rebuilt]
+    assert not again
+
+
+def outputs(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Every stage's features and the logits."""
+    with torch.no_grad():
+        final, features = model.forward_intermediates(x)
+        found = {f"stage {i}": f for i, f in enumerate(features)}
+        return {**found, "logits": model.forward_head(final)}
+
+
+def compare(theirs: nn.Module, x: torch.Tensor, what: str, groups: int | None = None) -> None:
+    """Assert that the rebuilt model is the same function as timm's, all of it fused. Uses theirs up."""
+    dtype = x.dtype
+    theirs.to(dtype).eval()
+    ours = regnet_fast.rebuild(theirs)
+    assert ours.rebuilt
+    heard = []
+    with listening(lambda block, image, plan, reason: heard.append(reason)):
+        fused = outputs(theirs, x)
+    assert heard and set(heard) == {None}, f"{what}: not fused: {set(heard)}"
+    eager = outputs(regnet_fast.restore(theirs).to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last))
+    exact = outputs(theirs.double(), x.double())
+    for stage in exact:
+        assert_close_to_reference(fused[stage], eager[stage], exact[stage], f"{what}, {stage}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", matrix())
+def test_logits_and_stages(name, dtype):
+    model = timm.create_model(name).eval()
+    randomize_bn(model, 0)
+    batch, height, width = (3, 65, 71) if dtype == torch.float32 else (1, 64, 96)
+    compare(model, torch.randn(batch, 3, height, width).to(dtype), name)
+    del model
+    gc.collect()
+
+
+SMALL = ["regnetx_002", "regnety_002", "regnetz_005", "regnetz_b16", "regnetv_040", "repvgg_a0", "resnetv2_18", "resnetv2_50"]
+
+
+def options() -> list:
+    return [dict(output_stride=8), dict(output_stride=16), dict(in_chans=1), dict(in_chans=5), dict(num_classes=7),
+            dict(global_pool="avg"), dict(drop_path_rate=0.1, drop_rate=0.2)]
+
+
+@pytest.mark.parametrize("kwargs", options(), ids=lambda kwargs: "-".join(map(str, kwargs.items())))
+@pytest.mark.parametrize("name", SMALL)
+def test_options(name, kwargs):
+    model = timm.create_model(name, **kwargs).eval()
+    randomize_bn(model, 0)
+    compare(model, torch.randn(2, kwargs.get("in_chans", 3), 64, 64), f"{name} {kwargs}")
+
+
+@pytest.mark.parametrize("pool", ["", "max", "avgmax", "catavgmax", "fast", "fastmax"])
+def test_other_pooling_is_timms(pool):
+    kwargs = dict(global_pool=pool, num_classes=0) if pool == "" else dict(global_pool=pool)
+    theirs = timm.create_model("regnety_002", **kwargs).eval()
+    randomize_bn(theirs, 0)
+    ours = regnet_fast.rebuild(copy.deepcopy(theirs))
+    assert [path for path, _, _ in ours.kept] == ([] if pool == "fast" else ["head"])
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.model(x), theirs(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_embeddings_and_features(name):
+    theirs = timm.create_model(name, num_classes=0).eval()
+    randomize_bn(theirs, 0)
+    state = theirs.state_dict()
+    ours = regnet_fast.create_model(name, num_classes=0).eval()
+    ours.load_state_dict(state)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ours.forward_head(ours.forward_features(x), pre_logits=True), theirs(x), rtol=1e-3, atol=1e-4)
+    for kwargs in (dict(), dict(out_indices=(1, 3)), dict(feature_cls="dict"), dict(feature_cls="hook"),
+                   dict(feature_cls="getter")):
+        a = regnet_fast.create_model(name, features_only=True, **kwargs).eval()
+        b = timm.create_model(name, features_only=True, **kwargs).eval()
+        assert list(a.state_dict()) == list(b.state_dict())
+        assert any(isinstance(m, Fused) for m in a.modules())
+        randomize_bn(b, 0)
+        a.load_state_dict(b.state_dict())
+        assert a.feature_info.channels() == b.feature_info.channels()
+        with torch.no_grad():
+            found, expected = a(x), b(x)
+        pairs = zip(found.values(), expected.values(), strict=True) if isinstance(found, dict) else zip(found, expected, strict=True)
+        for f, e in pairs:
+            torch.testing.assert_close(f, e, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["regnety_002", "repvgg_a0", "resnetv2_18"])
+def test_fx_features_are_timms(name):
+    """timm traces the model before we see it: nothing is left to rebuild, and nothing is lost."""
+    model = regnet_fast.create_model(name, features_only=True, feature_cls="fx").eval()
+    with torch.no_grad():
+        assert len(model(torch.randn(1, 3, 64, 64))) == 5
+
+
+def test_fx_tracing_keeps_blocks_whole():
+    from timm.models import create_feature_extractor
+
+    model = regnet_fast.create_model("regnety_002").eval()
+    randomize_bn(model, 0)
+    x = torch.randn(1, 3, 64, 64)
+    extractor = create_feature_extractor(model, ["s2", "s4"])
+    with torch.no_grad():
+        found = extractor(x)
+        assert any(isinstance(m, Fused) for m in extractor.modules())
+        assert torch.equal(found["s4"], model.forward_intermediates(x, intermediates_only=True)[-1])
+
+
+def test_repvgg_reparameterised_after_rebuilding():
+    theirs = timm.create_model("repvgg_a0").eval()
+    randomize_bn(theirs, 0)
+    ours = regnet_fast.rebuild(copy.deepcopy(theirs)).model
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs(x)
+        deployed = timm.utils.reparameterize_model(ours)
+        assert len(deployed.state_dict()) == 46
+        with listening(lambda block, image, plan, reason: heard.append(reason)):
+            heard = []
+            torch.testing.assert_close(deployed(x), expected, rtol=1e-3, atol=1e-4)
+        assert set(heard) == {None}
+
+
+def test_odd_widths_of_regnety_2560():
+    """Its widths and group width are no multiples of 8; a small net of that kind stands for its 1283 M parameters."""
+    cfg = timm.models.RegNetCfg(w0=640, wa=230.83, wm=2.53, group_size=373, depth=4, se_ratio=0.25)
+    block = timm.models.regnet.Bottleneck(746, 746, group_size=373, stride=2).eval()
+    assert cfg.group_size == 373
+    randomize_bn(block, 0)
+    ours = regnet_fast.rebuild(copy.deepcopy(block)).model
+    x = torch.randn(1, 746, 5, 7)
+    with torch.no_grad():
+        assert_close_to_reference(
+            ours(x), block(x.contiguous(memory_format=torch.channels_last)), copy.deepcopy(block).double()(x.double()),
+            "odd widths", groups=2,
+        )
+
+
+@pytest.mark.parametrize("name", ["regnety_002", "repvgg_a0", "resnetv2_18"])
+def test_model_surgery_of_timm(name):
+    """freeze_batch_norm_2d, convert_sync_batchnorm, EMA and reset_classifier work on a rebuilt model."""
+    theirs = timm.create_model(name).eval()
+    randomize_bn(theirs, 0)
+    x = torch.randn(2, 3, 64, 64)
+    heard = []
+    with torch.no_grad(), listening(lambda block, image, plan, reason: heard.append(reason)):
+        expected = theirs(x)
+        for surgery in (timm.layers.freeze_batch_norm_2d, timm.layers.convert_sync_batchnorm, torch.nn.SyncBatchNorm.convert_sync_batchnorm):
+            ours = surgery(regnet_fast.rebuild(copy.deepcopy(theirs)).model).eval()
+            if surgery is torch.nn.SyncBatchNorm.convert_sync_batchnorm:
+                expected_here = surgery(copy.deepcopy(theirs)).eval()(x)  # torch drops the activations
+            else:
+                expected_here = expected
+            torch.testing.assert_close(ours(x), expected_here, rtol=1e-3, atol=1e-4)
+        ema = timm.utils.ModelEmaV3(regnet_fast.rebuild(copy.deepcopy(theirs)).model, decay=0.5)
+        torch.testing.assert_close(ema.module(x), expected, rtol=1e-3, atol=1e-4)
+        other = copy.deepcopy(theirs)
+        randomize_bn(other, 1)
+        before = ema.module(x)
+        ema.update(other)
+        assert not torch.allclose(ema.module(x), before, rtol=1e-3, atol=1e-4)
+        assert torch.allclose(ema.module(x), regnet_fast.restore(copy.deepcopy(ema.module))(x), rtol=1e-3, atol=1e-4)
+    assert None in heard
+
+
+def test_whole_network_that_contains_blocks():
+    class Segmenter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = timm.create_model("regnety_002", features_only=True)
+            self.decoder = nn.Sequential(nn.Conv2d(368, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+
+        def forward(self, x):
+            return self.decoder(self.encoder(x)[-1])
+
+    theirs = Segmenter().eval()
+    randomize_bn(theirs, 0, torch.randn(2, 3, 64, 64))
+    report = regnet_fast.rebuild(theirs, inplace=False)
+    assert report.model is not theirs and not any(isinstance(m, Fused) for m in theirs.modules())
+    assert len(report.rebuilt) == 14 and type(report.model.decoder[0]) is nn.Conv2d
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(report.model(x), theirs(x), rtol=1e-3, atol=1e-4)
+
+
+def test_features_with_a_warning_free_forward(recwarn):
+    model = regnet_fast.create_model("resnetv2_50d_gn").eval()
+    with torch.no_grad():
+        model(torch.randn(1, 3, 64, 64))
+    assert not [w for w in recwarn if issubclass(w.category, FallbackWarning)]
