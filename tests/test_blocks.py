@@ -282,7 +282,7 @@ def test_training_is_timms_bit_for_bit():
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_autocast(name, dtype):
     ours, theirs = pair(name)
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(8, 3, 64, 64)  # bfloat16 errors of few images differ by chance
     exact = copy.deepcopy(theirs).double()
     with torch.no_grad(), torch.autocast("cpu", dtype):
         assert reasons(ours, x) == {None}

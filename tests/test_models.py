@@ -206,7 +206,7 @@ def test_model_surgery_of_timm(name):
                 expected_here = surgery(copy.deepcopy(theirs)).eval()(x)  # torch drops the activations
             else:
                 expected_here = expected
-            torch.testing.assert_close(ours(x), expected_here, rtol=1e-3, atol=1e-4)
+            assert (ours(x) - expected_here).norm() <= 1e-3 * expected_here.norm()
         ema = timm.utils.ModelEmaV3(regnet_fast.rebuild(copy.deepcopy(theirs)).model, decay=0.5)
         torch.testing.assert_close(ema.module(x), expected, rtol=1e-3, atol=1e-4)
         other = copy.deepcopy(theirs)

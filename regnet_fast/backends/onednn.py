@@ -34,7 +34,7 @@ def refuse(problem: Problem) -> str | None:
 
 def apply_gate(x: Tensor, gate: Tensor, consume: bool) -> Tensor:
     """`x * gate[:, :, None, None]`, in x's own memory where the caller has no more use for x."""
-    gate = gate[:, :, None, None]
+    gate = gate.view(*gate.shape, 1, 1)
     return x.mul_(gate) if consume else x * gate
 
 
@@ -46,7 +46,6 @@ class DirectConv:
     """
 
     def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
-        self.problem = problem
         self.label = "oneDNN"
         p = problem
         self.geometry = (list(p.padding), list(p.stride), list(p.dilation), p.groups)
@@ -56,9 +55,13 @@ class DirectConv:
         wide = bias is not None and not p.residual  # with a residual the call insists on one dtype
         self.bias = bias.contiguous() if wide else None if bias is None else bias.to(p.dtype).contiguous()
         self.attr = _POST_OP[p.activation]
+        self.silu_after = p.residual and p.activation == "silu"  # no pair of post-ops that torch's call takes
         # The call that leaves the residual alone raises for bfloat16 + ReLU in groups, and in torch 2.11 for an output of
         # one pixel or one channel; the call that overwrites it does not.
         self.copies_residual = p.groups > 1 or p.out_channels == 1 or p.output_shape[2:] == (1, 1)
+        unary = None if self.attr == "none" else self.attr
+        self.plain = (self.weight, self.bias, *self.geometry, "none" if self.silu_after else self.attr, [], "")
+        self.added = (self.weight, self.bias, *self.geometry, "add", None, unary, [], "")
         self.conv = torch.ops.mkldnn._convolution_pointwise.default
         self.conv_add = torch.ops.mkldnn._convolution_pointwise.binary
         self.conv_add_ = torch.ops.mkldnn._convolution_pointwise_.binary
@@ -67,16 +70,14 @@ class DirectConv:
         if gate is not None:
             x = apply_gate(x, gate, consume)
         if residual is None:
-            return self.conv(x, self.weight, self.bias, *self.geometry, self.attr, [], "")
-        if self.problem.activation == "silu":  # the sum and SiLU are no pair of post-ops that torch's call takes
-            y = self.conv(x, self.weight, self.bias, *self.geometry, "none", [], "")
-            return torch.nn.functional.silu(y.add_(residual), inplace=True)
-        unary = None if self.attr == "none" else self.attr
-        if self.copies_residual and not into_residual:
-            residual, into_residual = residual.clone(memory_format=torch.channels_last), True
+            return self.conv(x, *self.plain)
+        if self.silu_after:
+            return torch.nn.functional.silu(self.conv(x, *self.plain).add_(residual), inplace=True)
         if into_residual:
-            return self.conv_add_(residual, x, self.weight, self.bias, *self.geometry, "add", None, unary, [], "")
-        return self.conv_add(x, residual, self.weight, self.bias, *self.geometry, "add", None, unary, [], "")
+            return self.conv_add_(residual, x, *self.added)
+        if self.copies_residual:
+            return self.conv_add_(residual.clone(memory_format=torch.channels_last), x, *self.added)
+        return self.conv_add(x, residual, *self.added)
 
 
 def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:

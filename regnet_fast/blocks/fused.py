@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
+from operator import is_
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
+from torch.utils.hooks import RemovableHandle
 
 from ..backends import BackendError, forced_backend
 from .forms import Form
 from .units import ConvUnit, LinearUnit, Refused
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CONFIG = ("stride", "padding", "dilation", "groups", "padding_mode", "eps", "add_maxpool", "negative_slope", "inplace")
+_CONFIG = ("stride", "padding", "dilation", "groups", "padding_mode", "eps")
 _STATE = "_regnet_fast_plans"
 
 recorder: ContextVar[Callable | None] = ContextVar("regnet_fast_recorder", default=None)
@@ -47,63 +49,67 @@ class Plan:
         self.unbound: Form | None = None
         self.in_channels: int | None = None
         self.differentiated = False
-        self._structure = [
-            (m, m.__class__, m.__dict__, dict(m._modules), tuple(map(m.__dict__.get, _CONFIG)), m.training,
-             m is not block and _hooked(m.__dict__))
-            for m in block.modules()
-        ]
+        self._hooks_seen = RemovableHandle.next_id
+        self._modules = list(block.modules())
+        self._hooked = any(_hooked(m) for m in self._modules[1:])
+        self._structure = self._read_structure()
+        tables = [table for m in self._modules for table in (m._parameters, m._buffers) if table]
+        self._tables = tables
+        self._held = [t for table in tables for t in table.values()]
         self._tensors = [
-            (table, name, t)
-            for m in block.modules() for table in (m._parameters, m._buffers) for name, t in table.items()
-            if t is not None and name != "num_batches_tracked"
+            t for table in tables for name, t in table.items() if t is not None and name != "num_batches_tracked"
         ]
-        tensors = [t for _, _, t in self._tensors]
-        self.parameters = [t for t in tensors if isinstance(t, nn.Parameter)]
-        if any(t.is_inference() for t in tensors):
+        self.parameters = [t for t in self._tensors if isinstance(t, nn.Parameter)]
+        if any(t.is_inference() for t in self._tensors):
             self.refusal = "its weights were made in inference mode, where changes to them cannot be seen"
-            self._versions, self._pointers = [], []
+            self._tensors = []
+        self._versions = [t._version for t in self._tensors]
+        self._pointers = [t.data_ptr() for t in self._tensors]
+        if self.refusal is not None:
             return
-        self._versions = [t._version for t in tensors]
-        self._pointers = [t.data_ptr() for t in tensors]
         try:
             with torch.inference_mode(False), torch.no_grad():
                 unbound = block.fused_form()
-                _check_tensors(unbound, tensors, dtype)
+                _check_tensors(unbound, self._tensors, dtype)
                 self.form = unbound.bind(lambda unit: unit.pack(dtype))
                 self.unbound, self.in_channels = unbound, unbound.in_channels()
         except Refused as refusal:
             self.refusal = str(refusal)
 
+    def _read_structure(self) -> tuple[list, ...]:
+        """Class, children and settings of every module below the block, and how many attributes each has: one that was
+        added may be a replaced forward. The block's own attributes hold this plan and are not counted.
+        """
+        states = [m.__dict__ for m in self._modules]
+        parents = [state["_modules"] for state in states if state["_modules"]]
+        return (
+            [m.__class__ for m in self._modules], [state["training"] for state in states], [dict(children) for children in parents],
+            [len(state) for state in states[1:]],
+            [tuple(map(state.get, _CONFIG)) for m, state in zip(self._modules, states, strict=True) if m._parameters or m._buffers],
+        )
+
     def current(self) -> bool:
         """Whether everything that the plan rests on is as it was."""
-        for m, cls, state, children, config, training, hooked in self._structure:
-            if (
-                m.__class__ is not cls or state["training"] is not training or state["_modules"] != children
-                or tuple(map(state.get, _CONFIG)) != config
-                or (_hooked(state) if m is not self._structure[0][0] else False) != hooked
-            ):
+        if RemovableHandle.next_id != self._hooks_seen or self._hooked:
+            seen = RemovableHandle.next_id
+            if any(_hooked(m) for m in self._modules[1:]) != self._hooked:
                 return False
-        return self.tensors_current()
+            self._hooks_seen = seen
+        return self._read_structure() == self._structure and self.tensors_current()
 
     def tensors_current(self) -> bool:
         """Whether every parameter and buffer is the one that was packed, unchanged."""
-        for table, name, t in self._tensors:
-            if table.get(name) is not t:
-                return False
-        if not self._versions:
-            return True
+        held = [t for table in self._tables for t in table.values()]
         return (
-            [t._version for _, _, t in self._tensors] == self._versions
-            and [t.data_ptr() for _, _, t in self._tensors] == self._pointers
+            len(held) == len(self._held) and all(map(is_, held, self._held))
+            and [t._version for t in self._tensors] == self._versions
+            and [t.data_ptr() for t in self._tensors] == self._pointers
         )
 
 
-def _hooked(state: dict) -> bool:
-    """Whether somebody listens to a module or has replaced its forward."""
-    return bool(
-        state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
-        or "forward" in state
-    )
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody listens to a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _check_tensors(form: Form, tensors: list[Tensor], dtype: torch.dtype) -> None:
@@ -113,6 +119,10 @@ def _check_tensors(form: Form, tensors: list[Tensor], dtype: torch.dtype) -> Non
     wrong = [unit for unit in form.units().values() if isinstance(unit, (ConvUnit, LinearUnit)) and unit.dtype != dtype]
     if wrong and not torch.is_autocast_enabled(tensors[0].device.type):
         raise Refused(f"{wrong[0].path} has {wrong[0].dtype} weights and the input is {dtype}")
+
+
+def _device_type(x: Tensor) -> str:
+    return "cpu" if x.is_cpu else x.device.type
 
 
 def _global_hooks() -> bool:
@@ -150,9 +160,12 @@ class Fused:
         return self._run(plan, x)
 
     def _run(self, plan: Plan, x: Tensor) -> Tensor:
-        quiet = torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()
-        with quiet:
-            return plan.form.run(x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        device = _device_type(x)
+        if not torch.is_autocast_enabled(device):
+            return plan.form.run(x)
+        with torch.autocast(device, enabled=False):
+            return plan.form.run(x)
 
     def _unfit(self, x: Tensor) -> str | None:
         """Why this call cannot be fused, from what is known without looking at the weights."""
@@ -178,7 +191,7 @@ class Fused:
 
     def _plan(self, x: Tensor) -> tuple[Plan | None, Tensor, str | None]:
         """The current plan for an input, and the input in the plan's dtype; or the reason why there is none."""
-        device = x.device.type
+        device = _device_type(x)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if dtype not in _DTYPES:
             return None, x, f"autocast to {dtype} is left to the host"

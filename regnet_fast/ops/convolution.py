@@ -121,13 +121,13 @@ class PackedConv:
         """`activation(conv(x * gate) + bias + residual)`, with its float32 channel means where `means` is asked.
 
         `consume` allows the backend to overwrite x, `into_residual` the residual. x and the residual are channels_last.
-        No argument is checked: the callers did.
+        No argument is checked and autocast is off: the callers saw to that.
         """
         key = (x.shape, gate is None, residual is None, forced_backend())
         run = self._runs.get(key)
         if run is None:
             run = self._prepare(key, x, gate is not None, residual is not None)
-        y = run_without_autocast(x.device.type, run, x, gate, residual, consume, into_residual)
+        y = run(x, gate, residual, consume, into_residual)
         return (y, pixel_means(y)) if means else y
 
 
@@ -136,20 +136,20 @@ def autocast_enabled(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def run_without_autocast(device: str, run: Callable, *arguments):
-    """`run(*arguments)` in the arguments' own dtypes, which autocast would change once more."""
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return run(*arguments)
-    return run(*arguments)
+def without_autocast(packed: Callable, x: Tensor, *arguments, **options):
+    """`packed(x, ...)` in the arguments' own dtypes, which autocast would change once more."""
+    if autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return packed(x, *arguments, **options)
+    return packed(x, *arguments, **options)
 
 
 def pixel_means(y: Tensor) -> Tensor:
-    """(N, C) float32 means over the pixels of a channels_last tensor, as one sum over rows of contiguous channels."""
-    n, c, h, w = y.shape
-    wide = torch.float32 if y.dtype == torch.float16 else None  # whose sums would overflow
-    sums = y.permute(0, 2, 3, 1).reshape(n, h * w, c).sum(1, dtype=wide)
-    return sums.to(torch.promote_types(y.dtype, torch.float32)) / (h * w)
+    """(N, C) means over the pixels of a channels_last tensor, float32 or wider."""
+    if y.dtype != torch.bfloat16:
+        return y.mean((2, 3), dtype=torch.float32 if y.dtype == torch.float16 else y.dtype)
+    n, c, h, w = y.shape  # as one sum over rows of contiguous channels, which is 2 to 4 times faster than torch's mean
+    return y.permute(0, 2, 3, 1).reshape(n, h * w, c).sum(1).float().mul_(1 / (h * w))
 
 
 def call_packed(op: str, packed: PackedConv, x: Tensor, gate: Tensor | None, residual: Tensor | None, means: bool = False):
@@ -163,7 +163,7 @@ def call_packed(op: str, packed: PackedConv, x: Tensor, gate: Tensor | None, res
     if x.numel() == 0:
         y = empty_output(x, packed.weight, packed.stride, packed.padding, packed.dilation)
         return (y, pixel_means(y)) if means else y
-    y = channels_last(packed(x.contiguous(memory_format=torch.channels_last), gate, residual))
+    y = channels_last(without_autocast(packed, x.contiguous(memory_format=torch.channels_last), gate, residual))
     return (y, pixel_means(y)) if means else y
 
 
@@ -225,8 +225,7 @@ def run_operator(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, gate: 
     if x.numel() == 0 or weight.shape[0] == 0:
         return empty_output(x, weight, stride, padding, dilation)
     packed = PackedConv(op, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups, activation=activation)
-    y = packed(x.contiguous(memory_format=torch.channels_last), gate, residual)
-    return channels_last(y)
+    return channels_last(without_autocast(packed, x.contiguous(memory_format=torch.channels_last), gate, residual))
 
 
 def activation_gradient(dy: Tensor, y: Tensor, before: Tensor | None, activation: str) -> Tensor:

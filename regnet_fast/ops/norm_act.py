@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import NormActProblem, forced_backend, select
-from .convolution import activation_gradient, channels_last, check_activation, check_input, check_vectors, run_without_autocast
+from .convolution import activation_gradient, channels_last, check_activation, check_input, check_vectors, without_autocast
 from .fold import BatchNorm
 
 
@@ -59,14 +59,15 @@ class PackedNormAct:
             problem = self.problem(x, gate is not None)
             run = select(problem).module.prepare_norm_act(problem, self.scale, self.shift)
             self._runs = {key: run}
-        return run_without_autocast(x.device.type, run, x, gate, consume)
+        return run(x, gate, consume)
 
 
 @torch.library.custom_op("regnet_fast::norm_act", mutates_args=())
 def _operator(x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None, activation: str) -> Tensor:
     if x.numel() == 0:
         return _fake(x, scale, shift, gate, activation)
-    return channels_last(PackedNormAct(scale, shift, activation)(x.contiguous(memory_format=torch.channels_last), gate))
+    packed = PackedNormAct(scale, shift, activation)
+    return channels_last(without_autocast(packed, x.contiguous(memory_format=torch.channels_last), gate))
 
 
 @_operator.register_fake

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import SqueezeExciteProblem, forced_backend, select
 from ..backends.reference import activate
-from .convolution import FLOATS, activation_gradient, check_activation, check_operand, run_without_autocast
+from .convolution import FLOATS, activation_gradient, check_activation, check_operand, without_autocast
 
 
 def squeeze_excite(
@@ -74,12 +74,13 @@ class PackedSqueezeExcite:
             problem = self.problem(means)
             run = select(problem).module.prepare_squeeze_excite(problem, *self.weights)
             self._runs = {key: run}
-        return run_without_autocast(means.device.type, run, means).to(dtype or means.dtype)
+        gate = run(means)
+        return gate if dtype is None or dtype == gate.dtype else gate.to(dtype)
 
 
 @torch.library.custom_op("regnet_fast::squeeze_excite", mutates_args=())
 def _operator(means: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, activation: str) -> Tensor:
-    return PackedSqueezeExcite(fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)(means)
+    return without_autocast(PackedSqueezeExcite(fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation), means)
 
 
 @_operator.register_fake
