@@ -3,6 +3,7 @@
 Nothing is imported before it is used. Names that are not defined here are timm's, so that `import regnet_fast as timm`
 runs code written for timm.
 """
+
 from __future__ import annotations
 
 import importlib

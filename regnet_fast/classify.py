@@ -1,4 +1,5 @@
 """Images to classes: weights from the hub or a file, timm's preprocessing, and timm's class names."""
+
 from __future__ import annotations
 
 import threading
@@ -40,7 +41,10 @@ class Prediction:
 
 
 def load(
-    name: str, pretrained: bool = True, checkpoint: str | PathLike | None = None, num_classes: int | None = None,
+    name: str,
+    pretrained: bool = True,
+    checkpoint: str | PathLike | None = None,
+    num_classes: int | None = None,
     build: Callable[..., nn.Module] = create_model,
 ) -> nn.Module:
     """A model in evaluation mode, with weights from a checkpoint file if one is given, else from the hub if asked.
@@ -155,7 +159,7 @@ def predict(model: nn.Module, images: Sequence[str | PathLike], top: int = 5) ->
     transform, names = preprocessing(model), class_names(model)
     parameter = next(model.parameters())
     for start in range(0, len(images), _BATCH):
-        chunk = images[start:start + _BATCH]
+        chunk = images[start : start + _BATCH]
         x = torch.stack([transform(open_image(path)) for path in chunk]).to(parameter.device, parameter.dtype)
         with torch.inference_mode():
             logits = model(x)

@@ -4,6 +4,7 @@ Exit status: 0 done; 1 the check that was asked for failed; 2 the request is wro
 3 an image, a checkpoint or pretrained weights cannot be read. With `--json` standard output holds JSON alone; progress
 and messages go to standard error.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -24,7 +25,10 @@ from .terminal import line, progress, show, table
 FAILED, USAGE, UNREADABLE = 1, 2, 3
 
 app = typer.Typer(
-    name="regnet-fast", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="regnet-fast",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Faster RegNet, RepVGG and ResNetV2 with timm's weights, keys and calls.",
 )
 
@@ -292,9 +296,11 @@ def compare(
             check_name(model)
         facts = info.conditions(device)
         for model, images, compute in itertools.product(models, batch, computes):
-            cases.append(comparison.compare(
-                model, images, compute, device, rounds, compile, size=size, all_peers=all_peers, announce=announce
-            ))
+            cases.append(
+                comparison.compare(
+                    model, images, compute, device, rounds, compile, size=size, all_peers=all_peers, announce=announce
+                )
+            )
             announce.advance()
     if as_json:
         command = shlex.join(["regnet-fast", *sys.argv[1:]])

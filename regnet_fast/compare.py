@@ -4,6 +4,7 @@ One process, variants interleaved forwards and backwards, the median of several 
 the first result of a built model stands apart: it packs the weights or compiles; the first compilation of a process
 loads the compiler as well. A result that misses the rule of `verify` is not timed.
 """
+
 from __future__ import annotations
 
 import copy
@@ -82,8 +83,13 @@ class Variant:
             return {"error": self.error}
         q1, median, q3 = quartiles(self.samples)
         return {
-            "median_ms": median, "q1_ms": q1, "q3_ms": q3, "images_per_s": 1e3 * self.x.shape[0] / median,
-            "first_s": self.first_seconds, "iterations": self.iterations, "samples_ms": self.samples,
+            "median_ms": median,
+            "q1_ms": q1,
+            "q3_ms": q3,
+            "images_per_s": 1e3 * self.x.shape[0] / median,
+            "first_s": self.first_seconds,
+            "iterations": self.iterations,
+            "samples_ms": self.samples,
             **({} if self.working_mib is None else {"working_mib": self.working_mib}),
         }
 
@@ -157,7 +163,11 @@ def find_fault(ours: Variant, eager: Variant, ours_logits: Tensor) -> str:
 
 
 def measure(
-    base: nn.Module, x: Tensor, rounds: int = 7, compile: bool = True, all_peers: bool = False,
+    base: nn.Module,
+    x: Tensor,
+    rounds: int = 7,
+    compile: bool = True,
+    all_peers: bool = False,
     announce: Announce = silent,
 ) -> dict[str, Any]:
     """Time a model of timm's, in evaluation mode, on an input of its device and dtype, in every variant.
@@ -226,8 +236,16 @@ def ratios(found: list[Variant]) -> dict[str, Any]:
 
 
 def compare(
-    name: str, batch: int = 1, dtype: torch.dtype = torch.float32, device: str = "cpu", rounds: int = 7,
-    compile: bool = True, *, size: int | None = None, all_peers: bool = False, seed: int = 0,
+    name: str,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    rounds: int = 7,
+    compile: bool = True,
+    *,
+    size: int | None = None,
+    all_peers: bool = False,
+    seed: int = 0,
     announce: Announce = silent,
 ) -> dict[str, Any]:
     """Time one model on random weights and a random input; RepVGG reparameterised everywhere.

@@ -1,4 +1,5 @@
 """What `make demo` shows: a photograph classified by timm and by regnet_fast, how far apart they are and how fast."""
+
 from __future__ import annotations
 
 import copy
@@ -39,8 +40,13 @@ def photograph() -> Path:
 
 
 def demo(
-    name: str = MODEL, image: Path | None = None, size: int | None = None, pretrained: bool = True, rounds: int = 7,
-    device: str = "cpu", announce: Announce = silent,
+    name: str = MODEL,
+    image: Path | None = None,
+    size: int | None = None,
+    pretrained: bool = True,
+    rounds: int = 7,
+    device: str = "cpu",
+    announce: Announce = silent,
 ) -> Iterator[tuple[str, Any]]:
     """Yield what there is to show, as soon as it is known: (key, value) pairs in this order.
 
@@ -86,8 +92,12 @@ def _weights(name: str, pretrained: bool) -> tuple[nn.Module, str, bool]:
 def _difference(base: nn.Module, x: Tensor, logits: Tensor) -> dict[str, Any]:
     eager = base(x)
     last = torch.channels_last
-    check = judge("logits", logits, copy.deepcopy(base).to(memory_format=last)(x.contiguous(memory_format=last)),
-                  copy.deepcopy(base).double()(x.double()))
+    check = judge(
+        "logits",
+        logits,
+        copy.deepcopy(base).to(memory_format=last)(x.contiguous(memory_format=last)),
+        copy.deepcopy(base).double()(x.double()),
+    )
     return {"from_eager": (logits - eager).abs().max().item(), "scale": eager.abs().max().item(), "check": check}
 
 

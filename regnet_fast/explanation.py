@@ -1,4 +1,5 @@
 """What runs for each layer of a model, on which backend, and why not otherwise."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -107,7 +108,16 @@ def _size(shape: torch.Size | tuple) -> str:
 
 def _host_row(path: str, module: nn.Module, inputs: tuple, output: Any, reason: str) -> Row:
     shape = " -> ".join(_size(t.shape) for t in (*inputs, output) if isinstance(t, Tensor))
-    return Row(path, "timm", shape, "host", type(module).__name__, reason, 0, _tensor_bytes(*inputs, output, *module.parameters()))
+    return Row(
+        path,
+        "timm",
+        shape,
+        "host",
+        type(module).__name__,
+        reason,
+        0,
+        _tensor_bytes(*inputs, output, *module.parameters()),
+    )
 
 
 def _tensor_bytes(*tensors: Any) -> int:
@@ -138,8 +148,18 @@ class _Recorded:
             packed, norm = packed.conv, packed.norm
         if isinstance(self.unit, LinearUnit):
             features = self.unit.linear.weight.shape[0]
-            self.rows.append(Row(self.layer, "linear", f"{_size(args[0].shape)} -> {features}", "torch", "torch linear", "",
-                                 2 * args[0].numel() * features, _tensor_bytes(*args, *self.unit.linear.parameters(), y)))
+            self.rows.append(
+                Row(
+                    self.layer,
+                    "linear",
+                    f"{_size(args[0].shape)} -> {features}",
+                    "torch",
+                    "torch linear",
+                    "",
+                    2 * args[0].numel() * features,
+                    _tensor_bytes(*args, *self.unit.linear.parameters(), y),
+                )
+            )
             return y
         if not hasattr(packed, "explain"):
             self.rows.append(_host_row(self.layer, packed.norm, (args[0],), y, _norm_reason(packed.norm)))
@@ -148,12 +168,15 @@ class _Recorded:
         problem, label = packed.explain(args[0], None if len(args) < 2 else args[1], residual)
         selection = select(problem)
         reason = "; ".join(f"{name}: {why}" for name, why in selection.refused.items())
-        self.rows.append(Row(self.layer, problem.op, _shape(problem), selection.name, label, reason, problem.flops, problem.bytes))
+        self.rows.append(
+            Row(self.layer, problem.op, _shape(problem), selection.name, label, reason, problem.flops, problem.bytes)
+        )
         if norm is not None:
-            self.rows.append(_host_row(self.layer + " norm", norm, (y[0] if isinstance(y, tuple) else y,), None, _norm_reason(norm)))
+            self.rows.append(
+                _host_row(self.layer + " norm", norm, (y[0] if isinstance(y, tuple) else y,), None, _norm_reason(norm))
+            )
         return y
 
 
 def _norm_reason(norm: nn.Module) -> str:
     return f"{type(norm).__name__} depends on the image, so it cannot be folded into a convolution"
-

@@ -1,4 +1,5 @@
 """What is installed, which devices there are, and which backend serves which dtype on each of them."""
+
 from __future__ import annotations
 
 import os
@@ -69,31 +70,48 @@ def versions() -> dict[str, str | None]:
 def devices() -> list[dict[str, Any]]:
     """The CPU, then every CUDA device."""
     bfloat16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    found: list[dict[str, Any]] = [{
-        "device": "cpu",
-        "name": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16": bool(bfloat16 and bfloat16()),
-    }]
+    found: list[dict[str, Any]] = [
+        {
+            "device": "cpu",
+            "name": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "bfloat16": bool(bfloat16 and bfloat16()),
+        }
+    ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found.append({
-            "device": f"cuda:{index}",
-            "name": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "multiprocessors": properties.multi_processor_count,
-            "bfloat16": properties.major >= 8,
-        })
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "multiprocessors": properties.multi_processor_count,
+                "bfloat16": properties.major >= 8,
+            }
+        )
     return found
 
 
 def probe(device: str, dtype: str) -> ConvProblem:
     """A small grouped convolution, the operation that every RegNet needs, to ask backends about."""
-    return ConvProblem("grouped_conv", (1, 64, 14, 14), 64, (3, 3), (1, 1), (1, 1), (1, 1), 8, "relu", False, False,
-                       getattr(torch, dtype), device.partition(":")[0])
+    return ConvProblem(
+        "grouped_conv",
+        (1, 64, 14, 14),
+        64,
+        (3, 3),
+        (1, 1),
+        (1, 1),
+        (1, 1),
+        8,
+        "relu",
+        False,
+        False,
+        getattr(torch, dtype),
+        device.partition(":")[0],
+    )
 
 
 def support() -> list[dict[str, Any]]:
@@ -107,8 +125,15 @@ def support() -> list[dict[str, Any]]:
                 else:
                     with torch.cuda.device(device["device"]):
                         reason = module.refuse(probe(device["device"], dtype))
-                rows.append({"device": device["device"], "backend": backend, "dtype": dtype,
-                             "available": reason is None, "reason": reason or ""})
+                rows.append(
+                    {
+                        "device": device["device"],
+                        "backend": backend,
+                        "dtype": dtype,
+                        "available": reason is None,
+                        "reason": reason or "",
+                    }
+                )
     return rows
 
 
@@ -149,8 +174,10 @@ def conditions_line(facts: dict[str, Any]) -> str:
     load = f", load average {facts['load_average']} at the start" if "load_average" in facts else ""
     if facts.get("load_average", 0) > BUSY * (os.cpu_count() or 1):
         load += " (other work runs on this machine: these times are noisy)"
-    return (f"{where}, {facts['threads']} threads, torch {facts['torch']}, timm {facts['timm']}, "
-            f"regnet_fast {facts['regnet_fast']}{commit}, {facts['date'][:10]}{load}")
+    return (
+        f"{where}, {facts['threads']} threads, torch {facts['torch']}, timm {facts['timm']}, "
+        f"regnet_fast {facts['regnet_fast']}{commit}, {facts['date'][:10]}{load}"
+    )
 
 
 def _driver() -> str:
@@ -190,10 +217,16 @@ def explain_model(name: str, batch: int, size: int | None, dtype: torch.dtype, d
     rows = [asdict(row) for row in explain(report.model, shape)] if report.rebuilt or report.kept else []
     served = Counter(row["backend"] for row in rows)
     return {
-        "model": name, "input_shape": shape, "dtype": str(dtype).removeprefix("torch."), "device": device,
-        "rebuilt": len(report.rebuilt), "kept": report.kept, "layers": rows,
+        "model": name,
+        "input_shape": shape,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device,
+        "rebuilt": len(report.rebuilt),
+        "kept": report.kept,
+        "layers": rows,
         "totals": {
-            "flops": sum(row["flops"] for row in rows), "bytes": sum(row["bytes"] for row in rows),
+            "flops": sum(row["flops"] for row in rows),
+            "bytes": sum(row["bytes"] for row in rows),
             "layers_by_backend": dict(served.most_common()),
         },
     }

@@ -1,6 +1,7 @@
 """Models: timm builds them, and the blocks that are known here are rebuilt fused. Names timm's `models` has and this
 module has not are timm's.
 """
+
 from __future__ import annotations
 
 import copy
@@ -20,7 +21,15 @@ from .blocks.units import Refused
 from .hosts import timm as host
 
 __all__ = [
-    "Report", "create_model", "get_pretrained_cfg", "is_model", "list_models", "list_pretrained", "model_entrypoint", "rebuild", "restore",
+    "Report",
+    "create_model",
+    "get_pretrained_cfg",
+    "is_model",
+    "list_models",
+    "list_pretrained",
+    "model_entrypoint",
+    "rebuild",
+    "restore",
 ]
 
 _create_model = getattr(timm.models.create_model, "__wrapped__", timm.models.create_model)
@@ -85,7 +94,9 @@ def why_not(module: nn.Module, cls: type[Fused]) -> str | None:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `rebuild` in place: every fused block becomes the host's own class again, weights untouched. Returns the model."""
+    """Undo `rebuild` in place: every fused block becomes the host's own class again, weights untouched. Returns
+    the model.
+    """
     for module in model.modules():
         if isinstance(module, Fused):
             state = module.__getstate__()
@@ -101,8 +112,15 @@ def in_family(model_name: str) -> bool:
 
 
 def create_model(
-    model_name: str, pretrained: bool = False, pretrained_cfg=None, pretrained_cfg_overlay: dict[str, Any] | None = None,
-    checkpoint_path=None, cache_dir=None, scriptable: bool | None = None, exportable: bool | None = None, no_jit: bool | None = None,
+    model_name: str,
+    pretrained: bool = False,
+    pretrained_cfg=None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    checkpoint_path=None,
+    cache_dir=None,
+    scriptable: bool | None = None,
+    exportable: bool | None = None,
+    no_jit: bool | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """`timm.create_model`, with the blocks of RegNet, RepVGG and ResNetV2 rebuilt fused.
@@ -147,5 +165,3 @@ def model_entrypoint(model_name: str, module_filter: str | None = None) -> Calla
 
 def __getattr__(name: str) -> Any:
     return getattr(timm.models, name)
-
-

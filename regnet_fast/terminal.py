@@ -1,4 +1,5 @@
 """What the command line shows: lines, tables that keep their columns, and progress that costs no time."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -62,7 +63,12 @@ def progress(steps: int = 1) -> Iterator[Announcer]:
     console = Console(stderr=True)
     columns = (BarColumn(20), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(
-        *columns, console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False,
+        *columns,
+        console=console,
+        auto_refresh=False,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
         disable=not console.is_terminal,
     ) as bar:
         yield Announcer(bar, steps)

@@ -8,6 +8,7 @@ computes too, and with RepVGG's branches reparameterised, which ours folds as we
 
 on the whole tensor and on its border alone; the floor is two ulps of the compute dtype at the RMS of r.
 """
+
 from __future__ import annotations
 
 import copy
@@ -230,8 +231,10 @@ def judge(stage: str, ours: Tensor, eager: Tensor, reference: Tensor) -> Check:
         rules = (("largest", k.max().item(), granted_max, floor_max), ("RMS", _rms(k), granted_rms, floor))
         for measure, error, granted, extra in rules:
             if not error <= ERROR_RATIO * granted + extra:
-                failure = (f"the {measure} error {region} is {error:.3g}; allowed is {ERROR_RATIO:g} times eager's "
-                           f"{granted:.3g} plus {extra:.3g}")
+                failure = (
+                    f"the {measure} error {region} is {error:.3g}; allowed is {ERROR_RATIO:g} times eager's "
+                    f"{granted:.3g} plus {extra:.3g}"
+                )
                 break
     largest = (ours_error.max().item(), eager_error.max().item())
     return Check(stage, shape, *largest, _rms(ours_error), eager_rms, floor, where, failure)
@@ -267,8 +270,13 @@ def outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def verify(
-    name: str, batch: int = 2, size: int | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu",
-    seed: int = 0, announce: Announce = silent,
+    name: str,
+    batch: int = 2,
+    size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    announce: Announce = silent,
 ) -> Verification:
     """Run a model three ways on the same random weights and input, and judge every stage and the logits.
 

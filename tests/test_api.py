@@ -1,4 +1,5 @@
 """The public API: timm's names, arguments and errors, and what an import may touch."""
+
 import inspect
 import subprocess
 import sys
@@ -17,9 +18,19 @@ def fused(model) -> bool:
 
 
 def test_signatures_are_timms():
-    for name in ("create_model", "list_models", "list_pretrained", "is_model", "get_pretrained_cfg", "model_entrypoint"):
+    for name in (
+        "create_model",
+        "list_models",
+        "list_pretrained",
+        "is_model",
+        "get_pretrained_cfg",
+        "model_entrypoint",
+    ):
         ours, theirs = (
-            {k: (p.default, p.kind) for k, p in inspect.signature(getattr(m, name), follow_wrapped=False).parameters.items()}
+            {
+                k: (p.default, p.kind)
+                for k, p in inspect.signature(getattr(m, name), follow_wrapped=False).parameters.items()
+            }
             for m in (regnet_fast, timm)
         )
         assert ours == theirs, name
@@ -54,7 +65,11 @@ def test_the_model_card_runs_unchanged(tmp_path):
 
     model = timm.create_model("regnety_002.pycls_in1k", pretrained=False, features_only=True).eval()
     assert [o.shape for o in model(transforms(img).unsqueeze(0))] == [
-        (1, 32, 112, 112), (1, 24, 56, 56), (1, 56, 28, 28), (1, 152, 14, 14), (1, 368, 7, 7)
+        (1, 32, 112, 112),
+        (1, 24, 56, 56),
+        (1, 56, 28, 28),
+        (1, 152, 14, 14),
+        (1, 368, 7, 7),
     ]
     model = timm.create_model("regnety_002.pycls_in1k", pretrained=False, num_classes=0).eval()
     assert model(transforms(img).unsqueeze(0)).shape == (1, 368)
@@ -63,11 +78,19 @@ def test_the_model_card_runs_unchanged(tmp_path):
     assert model.forward_head(output, pre_logits=True).shape == (1, 368)
 
 
-@pytest.mark.parametrize(("args", "kwargs"), [
-    (("nonsense",), {}), (("regnety_002.nonsense",), {}), (("some/path",), {}), (("regnety_002",), {"in_chans": -1}),
-    (("regnety_002",), {"nonsense": 1}), (("regnety_002",), {"output_stride": 7}), (("local-dir:/nowhere",), {}),
-    (("regnety_002",), {"checkpoint_path": "/nowhere.pth"}),
-])
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        (("nonsense",), {}),
+        (("regnety_002.nonsense",), {}),
+        (("some/path",), {}),
+        (("regnety_002",), {"in_chans": -1}),
+        (("regnety_002",), {"nonsense": 1}),
+        (("regnety_002",), {"output_stride": 7}),
+        (("local-dir:/nowhere",), {}),
+        (("regnety_002",), {"checkpoint_path": "/nowhere.pth"}),
+    ],
+)
 def test_errors_are_timms(args, kwargs):
     with pytest.raises(Exception) as expected:
         timm.create_model(*args, **kwargs)
@@ -134,7 +157,8 @@ def test_importing_touches_nothing():
         def audit(event, args):
             if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+") and args[0] != os.devnull:
                 written.append(args[0])
-            if event in ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.mkdir", "os.rename"):
+            if event in ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.mkdir",
+            "os.rename"):
                 written.append((event, args[:1]))
         sys.dont_write_bytecode = True
         import regnet_fast

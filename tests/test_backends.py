@@ -71,6 +71,7 @@ def runs_of(packed) -> list[str]:
 
 # Choosing
 
+
 def test_the_libraries_are_asked_before_the_reference():
     assert list(BACKENDS.items()) == [("aten", aten), ("reference", reference)]
     assert all(name == module.NAME for name, module in BACKENDS.items())
@@ -141,6 +142,7 @@ def test_nobody_serving_is_an_error(monkeypatch):
 
 
 # Forcing
+
 
 @pytest.mark.parametrize("name", ["nope", "", "Aten", "cuda"])
 def test_an_unknown_backend_is_refused(name):
@@ -247,11 +249,13 @@ def test_the_environment_forces_a_new_process():
 
 # A wrong kernel
 
+
 def break_last_column(run):
     def broken(x, gate, residual, *flags):
         y = run(x, gate, residual, *flags)
         y[..., -1] *= 1.01
         return y
+
     return broken
 
 
@@ -270,6 +274,7 @@ def test_a_wrong_kernel_is_caught(monkeypatch):
 
 # Problems
 
+
 def test_a_problem_knows_its_output_and_its_work():
     geometry = ((3, 5), (2, 1), (1, 2), (1, 2), 2)
     p = ConvProblem("dense_conv", (2, 6, 13, 7), 10, *geometry, "none", True, True, torch.bfloat16, "cpu")
@@ -280,6 +285,7 @@ def test_a_problem_knows_its_output_and_its_work():
 
 
 # Packing
+
 
 @needs_onednn
 def test_a_force_reaches_weights_that_are_already_packed():

@@ -1,4 +1,5 @@
 """The fused blocks: when they run fused, when they do not, and that nobody can tell from the numbers."""
+
 import copy
 import io
 import pickle
@@ -110,7 +111,7 @@ def test_backward_after_train_and_after_a_changed_weight():
     y = ours(x)
     with torch.no_grad():
         ours.s1.b1.conv2.conv.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation|changed between forward and backward"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|changed between forward and backward"):
         y.sum().backward()
 
 
@@ -164,8 +165,22 @@ def changes():
         torch.manual_seed(1)
         m.reset_classifier(7)
 
-    return [load, in_place, statistics, data_assigned, replaced, data_in_place_then_eval, momentum_step, epsilon, stride,
-            dilation, removed_se, act, swapped_conv, head]
+    return [
+        load,
+        in_place,
+        statistics,
+        data_assigned,
+        replaced,
+        data_in_place_then_eval,
+        momentum_step,
+        epsilon,
+        stride,
+        dilation,
+        removed_se,
+        act,
+        swapped_conv,
+        head,
+    ]
 
 
 @pytest.mark.parametrize("change", changes(), ids=lambda f: f.__name__)
@@ -358,7 +373,9 @@ def test_scripting_compiles_timms_blocks_and_rebuild_brings_ours_back():
 COMPILED = ["regnety_002", "regnetz_b16", "regnetv_040", "repvgg_a0", "resnetv2_18", "resnetv2_50d_gn"]
 
 
-@pytest.mark.parametrize(("name", "grad"), [(n, False) for n in COMPILED] + [("regnety_002", True), ("repvgg_a0", True)])
+@pytest.mark.parametrize(
+    ("name", "grad"), [(n, False) for n in COMPILED] + [("regnety_002", True), ("repvgg_a0", True)]
+)
 def test_compiled_fullgraph(name, grad):
     ours, theirs = pair(name)
     torch._dynamo.reset()
@@ -387,8 +404,15 @@ def test_compiled_weights_follow_changes():
 def test_layouts_sizes_and_inputs_are_respected():
     ours, theirs = pair("regnety_002")
     base = torch.randn(3, 3, 66, 70)
-    inputs = [base, base.contiguous(memory_format=torch.channels_last), base[:, :, ::2, 1::2], base[1:2],
-              base[:, :1].expand(3, 3, 66, 70), torch.randn(2, 3, 1, 1), torch.randn(1, 3, 33, 65)]
+    inputs = [
+        base,
+        base.contiguous(memory_format=torch.channels_last),
+        base[:, :, ::2, 1::2],
+        base[1:2],
+        base[:, :1].expand(3, 3, 66, 70),
+        torch.randn(2, 3, 1, 1),
+        torch.randn(1, 3, 33, 65),
+    ]
     with torch.no_grad():
         for x in inputs:
             kept = x.clone()
@@ -413,8 +437,15 @@ def test_results_do_not_alias():
 
 def test_bad_input_raises_as_timm_does():
     ours, theirs = pair("regnety_002")
-    bad = [torch.randn(3, 64, 64), torch.randn(1, 4, 64, 64), torch.randint(0, 9, (1, 3, 64, 64)), torch.randn(1, 3, 64, 64).double(),
-           torch.randn(1, 3, 64, 64, dtype=torch.complex64), torch.randn(1, 3, 64, 64).bfloat16(), torch.randn(3, 3)]
+    bad = [
+        torch.randn(3, 64, 64),
+        torch.randn(1, 4, 64, 64),
+        torch.randint(0, 9, (1, 3, 64, 64)),
+        torch.randn(1, 3, 64, 64).double(),
+        torch.randn(1, 3, 64, 64, dtype=torch.complex64),
+        torch.randn(1, 3, 64, 64).bfloat16(),
+        torch.randn(3, 3),
+    ]
     for x in bad:
         with torch.no_grad(), pytest.raises(Exception) as expected:
             theirs(x)

@@ -289,8 +289,12 @@ def test_ratios_are_those_of_the_medians():
     def variant(name, *samples):
         return compare.Variant(name, None, None, samples=list(samples))
 
-    found = [variant("timm", 6.0, 12.0, 9.0), variant("timm channels_last", 8.0, 16.0, 12.0),
-             variant("compile", 1.0, 1.5, 6.0), variant("regnet_fast", 2.0, 4.0, 3.0)]
+    found = [
+        variant("timm", 6.0, 12.0, 9.0),
+        variant("timm channels_last", 8.0, 16.0, 12.0),
+        variant("compile", 1.0, 1.5, 6.0),
+        variant("regnet_fast", 2.0, 4.0, 3.0),
+    ]
     ratios = compare.ratios(found)
     assert (ratios["over_eager"]["peer"], ratios["over_eager"]["ratio"]) == ("timm", 3.0)
     assert (ratios["over_peer"]["peer"], ratios["over_peer"]["ratio"]) == ("compile", 0.5)

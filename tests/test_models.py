@@ -3,6 +3,7 @@
 `MATRIX` picks the architectures whose numbers are compared: those of at most `MAX_PARAMETERS` million parameters, and
 with `pytest -m slow` the larger ones, which need up to 16 GB of memory.
 """
+
 import copy
 import gc
 
@@ -26,8 +27,10 @@ def parameters(name: str) -> int:
 
 def matrix() -> list:
     large = {"regnetx_064"}
-    return [pytest.param(name, marks=pytest.mark.slow) if parameters(name) > MAX_PARAMETERS and name not in large else name
-            for name in NAMES]
+    return [
+        pytest.param(name, marks=pytest.mark.slow) if parameters(name) > MAX_PARAMETERS and name not in large else name
+        for name in NAMES
+    ]
 
 
 def test_there_are_75_architectures():
@@ -68,7 +71,10 @@ def compare(theirs: nn.Module, x: torch.Tensor, what: str, groups: int | None = 
     with listening(lambda block, image, plan, reason: heard.append(reason)):
         fused = outputs(theirs, x)
     assert heard and set(heard) == {None}, f"{what}: not fused: {set(heard)}"
-    eager = outputs(regnet_fast.restore(theirs).to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last))
+    eager = outputs(
+        regnet_fast.restore(theirs).to(memory_format=torch.channels_last),
+        x.contiguous(memory_format=torch.channels_last),
+    )
     exact = outputs(theirs.double(), x.double())
     for stage in exact:
         assert_close_to_reference(fused[stage], eager[stage], exact[stage], f"{what}, {stage}")
@@ -85,12 +91,28 @@ def test_logits_and_stages(name, dtype):
     gc.collect()
 
 
-SMALL = ["regnetx_002", "regnety_002", "regnetz_005", "regnetz_b16", "regnetv_040", "repvgg_a0", "resnetv2_18", "resnetv2_50"]
+SMALL = [
+    "regnetx_002",
+    "regnety_002",
+    "regnetz_005",
+    "regnetz_b16",
+    "regnetv_040",
+    "repvgg_a0",
+    "resnetv2_18",
+    "resnetv2_50",
+]
 
 
 def options() -> list:
-    return [dict(output_stride=8), dict(output_stride=16), dict(in_chans=1), dict(in_chans=5), dict(num_classes=7),
-            dict(global_pool="avg"), dict(drop_path_rate=0.1, drop_rate=0.2)]
+    return [
+        dict(output_stride=8),
+        dict(output_stride=16),
+        dict(in_chans=1),
+        dict(in_chans=5),
+        dict(num_classes=7),
+        dict(global_pool="avg"),
+        dict(drop_path_rate=0.1, drop_rate=0.2),
+    ]
 
 
 @pytest.mark.parametrize("kwargs", options(), ids=lambda kwargs: "-".join(map(str, kwargs.items())))
@@ -123,9 +145,16 @@ def test_embeddings_and_features(name):
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(ours.forward_head(ours.forward_features(x), pre_logits=True), theirs(x), rtol=1e-3, atol=1e-4)
-    for kwargs in (dict(), dict(out_indices=(1, 3)), dict(feature_cls="dict"), dict(feature_cls="hook"),
-                   dict(feature_cls="getter")):
+        torch.testing.assert_close(
+            ours.forward_head(ours.forward_features(x), pre_logits=True), theirs(x), rtol=1e-3, atol=1e-4
+        )
+    for kwargs in (
+        dict(),
+        dict(out_indices=(1, 3)),
+        dict(feature_cls="dict"),
+        dict(feature_cls="hook"),
+        dict(feature_cls="getter"),
+    ):
         a = regnet_fast.create_model(name, features_only=True, **kwargs).eval()
         b = timm.create_model(name, features_only=True, **kwargs).eval()
         assert list(a.state_dict()) == list(b.state_dict())
@@ -135,7 +164,11 @@ def test_embeddings_and_features(name):
         assert a.feature_info.channels() == b.feature_info.channels()
         with torch.no_grad():
             found, expected = a(x), b(x)
-        pairs = zip(found.values(), expected.values(), strict=True) if isinstance(found, dict) else zip(found, expected, strict=True)
+        pairs = (
+            zip(found.values(), expected.values(), strict=True)
+            if isinstance(found, dict)
+            else zip(found, expected, strict=True)
+        )
         for f, e in pairs:
             torch.testing.assert_close(f, e, rtol=1e-3, atol=1e-4)
 
@@ -186,8 +219,11 @@ def test_odd_widths_of_regnety_2560():
     x = torch.randn(1, 746, 5, 7)
     with torch.no_grad():
         assert_close_to_reference(
-            ours(x), block(x.contiguous(memory_format=torch.channels_last)), copy.deepcopy(block).double()(x.double()),
-            "odd widths", groups=2,
+            ours(x),
+            block(x.contiguous(memory_format=torch.channels_last)),
+            copy.deepcopy(block).double()(x.double()),
+            "odd widths",
+            groups=2,
         )
 
 
@@ -200,7 +236,11 @@ def test_model_surgery_of_timm(name):
     heard = []
     with torch.no_grad(), listening(lambda block, image, plan, reason: heard.append(reason)):
         expected = theirs(x)
-        for surgery in (timm.layers.freeze_batch_norm_2d, timm.layers.convert_sync_batchnorm, torch.nn.SyncBatchNorm.convert_sync_batchnorm):
+        for surgery in (
+            timm.layers.freeze_batch_norm_2d,
+            timm.layers.convert_sync_batchnorm,
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm,
+        ):
             ours = surgery(regnet_fast.rebuild(copy.deepcopy(theirs)).model).eval()
             if surgery is torch.nn.SyncBatchNorm.convert_sync_batchnorm:
                 expected_here = surgery(copy.deepcopy(theirs)).eval()(x)  # torch drops the activations

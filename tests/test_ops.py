@@ -50,6 +50,7 @@ def force_or_skip(name: str, dtype: torch.dtype):
 
 # How an input may lie in memory
 
+
 def strided_rows(x: Tensor) -> Tensor:
     """Every second row of a taller image."""
     n, c, h, w = x.shape
@@ -128,6 +129,7 @@ def double(t: Tensor | None) -> Tensor | None:
 
 # The convolutions
 
+
 def eager_conv(x, weight, bias, gate, residual, stride, padding, dilation, groups, activation):
     """What a model's own modules compute: one torch call for each step.
 
@@ -174,8 +176,17 @@ class Conv:
         }
 
     def packed(self, weight, bias, activation, norm=None):
-        return R.pack_conv(weight, bias, norm=norm, stride=self.stride, padding=self.padding, dilation=self.dilation,
-                           groups=self.groups, activation=activation, op=self.op)
+        return R.pack_conv(
+            weight,
+            bias,
+            norm=norm,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            activation=activation,
+            op=self.op,
+        )
 
     def __call__(self, x, weight, bias=None, gate=None, residual=None, **options):
         """The public operation, for plain or packed weights."""
@@ -393,6 +404,7 @@ def test_consuming_its_operands_changes_no_result(name, activation):
 
 # Channel means
 
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("name", ["aten", "reference"])
 @pytest.mark.parametrize("conv", [c for c in CONVS if c.op == "grouped_conv"], ids=str)
@@ -424,6 +436,7 @@ def test_means_of_float64_are_float64():
 
 
 # norm_act and squeeze_excite ------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("name", ["aten", "reference"])
@@ -490,8 +503,10 @@ def test_norm_act_takes_a_scale_and_a_shift():
 def se_operands(n, channels, hidden, dtype=torch.float32, kernel=()):
     return (
         torch.randn(n, channels, dtype=dtype),
-        (torch.randn(hidden, channels, *kernel) / channels**0.5).to(dtype), torch.randn(hidden, dtype=dtype),
-        (torch.randn(channels, hidden, *kernel) / hidden**0.5).to(dtype), torch.randn(channels, dtype=dtype),
+        (torch.randn(hidden, channels, *kernel) / channels**0.5).to(dtype),
+        torch.randn(hidden, dtype=dtype),
+        (torch.randn(channels, hidden, *kernel) / hidden**0.5).to(dtype),
+        torch.randn(channels, dtype=dtype),
     )
 
 
@@ -504,7 +519,7 @@ def test_squeeze_excite(shape, name, dtype):
             samples = []
             for _ in range(draws(shape[0] * shape[1])):
                 t = se_operands(*shape, dtype, kernel)
-                means = torch.cat([t[0], t[0]], 1)[:, :shape[1]]
+                means = torch.cat([t[0], t[0]], 1)[:, : shape[1]]
                 with Untouched(means, *t[1:]):
                     gate = R.squeeze_excite(means, *t[1:], activation=activation)
                 assert gate.is_contiguous()
@@ -516,8 +531,10 @@ def test_squeeze_excite(shape, name, dtype):
 
 # Registration
 
+
 def operator_calls(layout: str, dtype: torch.dtype, n: int, grad: bool):
     """Arguments of each registered operator, with channels that are no multiple of 8."""
+
     def leaf(t):
         t = t.to(dtype)
         return (LAYOUTS[layout](t) if t.dim() == 4 and t.shape[2] == 7 else t).detach().requires_grad_(grad)
@@ -576,11 +593,14 @@ def test_meta_tensors_give_shapes(op):
 
 # Gradients
 
+
 def with_norm(call):
     """The operation with its weights followed by the four vectors of a BatchNorm."""
+
     def run(*tensors):
         *operands, mean, var, weight, bias = tensors
         return call(*operands, norm=R.BatchNorm(mean, var, weight, bias, 1e-3))
+
     return run
 
 
@@ -618,13 +638,16 @@ GRADIENTS = {
         (r64(1, 2, 2, 3), r64(2, 2, 3, 3), *norm64(2)),
     ),
     "norm_act": lambda a: (
-        lambda x, s, t, g: R.norm_act(x, (s, t), gate=g, activation=a), (r64(2, 3, 2, 2), r64(3), r64(3), r64(2, 3)),
+        lambda x, s, t, g: R.norm_act(x, (s, t), gate=g, activation=a),
+        (r64(2, 3, 2, 2), r64(3), r64(3), r64(2, 3)),
     ),
     "norm_act norm": lambda a: (
-        lambda x, *norm: R.norm_act(x, R.BatchNorm(*norm), activation=a), (r64(2, 3, 2, 2), *norm64(3)),
+        lambda x, *norm: R.norm_act(x, R.BatchNorm(*norm), activation=a),
+        (r64(2, 3, 2, 2), *norm64(3)),
     ),
     "squeeze_excite": lambda a: (
-        lambda *t: R.squeeze_excite(*t, activation=a), tuple(t.double() for t in se_operands(2, 4, 3)),
+        lambda *t: R.squeeze_excite(*t, activation=a),
+        tuple(t.double() for t in se_operands(2, 4, 3)),
     ),
 }
 
@@ -751,7 +774,7 @@ def test_wrong_ranks_and_channels_are_refused(op):
         wrong = [t[0], torch.cat([t, t[:, :1]], 1) if t.dim() > 1 else torch.cat([t, t])]
         for changed in wrong:
             with pytest.raises(ValueError, match=op):
-                call_op(op, *operands[:i], changed, *operands[i + 1:])
+                call_op(op, *operands[:i], changed, *operands[i + 1 :])
 
 
 CONV_MISTAKES = {
@@ -827,9 +850,13 @@ def test_packed_weights_refuse_what_they_cannot_honour(op):
     packed = R.pack_conv(weight, bias, groups=groups, padding=1 if op == "grouped_conv" else 0, op=op)
     run = getattr(R, op)
     wrong = [
-        lambda: run(x[:, :5], packed), lambda: run(x[0], packed), lambda: run(x.to("meta"), packed),
+        lambda: run(x[:, :5], packed),
+        lambda: run(x[0], packed),
+        lambda: run(x.to("meta"), packed),
         # What the packed weights hold already would be ignored if it were given again.
-        lambda: run(x, packed, bias), lambda: run(x, packed, stride=2), lambda: run(x, packed, activation="relu"),
+        lambda: run(x, packed, bias),
+        lambda: run(x, packed, stride=2),
+        lambda: run(x, packed, activation="relu"),
         lambda: run(x, packed, norm=batch_norm(weight.shape[0])),
         lambda: run(x.clone().requires_grad_(), packed),
         lambda: getattr(R, next(o for o in OPS if o != op))(x, packed),
@@ -862,8 +889,13 @@ def test_an_empty_batch_gives_an_empty_result(op, name):
         if op == "grouped_conv":
             assert call_op(op, operands[0][:0], *operands[1:], means=True)[1].shape == (0, 4)
         if op in OPS[:3]:
-            packed = R.pack_conv(operands[1], operands[2], groups=2 if op == "grouped_conv" else 1,
-                                 padding=1 if op == "grouped_conv" else 0, op=op)
+            packed = R.pack_conv(
+                operands[1],
+                operands[2],
+                groups=2 if op == "grouped_conv" else 1,
+                padding=1 if op == "grouped_conv" else 0,
+                op=op,
+            )
             assert getattr(R, op)(operands[0][:0].detach(), packed).shape == empty.shape
 
 
@@ -893,6 +925,7 @@ def test_nan_propagates(op, name, activation, request):
 
 # Compilation and autocast
 
+
 def network(x, w1, w3, wd, fc1, b1, fc2, b2, mean, var, gamma, beta):
     """All five operations in one function, on 8 channels in 2 groups."""
     norm = R.BatchNorm(mean, var, gamma, beta)
@@ -905,8 +938,20 @@ def network(x, w1, w3, wd, fc1, b1, fc2, b2, mean, var, gamma, beta):
 
 def network_operands(n=2, h=7, w=5):
     r = torch.randn
-    return [r(n, 8, h, w), r(8, 8, 1, 1), r(8, 4, 3, 3), r(8, 8, 3, 3), r(2, 8), r(2), r(8, 2), r(8),
-            r(8), r(8).abs() + 0.5, r(8), r(8)]
+    return [
+        r(n, 8, h, w),
+        r(8, 8, 1, 1),
+        r(8, 4, 3, 3),
+        r(8, 8, 3, 3),
+        r(2, 8),
+        r(2),
+        r(8, 2),
+        r(8),
+        r(8),
+        r(8).abs() + 0.5,
+        r(8),
+        r(8),
+    ]
 
 
 @pytest.fixture
@@ -975,8 +1020,9 @@ def test_the_operation_is_chosen_by_shape(op):
     """`pack_conv` without `op` serves the operation that the model's blocks would ask for."""
     conv = BY_OP[op]
     t = conv.operands(torch.float32)
-    packed = R.pack_conv(t["weight"], t["bias"], stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
-                         groups=conv.groups)
+    packed = R.pack_conv(
+        t["weight"], t["bias"], stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups
+    )
     assert packed.op == op
     assert select(packed.problem(t["x"], False, False)).name == "aten"
     assert packed.problem(t["x"], False, False).output_shape == tuple(conv(t["x"], packed).shape)

@@ -3,6 +3,7 @@
 A backend is a module with `NAME`, `refuse(problem) -> str | None` (why it cannot serve, in words for the user) and one
 `prepare_*` function per kind of problem, which takes folded weights and returns a callable bound to them.
 """
+
 from __future__ import annotations
 
 import os

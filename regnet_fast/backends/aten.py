@@ -1,4 +1,5 @@
 """The backend `aten`: what the framework's own libraries fuse, oneDNN on a CPU and cuDNN on a GPU."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

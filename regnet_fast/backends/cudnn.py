@@ -1,4 +1,5 @@
 """cuDNN and cuBLAS on a GPU: convolution with bias, residual and ReLU in one call where the library has one."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -25,7 +26,9 @@ def refuse(problem: Problem) -> str | None:
 
 
 class FusedConv:
-    """cuDNN's convolution + bias [+ residual] + ReLU; other activations follow in place: `run(x, gate, residual, consume, into_residual)`."""
+    """cuDNN's convolution + bias [+ residual] + ReLU; other activations follow in place: `run(x, gate, residual,
+    consume, into_residual)`.
+    """
 
     label = "cuDNN"
 
@@ -35,7 +38,9 @@ class FusedConv:
         self.bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(problem.dtype)
         self.geometry = (list(problem.stride), list(problem.padding), list(problem.dilation), problem.groups)
 
-    def __call__(self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool) -> Tensor:
+    def __call__(
+        self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool
+    ) -> Tensor:
         if gate is not None:
             x = x.mul_(gate[:, :, None, None]) if consume else x * gate[:, :, None, None]
         if self.problem.activation == "relu":

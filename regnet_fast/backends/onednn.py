@@ -3,6 +3,7 @@
 The calls are the ones that torch.compile emits when it freezes a model (`torch.ops.mkldnn`), so nothing is compiled
 here and nothing is slower there. Everything computes in channels_last.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -24,9 +25,17 @@ def refuse(problem: Problem) -> str | None:
     if not torch._C._get_mkldnn_enabled():
         return "oneDNN is switched off (torch.backends.mkldnn)"
     if problem.dtype == torch.bfloat16:
-        return None if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "this CPU has no bfloat16 instructions that oneDNN uses"
+        return (
+            None
+            if torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            else "this CPU has no bfloat16 instructions that oneDNN uses"
+        )
     if problem.dtype == torch.float16:
-        return None if torch.ops.mkldnn._is_mkldnn_fp16_supported() else "this CPU has no float16 instructions that oneDNN uses"
+        return (
+            None
+            if torch.ops.mkldnn._is_mkldnn_fp16_supported()
+            else "this CPU has no float16 instructions that oneDNN uses"
+        )
     if problem.dtype != torch.float32:
         return f"oneDNN computes in float32, bfloat16 and float16, not in {problem.dtype}"
     return None
@@ -56,8 +65,8 @@ class DirectConv:
         self.bias = bias.contiguous() if wide else None if bias is None else bias.to(p.dtype).contiguous()
         self.attr = _POST_OP[p.activation]
         self.silu_after = p.residual and p.activation == "silu"  # no pair of post-ops that torch's call takes
-        # The call that leaves the residual alone raises for bfloat16 + ReLU in groups, and in torch 2.11 for an output of
-        # one pixel or one channel; the call that overwrites it does not.
+        # The call that leaves the residual alone raises for bfloat16 + ReLU in groups, and in torch 2.11 for an output
+        # of one pixel or one channel; the call that overwrites it does not.
         self.copies_residual = p.groups > 1 or p.out_channels == 1 or p.output_shape[2:] == (1, 1)
         unary = None if self.attr == "none" else self.attr
         self.plain = (self.weight, self.bias, *self.geometry, "none" if self.silu_after else self.attr, [], "")
@@ -66,7 +75,9 @@ class DirectConv:
         self.conv_add = torch.ops.mkldnn._convolution_pointwise.binary
         self.conv_add_ = torch.ops.mkldnn._convolution_pointwise_.binary
 
-    def __call__(self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool) -> Tensor:
+    def __call__(
+        self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool
+    ) -> Tensor:
         if gate is not None:
             x = apply_gate(x, gate, consume)
         if residual is None:
@@ -92,7 +103,9 @@ class SqueezeExcite:
 
     label = "torch addmm, float32"
 
-    def __init__(self, problem: SqueezeExciteProblem, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor):
+    def __init__(
+        self, problem: SqueezeExciteProblem, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+    ):
         self.fc1 = fc1_weight.t()  # not copied: as fast, and the sums of one row of means are 2 to 3 times more exact
         self.fc2 = fc2_weight.t()
         self.bias1, self.bias2 = fc1_bias, fc2_bias
@@ -130,8 +143,21 @@ class DepthwiseNormAct:
 
     def __init__(self, problem: NormActProblem, scale: Tensor, shift: Tensor):
         channels = problem.input_shape[1]
-        conv = ConvProblem("norm_act", problem.input_shape, channels, (1, 1), (1, 1), (0, 0), (1, 1), channels,
-                           problem.activation, False, False, problem.dtype, problem.device)
+        conv = ConvProblem(
+            "norm_act",
+            problem.input_shape,
+            channels,
+            (1, 1),
+            (1, 1),
+            (0, 0),
+            (1, 1),
+            channels,
+            problem.activation,
+            False,
+            False,
+            problem.dtype,
+            problem.device,
+        )
         self.conv = DirectConv(conv, scale.to(problem.dtype).reshape(-1, 1, 1, 1), shift)
         self.label = "oneDNN depthwise"
 

@@ -1,4 +1,5 @@
 """What an operation is asked to do: the facts a backend decides on."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ class ConvProblem:
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
         size = [
-            (self.input_shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1
+            (self.input_shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1)
+            // self.stride[i]
+            + 1
             for i in range(2)
         ]
         return (self.input_shape[0], self.out_channels, size[0], size[1])
@@ -50,7 +53,9 @@ class ConvProblem:
         n, c, h, w = self.input_shape
         on, k, oh, ow = self.output_shape
         weights = k * (c // self.groups) * self.kernel[0] * self.kernel[1] + k
-        elements = n * c * h * w + on * k * oh * ow * (2 if self.residual else 1) + weights + (n * c if self.gate else 0)
+        elements = (
+            n * c * h * w + on * k * oh * ow * (2 if self.residual else 1) + weights + (n * c if self.gate else 0)
+        )
         return elements * self.dtype.itemsize
 
 

@@ -1,4 +1,5 @@
 """The backend `reference`: each operation in plain torch, the definition that the others are held to."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -28,8 +29,16 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, residual: Tensor | None,
-    stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], groups: int, activation: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    activation: str,
 ) -> Tensor:
     """`activation(conv2d(x * gate, weight, bias) + residual)` with a (N, C) gate."""
     if gate is not None:
@@ -46,7 +55,12 @@ def channel_means(x: Tensor) -> Tensor:
 
 
 def squeeze_excite(
-    means: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, activation: str,
+    means: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    activation: str,
 ) -> Tensor:
     """`sigmoid(fc2(activation(fc1(means))))`, (N, C) to (N, C)."""
     hidden = activate(F.linear(means, fc1_weight, fc1_bias), activation)
@@ -67,8 +81,18 @@ def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> C
     bias = None if bias is None else bias.to(problem.dtype)
 
     def run(x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool) -> Tensor:
-        return conv(x, weight, bias, gate, residual, problem.stride, problem.padding, problem.dilation, problem.groups,
-                    problem.activation)
+        return conv(
+            x,
+            weight,
+            bias,
+            gate,
+            residual,
+            problem.stride,
+            problem.padding,
+            problem.dilation,
+            problem.groups,
+            problem.activation,
+        )
 
     run.label = LABEL
     return run
@@ -76,6 +100,7 @@ def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> C
 
 def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> Callable[[Tensor], Tensor]:
     """The gate bound to its float32 weights: `run(means)`."""
+
     def run(means: Tensor) -> Tensor:
         return squeeze_excite(means, *weights, problem.activation)
 
@@ -85,6 +110,7 @@ def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> C
 
 def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Callable[..., Tensor]:
     """The affine map and activation bound to scale and shift: `run(x, gate, consume)`."""
+
     def run(x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:
         return norm_act(x, scale, shift, gate, problem.activation)
 

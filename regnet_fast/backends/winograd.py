@@ -7,6 +7,7 @@ convolution's, since far fewer products are summed (docs/cpu.md has the errors a
 
 Source: A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, arXiv 1509.09308.
 """
+
 from __future__ import annotations
 
 import torch
@@ -17,25 +18,39 @@ from .problem import ConvProblem
 
 
 def faster(problem: ConvProblem) -> bool:
-    """Whether Winograd was measured faster than oneDNN's direct convolution for such a problem (docs/cpu.md)."""
+    """Whether Winograd is faster than oneDNN's direct convolution for such a problem, by the table of docs/cpu.md.
+
+    It needs channels enough for the products to outweigh the transforms, work enough to outweigh its twenty calls, and
+    maps small enough for the transformed tiles to stay in the cache.
+    """
     p = problem
     n, c, h, w = p.input_shape
-    return (
-        p.dtype == torch.float32 and p.kernel == (3, 3) and p.groups == 1
-        and p.stride == p.padding == p.dilation == (1, 1) and not p.gate
-        and c >= 192 and p.out_channels >= 192 and h % 2 == 0 and w % 2 == 0 and 14 <= min(h, w) and max(h, w) <= 56
-    )
+    if (
+        p.dtype != torch.float32
+        or p.kernel != (3, 3)
+        or p.groups != 1
+        or p.gate
+        or (p.stride, p.padding, p.dilation) != ((1, 1), (1, 1), (1, 1))
+    ):
+        return False
+    tiles = n * ((h + 1) // 2) * ((w + 1) // 2)
+    least = 3e6 if h % 2 == w % 2 == 0 else 2e7  # an odd size leaves part of its last tiles unused
+    return min(c, p.out_channels) >= 128 and max(h, w) <= 32 and tiles * c * p.out_channels >= least
 
 
 def transformed_weights(weight: Tensor) -> Tensor:
     """G g G^T of (K, C, 3, 3) weights as (16 * K, C, 1, 1), ordered by tile position, in the weights' dtype."""
-    g = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64, device=weight.device)
+    g = torch.tensor(
+        [[1.0, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64, device=weight.device
+    )
     u = torch.einsum("ai,kcij,bj->abkc", g, weight.double(), g)
     return u.reshape(-1, weight.shape[1], 1, 1).to(weight.dtype)
 
 
 class WinogradConv:
-    """The convolution bound to transformed and packed weights: `run(x, gate, residual, consume, into_residual)`; gate is None."""
+    """The convolution bound to transformed and packed weights: `run(x, gate, residual, consume, into_residual)`;
+    gate is None.
+    """
 
     label = "Winograd F(2x2, 3x3) over oneDNN"
 
@@ -46,20 +61,26 @@ class WinogradConv:
         pixels = n * self.tiles[0] * self.tiles[1]
         self.geometry = ([0, 0], [1, 1], [1, 1], 16)
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(
-            transformed_weights(weight).contiguous(memory_format=torch.channels_last), *self.geometry, [1, 16 * c, pixels, 1]
+            transformed_weights(weight).contiguous(memory_format=torch.channels_last),
+            *self.geometry,
+            [1, 16 * c, pixels, 1],
         )
         self.bias = bias
-        self.activate = {"none": lambda y: y, "relu": torch.relu_, "silu": lambda y: F.silu(y, inplace=True)}[problem.activation]
+        self.activate = {"none": lambda y: y, "relu": torch.relu_, "silu": lambda y: F.silu(y, inplace=True)}[
+            problem.activation
+        ]
 
-    def __call__(self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool) -> Tensor:
+    def __call__(
+        self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool
+    ) -> Tensor:
         n, c, h, w = x.shape
         th, tw = self.tiles
         k = self.out_channels
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1 + 2 * tw - w, 1, 1 + 2 * th - h))
-        d = [padded[:, i:i + 2 * th:2] for i in range(4)]
+        d = [padded[:, i : i + 2 * th : 2] for i in range(4)]
         v = x.new_empty((n, th, tw, 4, 4, c))
         for a, row in enumerate((d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3])):
-            e = [row[:, :, j:j + 2 * tw:2] for j in range(4)]
+            e = [row[:, :, j : j + 2 * tw : 2] for j in range(4)]
             torch.sub(e[0], e[2], out=v[:, :, :, a, 0])
             torch.add(e[1], e[2], out=v[:, :, :, a, 1])
             torch.sub(e[2], e[1], out=v[:, :, :, a, 2])

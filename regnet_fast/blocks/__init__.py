@@ -1,0 +1,1 @@
+"""Blocks: forms over units, and the mixin that runs them in a host's place."""

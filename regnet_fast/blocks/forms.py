@@ -5,6 +5,7 @@
 
 A form holds units, or their packed versions after `bind`; `run(x)` is the same code for both. x is channels_last.
 """
+
 from __future__ import annotations
 
 import copy
@@ -19,7 +20,9 @@ from .units import ConvUnit, HostNormUnit, LinearUnit, NormActUnit, SqueezeExcit
 
 
 class Form:
-    """What a block computes. `casts_input` says that the output's dtype under autocast does not depend on the input's."""
+    """What a block computes. `casts_input` says that the output's dtype under autocast does not depend on the
+    input's.
+    """
 
     casts_input: bool = True
 
@@ -106,7 +109,8 @@ class Bottleneck(Form):
 class PreAct(Form):
     """`conv3(norm3(se(conv2(norm2(conv1(norm1(x))))))) + shortcut`: RegNetV and ResNetV2.
 
-    norm2, and norm3 where no squeeze-excite stands before it, are folded into conv1 and conv2. Without `conv3` it is the
+    norm2, and norm3 where no squeeze-excite stands before it, are folded into conv1 and conv2. Without `conv3` it is
+    the
     basic block of two convolutions. `shortcut` reads the normalised input; an identity adds the normalised input where
     `identity_after_norm` (RegNetV), else x itself (ResNetV2).
     """

@@ -4,13 +4,14 @@
 modules, parameters and buffers; `super().forward` is always there as the reference and as the way taken whenever the
 fused path does not compute exactly the same function.
 """
+
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from operator import is_
+from operator import is_, itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -49,10 +50,15 @@ class Plan:
         self.unbound: Form | None = None
         self.in_channels: int | None = None
         self.differentiated = False
-        self._hooks_seen = RemovableHandle.next_id
         self._modules = list(block.modules())
-        self._hooked = any(_hooked(m) for m in self._modules[1:])
+        self._states = [m.__dict__ for m in self._modules]
+        self._children = [state["_modules"] for state in self._states if state["_modules"]]
+        self._settings = [
+            (state, itemgetter(*names)) for state in self._states if (names := [n for n in _CONFIG if n in state])
+        ]
+        self._hooks_seen, self._hooked = RemovableHandle.next_id, any(_hooked(m) for m in self._modules[1:])
         self._structure = self._read_structure()
+        self._kept_children = [dict(children) for children in self._children]
         tables = [table for m in self._modules for table in (m._parameters, m._buffers) if table]
         self._tables = tables
         self._held = [t for table in tables for t in table.values()]
@@ -77,15 +83,15 @@ class Plan:
             self.refusal = str(refusal)
 
     def _read_structure(self) -> tuple[list, ...]:
-        """Class, children and settings of every module below the block, and how many attributes each has: one that was
-        added may be a replaced forward. The block's own attributes hold this plan and are not counted.
+        """Class, mode and settings of every module below the block, and how many attributes each has: one that was
+        added
+        may be a replaced forward. The block's own attributes hold this plan and are not counted.
         """
-        states = [m.__dict__ for m in self._modules]
-        parents = [state["_modules"] for state in states if state["_modules"]]
         return (
-            [m.__class__ for m in self._modules], [state["training"] for state in states], [dict(children) for children in parents],
-            [len(state) for state in states[1:]],
-            [tuple(map(state.get, _CONFIG)) for m, state in zip(self._modules, states, strict=True) if m._parameters or m._buffers],
+            [m.__class__ for m in self._modules],
+            [state["training"] for state in self._states],
+            [*map(len, self._states[1:])],
+            [get(state) for state, get in self._settings],
         )
 
     def current(self) -> bool:
@@ -95,13 +101,18 @@ class Plan:
             if any(_hooked(m) for m in self._modules[1:]) != self._hooked:
                 return False
             self._hooks_seen = seen
-        return self._read_structure() == self._structure and self.tensors_current()
+        return (
+            self._children == self._kept_children
+            and self._read_structure() == self._structure
+            and self.tensors_current()
+        )
 
     def tensors_current(self) -> bool:
         """Whether every parameter and buffer is the one that was packed, unchanged."""
         held = [t for table in self._tables for t in table.values()]
         return (
-            len(held) == len(self._held) and all(map(is_, held, self._held))
+            len(held) == len(self._held)
+            and all(map(is_, held, self._held))
             and [t._version for t in self._tensors] == self._versions
             and [t.data_ptr() for t in self._tensors] == self._pointers
         )
@@ -109,7 +120,9 @@ class Plan:
 
 def _hooked(module: nn.Module) -> bool:
     """Whether somebody listens to a module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _check_tensors(form: Form, tensors: list[Tensor], dtype: torch.dtype) -> None:
@@ -127,8 +140,10 @@ def _device_type(x: Tensor) -> str:
 
 def _global_hooks() -> bool:
     return bool(
-        module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks
-        or module_hooks._global_backward_hooks or module_hooks._global_backward_pre_hooks
+        module_hooks._global_forward_hooks
+        or module_hooks._global_forward_pre_hooks
+        or module_hooks._global_backward_hooks
+        or module_hooks._global_backward_pre_hooks
     )
 
 
@@ -219,8 +234,8 @@ class Fused:
         forced = forced_backend()
         if forced is not None:
             raise BackendError(
-                f"{type(self).__name__}: the backend {forced!r} was asked for and the fused path does not apply: {reason}. "
-                "Lift the force (backend 'auto') to run the host's own forward."
+                f"{type(self).__name__}: the backend {forced!r} was asked for and the fused path does not apply: "
+                f"{reason}. Lift the force (backend 'auto') to run the host's own forward."
             )
         if lost_speed:
             warnings.warn(f"{type(self).__name__} runs the host's own forward: {reason}", FallbackWarning, stacklevel=3)
@@ -263,7 +278,8 @@ class Fused:
 
 
 class _Evaluated(torch.autograd.Function):
-    """An evaluation-mode block under autograd: the fused forward, and a backward that first computes it again, step by step.
+    """An evaluation-mode block under autograd: the fused forward, and a backward that first computes it again, step
+    by step.
 
     Nothing but the input is saved. A block that was differentiated once runs the host's forward from then on, until
     its plan changes: computing it twice pays only while nobody asks for a gradient.
@@ -283,8 +299,8 @@ class _Evaluated(torch.autograd.Function):
         ctx.plan.differentiated = True
         if not ctx.plan.tensors_current():
             raise RuntimeError(
-                f"{type(ctx.block).__name__}: a weight or running statistic was changed between forward and backward, so the "
-                "gradient cannot be computed any more; call backward before the change"
+                f"{type(ctx.block).__name__}: a weight or running statistic was changed between forward and backward, "
+                "so the gradient cannot be computed any more; call backward before the change"
             )
         again = torch.is_grad_enabled()
         device, enabled, dtype = ctx.autocast

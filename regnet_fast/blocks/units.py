@@ -3,6 +3,7 @@
 A unit refers to the host's own modules and reads their weights when it is used. Called, it runs through the public
 operations (traceable, differentiable). `pack(dtype)` gives the same callable with its weights folded and packed.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -13,7 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends.reference import activate, channel_means
-from ..functional import BatchNorm, PackedConv, conv_op, dense_conv, fold, grouped_conv, norm_act, pointwise_conv, squeeze_excite
+from ..functional import (
+    BatchNorm,
+    PackedConv,
+    conv_op,
+    dense_conv,
+    fold,
+    grouped_conv,
+    norm_act,
+    pointwise_conv,
+    squeeze_excite,
+)
 from ..ops.convolution import pixel_means
 from ..ops.norm_act import PackedNormAct
 from ..ops.squeeze_excite import PackedSqueezeExcite
@@ -79,8 +90,16 @@ class ConvUnit(Unit):
         _, padding, dilation, groups = self.geometry()
         return conv_op(self.conv.kernel_size, padding, dilation, groups, residual)
 
-    def __call__(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None, *, means: bool = False,
-                 consume: bool = False, into_residual: bool = False):
+    def __call__(
+        self,
+        x: Tensor,
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        *,
+        means: bool = False,
+        consume: bool = False,
+        into_residual: bool = False,
+    ):
         weight, bias = (None if t is None else t.to(self.dtype) for t in self.weights())
         stride, padding, dilation, groups = self.geometry()
         fused, after = (residual, self.activation) if self.then is None else (None, "none")
@@ -90,8 +109,17 @@ class ConvUnit(Unit):
         elif op == "grouped_conv":
             y = grouped_conv(x, weight, bias, groups=groups, stride=stride, dilation=dilation, activation=after)
         else:
-            y = dense_conv(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups, activation=after,
-                           residual=fused)
+            y = dense_conv(
+                x,
+                weight,
+                bias,
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                groups=groups,
+                activation=after,
+                residual=fused,
+            )
         if self.then is not None:
             y = self.then(y)
             y = activate(y if residual is None else y + residual, self.activation)
@@ -102,8 +130,16 @@ class ConvUnit(Unit):
         weight, bias = weight.to(dtype), None if bias is None else bias.float()
         stride, padding, dilation, groups = self.geometry()
         activation = self.activation if self.then is None else "none"
-        packed = PackedConv(self.op(), weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
-                            activation=activation)
+        packed = PackedConv(
+            self.op(),
+            weight,
+            bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            activation=activation,
+        )
         return packed if self.then is None else PackedConvThenNorm(packed, self.then, self.activation)
 
 
@@ -113,8 +149,16 @@ class PackedConvThenNorm:
     def __init__(self, conv: PackedConv, norm: nn.Module, activation: str):
         self.conv, self.norm, self.activation = conv, norm, activation
 
-    def __call__(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None, *, means: bool = False,
-                 consume: bool = False, into_residual: bool = False):
+    def __call__(
+        self,
+        x: Tensor,
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        *,
+        means: bool = False,
+        consume: bool = False,
+        into_residual: bool = False,
+    ):
         y = self.norm(self.conv(x, gate, consume=consume))
         y = activate(y if residual is None else y + residual, self.activation)
         return (y, pixel_means(y)) if means else y
@@ -182,10 +226,14 @@ class SqueezeExciteUnit(Unit):
     activation: str = "relu"
 
     def __call__(self, means: Tensor, dtype: torch.dtype) -> Tensor:
-        return squeeze_excite(means, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, activation=self.activation).to(dtype)
+        return squeeze_excite(
+            means, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, activation=self.activation
+        ).to(dtype)
 
     def pack(self, dtype: torch.dtype) -> Callable:
-        weights = [t.float() for t in (self.fc1.weight.flatten(1), self.fc1.bias, self.fc2.weight.flatten(1), self.fc2.bias)]
+        weights = [
+            t.float() for t in (self.fc1.weight.flatten(1), self.fc1.bias, self.fc2.weight.flatten(1), self.fc2.bias)
+        ]
         return PackedSqueezeExcite(*weights, self.activation)
 
 

@@ -1,0 +1,1 @@
+"""Hosts: which of a library's classes is which block."""

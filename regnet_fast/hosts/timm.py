@@ -3,16 +3,27 @@
 Each class subclasses timm's own, keeps its state and its constructor, and reads itself as a form. Nothing is decided
 at construction: a block is read again whenever a module, a setting or a hook below it changes.
 """
+
 from __future__ import annotations
 
-from torch import nn
 from timm.layers import (
-    BatchNormAct2d, ClassifierHead as TimmClassifierHead, ConvNormAct as TimmConvNormAct, DropPath, FrozenBatchNormAct2d, SEModule,
-    StdConv2d, SyncBatchNormAct,
+    BatchNormAct2d,
+    DropPath,
+    FrozenBatchNormAct2d,
+    SEModule,
+    StdConv2d,
+    SyncBatchNormAct,
+)
+from timm.layers import (
+    ClassifierHead as TimmClassifierHead,
+)
+from timm.layers import (
+    ConvNormAct as TimmConvNormAct,
 )
 from timm.layers.activations import Sigmoid, Swish
 from timm.layers.drop import DropBlock2d
-from timm.models import byobnet, regnet, register_notrace_module, resnetv2
+from timm.models import byobnet, register_notrace_module, regnet, resnetv2
+from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ..blocks import forms
@@ -36,7 +47,9 @@ def _activation(path: str, module: nn.Module) -> str:
 
 
 def _check_inert(path: str, module: nn.Module | None) -> None:
-    if module is not None and (type(module) not in _INERT_IN_EVALUATION or (module.training and type(module) is not nn.Identity)):
+    if module is not None and (
+        type(module) not in _INERT_IN_EVALUATION or (module.training and type(module) is not nn.Identity)
+    ):
         raise Refused(f"{path} is an active {type(module).__name__}")
 
 
@@ -80,7 +93,9 @@ def _conv_kind(conv: nn.Conv2d) -> tuple:
     return conv.kernel_size, conv.padding, conv.groups
 
 
-def _conv_norm(conv_path: str, conv: nn.Module, norm_path: str, norm: nn.Module | None, after: str = "none") -> ConvUnit:
+def _conv_norm(
+    conv_path: str, conv: nn.Module, norm_path: str, norm: nn.Module | None, after: str = "none"
+) -> ConvUnit:
     """A convolution and the norm after it; `after` is the activation behind the block's sum."""
     unit = ConvUnit(conv_path, conv, standardize=_conv(conv_path, conv), activation=after)
     if norm is None:
@@ -125,7 +140,12 @@ def _squeeze_excite(path: str, module: nn.Module) -> SqueezeExciteUnit | None:
         raise Refused(f"{path} is {type(module).__name__}, not SEModule")
     if module.add_maxpool or type(module.bn) is not nn.Identity or type(module.gate) not in (nn.Sigmoid, Sigmoid):
         raise Refused(f"{path} has a max pool, a norm or another gate than the sigmoid")
-    if type(module.fc1) is not nn.Conv2d or type(module.fc2) is not nn.Conv2d or module.fc1.bias is None or module.fc2.bias is None:
+    if (
+        type(module.fc1) is not nn.Conv2d
+        or type(module.fc2) is not nn.Conv2d
+        or module.fc1.bias is None
+        or module.fc2.bias is None
+    ):
         raise Refused(f"{path} is not made of two plain convolutions with bias")
     return SqueezeExciteUnit(path, module.fc1, module.fc2, _activation(f"{path}.act", module.act))
 
@@ -205,8 +225,10 @@ class Bottleneck(Fused, regnet.Bottleneck):
         _check_quiet(self)
         _check_inert("drop_path", self.drop_path)
         return forms.Bottleneck(
-            _conv_norm_act("conv1", self.conv1), _conv_norm_act("conv2", self.conv2),
-            _conv_norm_act("conv3", self.conv3, after=_activation("act3", self.act3)), _squeeze_excite("se", self.se),
+            _conv_norm_act("conv1", self.conv1),
+            _conv_norm_act("conv2", self.conv2),
+            _conv_norm_act("conv3", self.conv3, after=_activation("act3", self.act3)),
+            _squeeze_excite("se", self.se),
             **_shortcut("downsample", self.downsample, norm=True),
         )
 
@@ -224,8 +246,10 @@ class BottleneckBlock(Fused, byobnet.BottleneckBlock):
             if type(getattr(self, path)) is not nn.Identity:
                 raise Refused(f"{path} has no fused form")
         return forms.Bottleneck(
-            _conv_norm_act("conv1_1x1", self.conv1_1x1), _conv_norm_act("conv2_kxk", self.conv2_kxk),
-            _conv_norm_act("conv3_1x1", self.conv3_1x1, after=_activation("act", self.act)), _squeeze_excite("attn", self.attn),
+            _conv_norm_act("conv1_1x1", self.conv1_1x1),
+            _conv_norm_act("conv2_kxk", self.conv2_kxk),
+            _conv_norm_act("conv3_1x1", self.conv3_1x1, after=_activation("act", self.act)),
+            _squeeze_excite("attn", self.attn),
             **_shortcut("shortcut", self.shortcut, norm=True),
         )
 
@@ -242,11 +266,15 @@ class PreBottleneck(Fused, regnet.PreBottleneck):
         squeeze_excite = _squeeze_excite("se", self.se)
         norm1 = _norm("norm1", self.norm1)
         return forms.PreAct(
-            norm1, _conv_norm("conv1", self.conv1, "norm2", self.norm2),
+            norm1,
+            _conv_norm("conv1", self.conv1, "norm2", self.norm2),
             _conv_norm("conv2", self.conv2, "norm3", self.norm3 if squeeze_excite is None else None),
             _conv_norm("conv3", self.conv3, "", None),
-            norm3=None if squeeze_excite is None else _norm("norm3", self.norm3), squeeze_excite=squeeze_excite,
-            identity_after_norm=True, owns_norm=isinstance(norm1, NormActUnit), **_shortcut("downsample", self.downsample, norm=False),
+            norm3=None if squeeze_excite is None else _norm("norm3", self.norm3),
+            squeeze_excite=squeeze_excite,
+            identity_after_norm=True,
+            owns_norm=isinstance(norm1, NormActUnit),
+            **_shortcut("downsample", self.downsample, norm=False),
         )
 
 
@@ -260,8 +288,10 @@ class PreActBottleneck(Fused, resnetv2.PreActBottleneck):
         _check_quiet(self)
         _check_inert("drop_path", self.drop_path)
         return forms.PreAct(
-            _norm("norm1", self.norm1), _conv_norm("conv1", self.conv1, "norm2", self.norm2),
-            _conv_norm("conv2", self.conv2, "norm3", self.norm3), _conv_norm("conv3", self.conv3, "", None),
+            _norm("norm1", self.norm1),
+            _conv_norm("conv1", self.conv1, "norm2", self.norm2),
+            _conv_norm("conv2", self.conv2, "norm3", self.norm3),
+            _conv_norm("conv3", self.conv3, "", None),
             **_raw_shortcut(self.downsample),
         )
 
@@ -276,8 +306,10 @@ class PreActBasic(Fused, resnetv2.PreActBasic):
         _check_quiet(self)
         _check_inert("drop_path", self.drop_path)
         return forms.PreAct(
-            _norm("norm1", self.norm1), _conv_norm("conv1", self.conv1, "norm2", self.norm2),
-            _conv_norm("conv2", self.conv2, "", None), **_raw_shortcut(self.downsample),
+            _norm("norm1", self.norm1),
+            _conv_norm("conv1", self.conv1, "norm2", self.norm2),
+            _conv_norm("conv2", self.conv2, "", None),
+            **_raw_shortcut(self.downsample),
         )
 
 
@@ -298,7 +330,9 @@ class RepVggBlock(Fused, byobnet.RepVggBlock):
         activation = _activation("act", self.act)
         after = activation if squeeze_excite is None else "none"
         if self.reparam_conv is not None:
-            return forms.RepVgg(_conv_norm("reparam_conv", self.reparam_conv, "", None, after), squeeze_excite, activation)
+            return forms.RepVgg(
+                _conv_norm("reparam_conv", self.reparam_conv, "", None, after), squeeze_excite, activation
+            )
         _check_inert("drop_path", self.drop_path)
         kxk = _conv_norm_act("conv_kxk", self.conv_kxk)
         pointwise = _conv_norm_act("conv_1x1", self.conv_1x1)
@@ -306,11 +340,24 @@ class RepVggBlock(Fused, byobnet.RepVggBlock):
         if any(unit.norm is None or unit.activation != "none" or isinstance(unit, HostNormUnit) for unit in folded):
             raise Refused("its branches are not all BatchNorm without an activation")
         padding = tuple(self.conv_kxk.conv.dilation[i] * (self.conv_kxk.conv.kernel_size[i] // 2) for i in range(2))
-        if kxk.standardize or pointwise.standardize or pointwise.geometry()[1] != (0, 0) or kxk.geometry()[1] != padding \
-                or pointwise.geometry()[0] != kxk.geometry()[0] or pointwise.geometry()[3] != kxk.geometry()[3]:
+        if (
+            kxk.standardize
+            or pointwise.standardize
+            or pointwise.geometry()[1] != (0, 0)
+            or kxk.geometry()[1] != padding
+            or pointwise.geometry()[0] != kxk.geometry()[0]
+            or pointwise.geometry()[3] != kxk.geometry()[3]
+        ):
             raise Refused("its branches do not have the same geometry")
-        unit = RepVggUnit("conv_kxk", self.conv_kxk.conv, self.conv_kxk.bn, activation=after, pointwise=self.conv_1x1.conv,
-                          pointwise_norm=self.conv_1x1.bn, identity=self.identity)
+        unit = RepVggUnit(
+            "conv_kxk",
+            self.conv_kxk.conv,
+            self.conv_kxk.bn,
+            activation=after,
+            pointwise=self.conv_1x1.conv,
+            pointwise_norm=self.conv_1x1.bn,
+            identity=self.identity,
+        )
         return forms.RepVgg(unit, squeeze_excite, activation, casts_input=self.identity is None)
 
 
@@ -327,7 +374,9 @@ class ClassifierHead(Fused, TimmClassifierHead):
             raise Refused(f"global_pool={self.global_pool.pool_type!r} has no fused form")
         if type(self.fc) is nn.Identity:
             return forms.Head()
-        if type(self.fc) is not nn.Linear and (type(self.fc) is not nn.Conv2d or _conv_kind(self.fc) != ((1, 1), (0, 0), 1)):
+        if type(self.fc) is not nn.Linear and (
+            type(self.fc) is not nn.Conv2d or _conv_kind(self.fc) != ((1, 1), (0, 0), 1)
+        ):
             raise Refused(f"fc is {type(self.fc).__name__}, not a plain linear layer or 1x1 convolution")
         return forms.Head(LinearUnit("fc", self.fc))
 
@@ -337,7 +386,16 @@ class ClassifierHead(Fused, TimmClassifierHead):
 
 BLOCKS: dict[type[nn.Module], type[Fused]] = {
     cls.host: cls
-    for cls in (ConvNormAct, Bottleneck, BottleneckBlock, PreBottleneck, PreActBottleneck, PreActBasic, RepVggBlock, ClassifierHead)
+    for cls in (
+        ConvNormAct,
+        Bottleneck,
+        BottleneckBlock,
+        PreBottleneck,
+        PreActBottleneck,
+        PreActBasic,
+        RepVggBlock,
+        ClassifierHead,
+    )
 }
 """timm's class to ours, wherever it stands in a network."""
 
@@ -364,7 +422,9 @@ def candidates(network: nn.Module) -> list[tuple[str, nn.Module, type[Fused]]]:
         features = isinstance(module, nn.ModuleDict) and _holds_resnet_stages(module)
         for name, child in module.named_children():
             inside = isinstance(module, _BARE_PARENTS) or features
-            stem = (inside and (name.startswith("stem") or name == "norm")) or (bare and isinstance(module, nn.Sequential))
+            stem = (inside and (name.startswith("stem") or name == "norm")) or (
+                bare and isinstance(module, nn.Sequential)
+            )
             walk(f"{path}.{name}" if path else name, child, stem)
 
     walk("", network, False)

@@ -1,4 +1,5 @@
 """Folding: an evaluation-mode BatchNorm as a per-channel scale and shift, multiplied into the weights in float64."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ class BatchNorm:
     eps: float = 1e-5
 
     def scale_shift(self) -> tuple[Tensor, Tensor]:
-        """The affine map in float64: `scale = weight / sqrt(var + eps)`, `shift = bias - mean * scale`. Differentiable."""
+        """The affine map in float64: `scale = weight / sqrt(var + eps)`, `shift = bias - mean * scale`.
+        Differentiable.
+        """
         scale = (self.var.double() + self.eps).rsqrt()
         if self.weight is not None:
             scale = scale * self.weight.double()
@@ -46,7 +49,10 @@ def fold(weight: Tensor, bias: Tensor | None, norm: BatchNorm | None) -> tuple[T
 
 
 def fold_to(
-    dtype: torch.dtype, weight: Tensor, bias: Tensor | None, norm: BatchNorm | None,
+    dtype: torch.dtype,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: BatchNorm | None,
 ) -> tuple[Tensor, Tensor | None]:
     """`fold` rounded once to the compute dtype; weights without a norm pass through unrounded where they fit."""
     if norm is not None or weight.dtype != dtype:

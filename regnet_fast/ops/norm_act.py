@@ -1,18 +1,22 @@
 """Per-channel scale and shift, then an activation: an evaluation-mode BatchNorm that no convolution precedes.
 
-    y = activation(x * scale * gate + shift)
+y = activation(x * scale * gate + shift)
 """
+
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 from ..backends import NormActProblem, forced_backend, select
-from .convolution import activation_gradient, channels_last, check_activation, check_input, check_vectors, without_autocast
+from .checks import check_activation, check_input, check_vectors
+from .convolution import activation_gradient, channels_last, without_autocast
 from .fold import BatchNorm
 
 
-def norm_act(x: Tensor, norm: BatchNorm | tuple[Tensor, Tensor], *, activation: str = "none", gate: Tensor | None = None) -> Tensor:
+def norm_act(
+    x: Tensor, norm: BatchNorm | tuple[Tensor, Tensor], *, activation: str = "none", gate: Tensor | None = None
+) -> Tensor:
     """Evaluation-mode BatchNorm and activation, of a feature map that may first be gated by squeeze-excite.
 
     `activation(x * gate[:, :, None, None] * scale[:, None, None] + shift[:, None, None])`
@@ -23,7 +27,8 @@ def norm_act(x: Tensor, norm: BatchNorm | tuple[Tensor, Tensor], *, activation: 
         activation: "none", "relu" or "silu".
         gate: (N, C), a factor for each image and channel.
 
-    Returns a tensor like x in channels_last. Differentiable in every tensor. Raises ValueError and TypeError for arguments
+    Returns a tensor like x in channels_last. Differentiable in every tensor. Raises ValueError and TypeError for
+    arguments
     that do not fit together, and BackendError where a forced backend cannot serve.
     """
     check_activation("norm_act", activation)

@@ -4,6 +4,7 @@
 
 Source: J. Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, arXiv 1709.01507.
 """
+
 from __future__ import annotations
 
 import torch
@@ -11,11 +12,18 @@ from torch import Tensor
 
 from ..backends import SqueezeExciteProblem, forced_backend, select
 from ..backends.reference import activate
-from .convolution import FLOATS, activation_gradient, check_activation, check_operand, without_autocast
+from .checks import FLOATS, check_activation, check_operand
+from .convolution import activation_gradient, without_autocast
 
 
 def squeeze_excite(
-    means: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, *, activation: str = "relu",
+    means: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    *,
+    activation: str = "relu",
 ) -> Tensor:
     """The gate of a squeeze-excite module.
 
@@ -36,14 +44,22 @@ def squeeze_excite(
     for weight in (fc1_weight, fc1_bias, fc2_weight, fc2_bias):
         check_operand("squeeze_excite", means, weight)
     if means.dim() != 2 or min(fc1_weight.dim(), fc2_weight.dim()) < 2:
-        raise ValueError(f"squeeze_excite: the means must be (N, C) and the weights (R, C) and (C, R), got {tuple(means.shape)}, "
-                         f"{tuple(fc1_weight.shape)} and {tuple(fc2_weight.shape)}")
+        raise ValueError(
+            f"squeeze_excite: the means must be (N, C) and the weights (R, C) and (C, R), got {tuple(means.shape)}, "
+            f"{tuple(fc1_weight.shape)} and {tuple(fc2_weight.shape)}"
+        )
     fc1_weight, fc2_weight = (w.flatten(1).to(means.dtype) for w in (fc1_weight, fc2_weight))
     fc1_bias, fc2_bias = fc1_bias.to(means.dtype), fc2_bias.to(means.dtype)
     hidden, channels = fc1_weight.shape
-    if means.shape[1] != channels or fc2_weight.shape != (channels, hidden) or fc1_bias.shape != (hidden,) or fc2_bias.shape != (channels,):
+    if (
+        means.shape[1] != channels
+        or fc2_weight.shape != (channels, hidden)
+        or fc1_bias.shape != (hidden,)
+        or fc2_bias.shape != (channels,)
+    ):
         raise ValueError(
-            f"squeeze_excite: shapes do not fit: means {tuple(means.shape)}, fc1 {tuple(fc1_weight.shape)} and {tuple(fc1_bias.shape)}, "
+            f"squeeze_excite: shapes do not fit: means {tuple(means.shape)}, "
+            f"fc1 {tuple(fc1_weight.shape)} and {tuple(fc1_bias.shape)}, "
             f"fc2 {tuple(fc2_weight.shape)} and {tuple(fc2_bias.shape)}"
         )
     return torch.ops.regnet_fast.squeeze_excite(means, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
@@ -59,8 +75,9 @@ class PackedSqueezeExcite:
 
     def problem(self, means: Tensor) -> SqueezeExciteProblem:
         """The problem that these weights pose for some means."""
-        return SqueezeExciteProblem(means.shape[0], means.shape[1], self.weights[0].shape[0], self.activation, means.dtype,
-                                    means.device.type)
+        return SqueezeExciteProblem(
+            means.shape[0], means.shape[1], self.weights[0].shape[0], self.activation, means.dtype, means.device.type
+        )
 
     def explain(self, means: Tensor, *_: object) -> tuple[SqueezeExciteProblem, str]:
         """The problem that the last such call posed, and what served it."""
@@ -79,7 +96,9 @@ class PackedSqueezeExcite:
 
 
 @torch.library.custom_op("regnet_fast::squeeze_excite", mutates_args=())
-def _operator(means: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, activation: str) -> Tensor:
+def _operator(
+    means: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, activation: str
+) -> Tensor:
     return without_autocast(PackedSqueezeExcite(fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation), means)
 
 

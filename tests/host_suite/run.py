@@ -55,13 +55,27 @@ def fetch_tests(version: str) -> Path:
         return folder
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as download:
-        command = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps",
-                   "--no-binary=timm", "--dest", download, f"timm=={version}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-qq",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--no-binary=timm",
+            "--dest",
+            download,
+            f"timm=={version}",
+        ]
         failed = subprocess.run(command).returncode
         archives = list(Path(download).glob("timm-*.tar.gz"))
         if failed or not archives:
-            print(f"host suite: pip cannot download the source distribution of timm {version}, which holds its tests.\n"
-                  f"It needs the network once; or unpack it yourself as {folder}.", file=sys.stderr)
+            print(
+                f"host suite: pip cannot download the source distribution of timm {version}, which holds its tests.\n"
+                f"It needs the network once; or unpack it yourself as {folder}.",
+                file=sys.stderr,
+            )
             sys.exit(NO_TESTS)
         unpacked = Path(download) / "unpacked"
         with tarfile.open(archives[0]) as archive:

@@ -1,0 +1,145 @@
+"""The measurements behind the CPU backend's choices, as the Markdown tables of docs/cpu.md.
+
+    python bench/cpu_choices.py
+
+Medians of interleaved rounds on random data; ratios hold within one run only.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from regnet_fast.backends import ConvProblem, NormActProblem
+from regnet_fast.backends.onednn import AffineNormAct, DepthwiseNormAct, DirectConv
+from regnet_fast.backends.winograd import WinogradConv, faster
+from regnet_fast.ops.convolution import pixel_means
+
+
+def interleaved(calls: dict[str, Callable], rounds: int = 11, warmups: int = 3) -> dict[str, float]:
+    """Median milliseconds of each call."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(warmups + rounds):
+        for name in list(calls) if i % 2 else reversed(calls):
+            start = time.perf_counter()
+            calls[name]()
+            if i >= warmups:
+                times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+def nhwc(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def rms(error: torch.Tensor, reference: torch.Tensor) -> float:
+    return float(error.square().mean().sqrt() / reference.square().mean().sqrt())
+
+
+def winograd() -> None:
+    """Direct and Winograd 3x3 convolutions, and which one is taken."""
+    print("| batch | channels | map | direct ms | Winograd ms | ratio | RMS error direct | Winograd | taken |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    shapes = [
+        (64, 56),
+        (96, 56),
+        (128, 56),
+        (128, 28),
+        (192, 28),
+        (256, 28),
+        (128, 14),
+        (192, 14),
+        (256, 14),
+        (384, 14),
+        (512, 14),
+        (512, 7),
+    ]
+    for batch in (1, 8):
+        for channels, size in shapes:
+            problem = ConvProblem(
+                "dense_conv",
+                (batch, channels, size, size),
+                channels,
+                (3, 3),
+                (1, 1),
+                (1, 1),
+                (1, 1),
+                1,
+                "relu",
+                False,
+                False,
+                torch.float32,
+                "cpu",
+            )
+            x, weight, bias = (
+                nhwc(batch, channels, size, size),
+                torch.randn(channels, channels, 3, 3) * 0.02,
+                torch.randn(channels),
+            )
+            direct, fast = DirectConv(problem, weight, bias), WinogradConv(problem, weight, bias)
+            t = interleaved(
+                {
+                    "direct": partial(direct, x, None, None, False, False),
+                    "winograd": partial(fast, x, None, None, False, False),
+                }
+            )
+            exact = F.relu(F.conv2d(x[:1].double(), weight.double(), bias.double(), padding=1))
+            errors = [rms(run(x, None, None, False, False)[:1] - exact, exact) for run in (direct, fast)]
+            print(
+                f"| {batch} | {channels} | {size}x{size} | {t['direct']:.2f} | {t['winograd']:.2f} "
+                f"| {t['direct'] / t['winograd']:.2f} "
+                f"| {errors[0]:.1e} | {errors[1]:.1e} | {'Winograd' if faster(problem) else 'direct'} |"
+            )
+
+
+def norm_act() -> None:
+    """Scale, shift and activation: torch's passes against oneDNN's depthwise convolution."""
+    print("| dtype | shape | activation | addcmul us | depthwise us |\n|---|---|---|---|---|")
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((1, 128, 56, 56), (8, 128, 56, 56), (8, 512, 14, 14)):
+            for activation in ("relu", "silu"):
+                problem = NormActProblem(shape, activation, False, dtype, "cpu")
+                x, scale, shift = nhwc(*shape, dtype=dtype), torch.rand(shape[1]), torch.randn(shape[1])
+                affine, depthwise = (
+                    AffineNormAct(problem, scale.to(dtype), shift.to(dtype)),
+                    DepthwiseNormAct(problem, scale, shift),
+                )
+                t = interleaved(
+                    {"addcmul": partial(affine, x, None, False), "depthwise": partial(depthwise, x, None, False)}, 31
+                )
+                print(
+                    f"| {str(dtype)[6:]} | {'x'.join(map(str, shape))} | {activation} | {1e3 * t['addcmul']:.0f} "
+                    f"| {1e3 * t['depthwise']:.0f} |"
+                )
+
+
+def means() -> None:
+    """Channel means: torch's mean against one sum over rows of channels."""
+    print("| dtype | shape | mean us | ours us |\n|---|---|---|---|")
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((1, 64, 56, 56), (8, 120, 28, 28), (8, 888, 7, 7)):
+            x = nhwc(*shape, dtype=dtype)
+            t = interleaved({"mean": partial(x.mean, (2, 3)), "ours": partial(pixel_means, x)}, 31)
+            print(f"| {str(dtype)[6:]} | {'x'.join(map(str, shape))} | {1e3 * t['mean']:.0f} | {1e3 * t['ours']:.0f} |")
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, "
+        f"{torch.backends.cpu.get_cpu_capability()}, {time.strftime('%Y-%m-%d')}"
+    )
+    with torch.inference_mode():
+        for table in (winograd, norm_act, means):
+            print(f"\n{table.__doc__}\n")
+            table()
+
+
+if __name__ == "__main__":
+    main()
