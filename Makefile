@@ -7,19 +7,22 @@ WORKERS ?= 2
 
 # The oldest versions that pyproject.toml admits, and the tests that must hold on them.
 OLDEST_PINS := "torch==2.11.0" "torchvision==0.26.0" "timm==1.0.20" "numpy<2.4"
-OLDEST_TESTS := tests/test_helpers.py
+OLDEST_TESTS := tests/test_helpers.py tests/test_ops.py tests/test_backends.py tests/test_weights.py tests/test_blocks.py
 OLDEST_MODELS := regnetx_002,regnety_040_sgn,regnetz_005,repvgg_a0,resnetv2_18
 
 # The tests run one torch thread per worker: on small shapes two processes beat two threads.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS)
+# Whole models run in one process with all threads, as users run them: torch chooses other libraries with one thread.
+PYTEST_MODELS := $(VENV)/bin/python -m pytest -q tests/test_models.py
 PYTEST_OLDEST := OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -q -n $(WORKERS)
 
-.PHONY: help demo test test-oldest lint host-suite clean
+.PHONY: help demo test matrix test-oldest lint host-suite clean
 
 help:
 	@echo "make demo         what it does and how much faster it is here"
 	@echo "make test         lint, every test, and the quick part of timm's own model tests"
 	@echo "make test-oldest  the tests that must hold on the oldest supported versions"
+	@echo "make matrix       the numbers of all 75 architectures, the largest too (16 GB of memory)"
 	@echo "make host-suite   timm's own model tests on every architecture that fits in memory"
 	@echo "make lint         ruff"
 
@@ -27,12 +30,16 @@ demo: $(VENV)/installed
 	$(VENV)/bin/regnet-fast demo
 
 test: lint
-	$(PYTEST) tests
+	$(PYTEST) tests --ignore=tests/test_models.py -m "not slow"
+	$(PYTEST_MODELS) -m "not slow"
 	$(VENV)/bin/python tests/host_suite/run.py --quick -n $(WORKERS)
 
 test-oldest: $(VENV_OLDEST)/installed
 	$(PYTEST_OLDEST) $(OLDEST_TESTS)
 	$(VENV_OLDEST)/bin/python tests/host_suite/run.py --models $(OLDEST_MODELS) -n $(WORKERS)
+
+matrix: $(VENV)/installed
+	$(PYTEST_MODELS)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check --output-format=concise .

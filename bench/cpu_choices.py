@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from regnet_fast.backends import ConvProblem, NormActProblem
-from regnet_fast.backends.onednn import AffineNormAct, DepthwiseNormAct, DirectConv
+from regnet_fast.backends.onednn import AffineNormAct, DepthwiseNormAct, DirectConv, MatmulConv, matmul_faster
 from regnet_fast.backends.winograd import WinogradConv, faster
 from regnet_fast.ops.convolution import pixel_means
 
@@ -98,6 +98,38 @@ def winograd() -> None:
             )
 
 
+def pointwise() -> None:
+    """1x1 convolutions in float32: oneDNN's convolution and torch's matrix product, and which one is taken."""
+    print("| input | out channels | oneDNN us | addmm us | ratio | taken |\n|---|---|---|---|---|---|")
+    shapes = [(1, 24, 24, 56), (1, 48, 48, 56), (1, 56, 56, 28), (1, 120, 120, 28), (1, 152, 152, 14), (1, 96, 288, 14)]
+    shapes += [(1, 336, 336, 14), (1, 368, 368, 7), (1, 888, 888, 7), (8, 24, 24, 56), (8, 152, 152, 14)]
+    for batch, channels, out_channels, size in shapes:
+        shape = (batch, channels, size, size)
+        problem = ConvProblem(
+            "pointwise_conv",
+            shape,
+            out_channels,
+            (1, 1),
+            (1, 1),
+            (0, 0),
+            (1, 1),
+            1,
+            "relu",
+            False,
+            False,
+            torch.float32,
+            "cpu",
+        )
+        x, weight, bias = nhwc(*shape), torch.randn(out_channels, channels, 1, 1) * 0.1, torch.randn(out_channels)
+        direct, product = DirectConv(problem, weight, bias), MatmulConv(problem, weight, bias)
+        arguments = (x, None, None, False, False)
+        t = interleaved({"direct": partial(direct, *arguments), "product": partial(product, *arguments)}, 31)
+        print(
+            f"| {'x'.join(map(str, shape))} | {out_channels} | {1e3 * t['direct']:.0f} | {1e3 * t['product']:.0f} "
+            f"| {t['direct'] / t['product']:.2f} | {'addmm' if matmul_faster(problem) else 'oneDNN'} |"
+        )
+
+
 def norm_act() -> None:
     """Scale, shift and activation: torch's passes against oneDNN's depthwise convolution."""
     print("| dtype | shape | activation | addcmul us | depthwise us |\n|---|---|---|---|---|")
@@ -136,7 +168,7 @@ def main() -> None:
         f"{torch.backends.cpu.get_cpu_capability()}, {time.strftime('%Y-%m-%d')}"
     )
     with torch.inference_mode():
-        for table in (winograd, norm_act, means):
+        for table in (winograd, pointwise, norm_act, means):
             print(f"\n{table.__doc__}\n")
             table()
 

@@ -308,10 +308,11 @@ def test_a_force_reaches_weights_that_are_already_packed():
 
 @needs_onednn
 def test_labels_say_what_runs():
-    x = torch.randn(1, 192, 14, 14)
+    x = torch.randn(1, 256, 14, 14)
     cases = {
-        "oneDNN": R.pack_conv(torch.randn(8, 192, 1, 1)),
-        winograd.WinogradConv.label: R.pack_conv(torch.randn(192, 192, 3, 3), padding=1),
+        "oneDNN": R.pack_conv(torch.randn(8, 256, 1, 1), stride=2),
+        "torch addmm": R.pack_conv(torch.randn(8, 256, 1, 1)),
+        winograd.WinogradConv.label: R.pack_conv(torch.randn(256, 256, 3, 3), padding=1),
     }
     for label, packed in cases.items():
         getattr(R, packed.op)(x, packed)
@@ -375,7 +376,7 @@ def test_packed_weights_are_shared_between_threads(impatient_threads):
 # Winograd
 
 WINOGRAD = ConvProblem(
-    "dense_conv", (1, 192, 14, 14), 192, (3, 3), (1, 1), (1, 1), (1, 1), 1, "relu", False, True, torch.float32, "cpu"
+    "dense_conv", (1, 256, 14, 14), 256, (3, 3), (1, 1), (1, 1), (1, 1), 1, "relu", False, True, torch.float32, "cpu"
 )
 
 
@@ -440,12 +441,12 @@ def test_transformed_weights_multiply_back():
 SLOWER = {
     "bfloat16": {"dtype": torch.bfloat16},
     "float64": {"dtype": torch.float64},
-    "few input channels": {"input_shape": (1, 191, 14, 14)},
-    "few output channels": {"out_channels": 191},
-    "odd height": {"input_shape": (1, 192, 15, 14)},
-    "odd width": {"input_shape": (1, 192, 14, 15)},
-    "small image": {"input_shape": (1, 192, 12, 14)},
-    "large image": {"input_shape": (1, 192, 14, 58)},
+    "few input channels": {"input_shape": (8, 127, 28, 28)},
+    "few output channels": {"input_shape": (8, 256, 28, 28), "out_channels": 127},
+    "odd height": {"input_shape": (1, 256, 15, 14)},
+    "odd width": {"input_shape": (1, 256, 14, 15)},
+    "little work": {"input_shape": (1, 192, 14, 14)},
+    "large image": {"input_shape": (1, 256, 14, 34)},
     "another kernel": {"kernel": (5, 5)},
     "stride": {"stride": (2, 2)},
     "no padding": {"padding": (0, 0)},
@@ -461,7 +462,9 @@ def test_winograd_is_not_chosen_where_it_was_not_measured_faster(what):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"input_shape": (8, 512, 56, 28)}, {"activation": "silu", "residual": False}], ids=str
+    "changes",
+    [{}, {"input_shape": (8, 512, 7, 7), "out_channels": 512}, {"activation": "silu", "residual": False}],
+    ids=str,
 )
 def test_winograd_is_chosen_where_it_was_measured_faster(changes):
     assert winograd.faster(dataclasses.replace(WINOGRAD, **changes))

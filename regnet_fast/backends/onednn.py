@@ -91,10 +91,48 @@ class DirectConv:
         return self.conv_add(x, residual, *self.added)
 
 
+class MatmulConv:
+    """A small 1x1 convolution as torch's matrix product: `run(x, gate, residual, consume, into_residual)`.
+
+    A call of oneDNN's convolution costs some 20 microseconds more, which small layers at batch 1 feel (docs/cpu.md).
+    """
+
+    label = "torch addmm"
+
+    def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
+        self.weight = weight.flatten(1).t()
+        self.bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(problem.dtype)
+        self.activate = _IN_PLACE[problem.activation]
+
+    def __call__(
+        self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool
+    ) -> Tensor:
+        if gate is not None:
+            x = apply_gate(x, gate, consume)
+        n, c, h, w = x.shape
+        y = torch.addmm(self.bias, x.permute(0, 2, 3, 1).reshape(-1, c), self.weight)
+        y = y.view(n, h, w, -1).permute(0, 3, 1, 2)
+        return self.activate(y if residual is None else y.add_(residual))
+
+
+def matmul_faster(problem: ConvProblem) -> bool:
+    """Whether a matrix product is faster than oneDNN's convolution for such a problem, by the table of docs/cpu.md."""
+    p = problem
+    return (
+        p.op == "pointwise_conv"
+        and p.dtype == torch.float32
+        and p.stride == (1, 1)
+        and max(p.input_shape[1], p.out_channels) <= 320
+        and p.flops <= 2e7
+    )
+
+
 def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
-    """The convolution bound to packed weights: Winograd's algorithm where it was measured faster, else oneDNN's own."""
+    """The convolution bound to packed weights, by the way that was measured fastest for such a problem."""
     if winograd.faster(problem):
         return winograd.WinogradConv(problem, weight, bias)
+    if matmul_faster(problem):
+        return MatmulConv(problem, weight, bias)
     return DirectConv(problem, weight, bias)
 
 
