@@ -6,7 +6,7 @@ VENV_OLDEST ?= .venv-oldest
 WORKERS ?= 2
 
 # The oldest versions that pyproject.toml admits, and the tests that must hold on them.
-OLDEST_PINS := "torch==2.11.0" "torchvision==0.26.0" "timm==1.0.20" "numpy<2.4"
+OLDEST_PINS := "torch==2.11.0" "torchvision==0.26.0" "timm==1.0.31" "numpy<2.4"
 OLDEST_TESTS := tests/test_helpers.py tests/test_ops.py tests/test_backends.py tests/test_weights.py tests/test_blocks.py
 OLDEST_MODELS := regnetx_002,regnety_040_sgn,regnetz_005,repvgg_a0,resnetv2_18
 
