@@ -308,7 +308,7 @@ def test_a_force_reaches_weights_that_are_already_packed():
 
 @needs_onednn
 def test_labels_say_what_runs():
-    x = torch.randn(1, 256, 14, 14)
+    x = torch.randn(2, 256, 14, 14)
     cases = {
         "oneDNN": R.pack_conv(torch.randn(8, 256, 1, 1), stride=2),
         "torch addmm": R.pack_conv(torch.randn(8, 256, 1, 1)),
@@ -376,7 +376,7 @@ def test_packed_weights_are_shared_between_threads(impatient_threads):
 # Winograd
 
 WINOGRAD = ConvProblem(
-    "dense_conv", (1, 256, 14, 14), 256, (3, 3), (1, 1), (1, 1), (1, 1), 1, "relu", False, True, torch.float32, "cpu"
+    "dense_conv", (2, 256, 14, 14), 256, (3, 3), (1, 1), (1, 1), (1, 1), 1, "relu", False, True, torch.float32, "cpu"
 )
 
 
@@ -445,7 +445,7 @@ SLOWER = {
     "few output channels": {"input_shape": (8, 256, 28, 28), "out_channels": 127},
     "odd height": {"input_shape": (1, 256, 15, 14)},
     "odd width": {"input_shape": (1, 256, 14, 15)},
-    "little work": {"input_shape": (1, 192, 14, 14)},
+    "little work": {"input_shape": (1, 256, 14, 14)},
     "large image": {"input_shape": (1, 256, 14, 34)},
     "another kernel": {"kernel": (5, 5)},
     "stride": {"stride": (2, 2)},

@@ -34,7 +34,7 @@ def faster(problem: ConvProblem) -> bool:
     ):
         return False
     tiles = n * ((h + 1) // 2) * ((w + 1) // 2)
-    least = 3e6 if h % 2 == w % 2 == 0 else 2e7  # an odd size leaves part of its last tiles unused
+    least = 5e6 if h % 2 == w % 2 == 0 else 2e7  # an odd size leaves part of its last tiles unused
     return min(c, p.out_channels) >= 128 and max(h, w) <= 32 and tiles * c * p.out_channels >= least
 
 
