@@ -176,7 +176,7 @@ class AffineNormAct:
 class DepthwiseNormAct:
     """Scale, shift and activation as a depthwise 1x1 convolution with post-ops: one pass where torch makes several.
 
-    In bfloat16 it is 1.5 to 2 times faster than `addcmul` and an activation (docs/cpu.md).
+    In bfloat16 it is faster than `addcmul` and an activation (docs/cpu.md).
     """
 
     def __init__(self, problem: NormActProblem, scale: Tensor, shift: Tensor):

@@ -20,8 +20,8 @@ from .problem import ConvProblem
 def faster(problem: ConvProblem) -> bool:
     """Whether Winograd is faster than oneDNN's direct convolution for such a problem, by the table of docs/cpu.md.
 
-    It needs channels enough for the products to outweigh the transforms, work enough to outweigh its twenty calls, and
-    maps small enough for the transformed tiles to stay in the cache.
+    It needs channels enough for the products to outweigh the transforms, work enough to outweigh some forty calls,
+    and maps small enough for the transformed tiles to stay in the cache.
     """
     p = problem
     n, c, h, w = p.input_shape

@@ -253,10 +253,6 @@ class Fused:
             return super().forward(x)
         return form.run(x)
 
-    def host_forward(self, x: Tensor) -> Tensor:
-        """What the block computed before it was rebuilt."""
-        return super().forward(x)
-
     def train(self, mode: bool = True):
         self.__dict__.pop(_STATE, None)
         return super().train(mode)
