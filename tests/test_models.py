@@ -1,7 +1,7 @@
 """Whole models against timm's: every architecture of the families, the same keys, numbers, features and options.
 
-`MATRIX` picks the architectures whose numbers are compared: those of at most `MAX_PARAMETERS` million parameters, and
-with `pytest -m slow` the larger ones, which need up to 16 GB of memory.
+Every test of numbers runs on a few architectures in `make test` and on all of them in `make matrix`, where the tests
+marked slow run too; the largest needs 16 GB of memory.
 """
 
 import copy
@@ -25,8 +25,25 @@ def parameters(name: str) -> int:
     return sum(p.numel() for p in timm.create_model(name, device="meta").parameters())
 
 
-def matrix() -> list:
-    return [pytest.param(name, marks=pytest.mark.slow) if parameters(name) > MAX_PARAMETERS else name for name in NAMES]
+SMALL = [
+    "regnetx_002",
+    "regnety_002",
+    "regnetz_005",
+    "regnetz_b16",
+    "regnetv_040",
+    "repvgg_a0",
+    "resnetv2_18",
+    "resnetv2_50",
+]
+
+
+def all_of_them(quick) -> list:
+    """All architectures, those slow that `quick(name)` does not admit to `make test`."""
+    return [name if quick(name) else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+
+
+def moderate(name: str) -> bool:
+    return parameters(name) <= MAX_PARAMETERS
 
 
 def test_there_are_75_architectures():
@@ -50,15 +67,20 @@ def test_same_keys_and_parameters(name):
 
 
 def outputs(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Every stage's features and the logits."""
+    """Every stage's features and the logits, or the features of a model that gives only these."""
     with torch.no_grad():
+        if not hasattr(model, "forward_intermediates"):
+            return {f"feature {i}": f for i, f in enumerate(model(x))}
         final, features = model.forward_intermediates(x)
         found = {f"stage {i}": f for i, f in enumerate(features)}
         return {**found, "logits": model.forward_head(final)}
 
 
 def compare(theirs: nn.Module, x: torch.Tensor, what: str, groups: int | None = None) -> None:
-    """Assert that the rebuilt model is the same function as timm's, all of it fused. Uses theirs up."""
+    """Assert that the rebuilt model is the same function as timm's in channels_last, all of it fused. Uses theirs up.
+
+    The hooks keep eager in channels_last where torch would leave it: after a convolution of a one-channel image.
+    """
     dtype = x.dtype
     theirs.to(dtype).eval()
     ours = regnet_fast.rebuild(theirs)
@@ -71,6 +93,8 @@ def compare(theirs: nn.Module, x: torch.Tensor, what: str, groups: int | None = 
     eager_form = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
     if "repvgg" in what:  # the three branches of training sum in another order; as deployed they are one convolution
         eager_form = timm.utils.reparameterize_model(eager_form, inplace=True)
+    for conv in (module for module in eager_form.modules() if isinstance(module, nn.Conv2d)):
+        conv.register_forward_hook(lambda conv, inputs, y: y.contiguous(memory_format=torch.channels_last))
     eager = outputs(eager_form, x.contiguous(memory_format=torch.channels_last))
     del eager_form
     exact = outputs(theirs.double(), x.double())
@@ -78,15 +102,26 @@ def compare(theirs: nn.Module, x: torch.Tensor, what: str, groups: int | None = 
         assert_close_to_reference(fused[stage], eager[stage], exact[stage], f"{what}, {stage}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", matrix())
-def test_logits_and_stages(name, dtype):
+def numbers(name: str, dtype: torch.dtype, batch: int, height: int, width: int) -> None:
     model = timm.create_model(name).eval()
     randomize_bn(model, 0)
-    batch, height, width = (3, 65, 71) if dtype == torch.float32 else (1, 64, 96)
     compare(model, torch.randn(batch, 3, height, width).to(dtype), name)
     del model
     gc.collect()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", all_of_them(moderate))
+def test_logits_and_stages(name, dtype):
+    numbers(name, dtype, *((3, 65, 71) if dtype == torch.float32 else (1, 64, 96)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_and_stages_the_other_way(name, dtype):
+    """The batch of the one dtype with the other, and odd sizes with both."""
+    numbers(name, dtype, *((1, 161, 127) if dtype == torch.float32 else (3, 65, 71)))
 
 
 @pytest.fixture(autouse=True)
@@ -96,18 +131,6 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
-
-
-SMALL = [
-    "regnetx_002",
-    "regnety_002",
-    "regnetz_005",
-    "regnetz_b16",
-    "regnetv_040",
-    "repvgg_a0",
-    "resnetv2_18",
-    "resnetv2_50",
-]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -135,6 +158,25 @@ def test_options(name, kwargs):
     model = timm.create_model(name, **kwargs).eval()
     randomize_bn(model, 0)
     compare(model, torch.randn(2, kwargs.get("in_chans", 3), 64, 64), f"{name} {kwargs}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(in_chans=1, output_stride=8, num_classes=0),
+        dict(in_chans=5, output_stride=16),
+        dict(features_only=True),
+    ],
+    ids=lambda kwargs: "-".join(kwargs),
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_options_of_every_architecture(name, kwargs):
+    model = timm.create_model(name, **kwargs).eval()
+    randomize_bn(model, 0, torch.randn(4, kwargs.get("in_chans", 3), 128, 128))
+    compare(model, torch.randn(2, kwargs.get("in_chans", 3), 64, 64), f"{name} {kwargs}")
+    del model
+    gc.collect()
 
 
 @pytest.mark.parametrize("pool", ["", "max", "avgmax", "catavgmax", "fast", "fastmax"])
