@@ -4,10 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 WORKERS ?= 2
+BUDGET ?= 540
 
 # The oldest versions that pyproject.toml admits, and the tests that must hold on them.
 OLDEST_PINS := "torch==2.11.0" "torchvision==0.26.0" "timm==1.0.31" "numpy<2.4"
-OLDEST_TESTS := tests/test_helpers.py tests/test_ops.py tests/test_backends.py tests/test_weights.py tests/test_blocks.py
+OLDEST_TESTS := tests/test_helpers.py tests/test_ops*.py tests/test_backends.py tests/test_blocks*.py \
+	tests/test_checkpoints.py tests/test_hostile_files.py tests/test_weights.py
 OLDEST_MODELS := regnetx_002,regnety_040_sgn,regnetz_005,repvgg_a0,resnetv2_18
 
 # The tests run one torch thread per worker: on small shapes two processes beat two threads.
@@ -16,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS)
 PYTEST_MODELS := $(VENV)/bin/python -m pytest -q tests/test_models.py
 PYTEST_OLDEST := OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -q -n $(WORKERS)
 
-.PHONY: help demo test matrix test-oldest lint host-suite clean
+.PHONY: help demo test matrix test-oldest lint host-suite bench gpu gpu-dry-run clean
 
 help:
 	@echo "make demo         what it does and how much faster it is here"
@@ -24,6 +26,9 @@ help:
 	@echo "make test-oldest  the tests that must hold on the oldest supported versions"
 	@echo "make matrix       the numbers of all 75 architectures, the largest too (16 GB of memory)"
 	@echo "make host-suite   timm's own model tests on every architecture that fits in memory"
+	@echo "make bench        the CPU results in bench/results: an hour or two on an idle machine; goes on where it ended"
+	@echo "make gpu          what a GPU should measure, for BUDGET seconds with PYTHON's own torch; goes on where it ended"
+	@echo "make gpu-dry-run  the same on tiny shapes, without a GPU"
 	@echo "make lint         ruff"
 
 demo: $(VENV)/installed
@@ -33,6 +38,8 @@ test: lint
 	$(PYTEST) tests --ignore=tests/test_models.py -m "not slow"
 	$(PYTEST_MODELS) -m "not slow"
 	$(VENV)/bin/python tests/host_suite/run.py --quick -n $(WORKERS)
+	$(VENV)/bin/python -m pytest -q bench --benchmark-disable
+	$(MAKE) gpu-dry-run
 
 test-oldest: $(VENV_OLDEST)/installed
 	$(PYTEST_OLDEST) $(OLDEST_TESTS)
@@ -40,6 +47,17 @@ test-oldest: $(VENV_OLDEST)/installed
 
 matrix: $(VENV)/installed
 	$(PYTEST_MODELS)
+
+bench: $(VENV)/installed
+	$(VENV)/bin/python -m bench cpu
+
+# On the machine with the GPU nothing is installed: its own Python has torch, timm and pytest.
+gpu:
+	$(PYTHON) -m bench gpu --budget $(BUDGET)
+
+gpu-dry-run: $(VENV)/installed
+	rm -rf .cache/gpu-dry-run
+	$(VENV)/bin/python -m bench gpu --dry-run
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check --output-format=concise .

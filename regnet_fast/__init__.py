@@ -20,6 +20,7 @@ _HOME = {
     "model_entrypoint": "models",
     "rebuild": "models",
     "restore": "models",
+    "freeze": "models",
     "explain": "explanation",
     "backend": "backends",
     "BackendError": "backends",

@@ -210,18 +210,30 @@ def explain(
         return line(f"{model} is no RegNet, RepVGG or ResNetV2: it is passed through as timm makes it.")
     shape = "x".join(map(str, found["input_shape"]))
     title = f"{model}, {shape}, {dtype}, {device}"
-    rows = table(title, "layer", "operation", "shape", "runs on", "MFLOP", "MB", "why", flexible="why")
+    work = ("MFLOP", "MB", "timm MB", "launches", "timm launches")
+    rows = table(title, "layer", "operation", "shape", "runs on", *work, "why", flexible="why")
     for row in found["layers"]:
         runs_on = f"{row['backend']}: {row['label']}".rstrip(": ")
-        work = (f"{row['flops'] / 1e6:.1f}", f"{row['bytes'] / 1e6:.2f}")
+        memory = (f"{row['bytes'] / 1e6:.2f}", f"{row['eager']['bytes'] / 1e6:.2f}")
+        work = (f"{row['flops'] / 1e6:.1f}", *memory, str(row["launches"]), str(row["eager"]["kernels"]))
         rows.add_row(row["layer"], row["operation"], row["shape"], runs_on, *work, row["reason"])
     show(rows)
     totals = found["totals"]
     served = ", ".join(f"{name} {count}" for name, count in totals["layers_by_backend"].items())
     work = f"{totals['flops'] / 1e9:.2f} GFLOP, {totals['bytes'] / 1e6:.1f} MB at least"
     line(f"{len(found['layers'])} layers ({served}), {work}")
+    line(_executions(found["layers"]))
     for path, kind, reason in found["kept"]:
         line(f"kept as timm makes it: {path} ({kind}): {reason}")
+
+
+def _executions(layers: list[dict[str, Any]]) -> str:
+    """The launches of all layers beside those of timm eager and of the ideal execution, with their memory traffic."""
+    text = f"{sum(row['launches'] for row in layers)} launches"
+    for title, execution in (("timm eager", "eager"), ("ideal", "ideal")):
+        kernels, size = (sum(row[execution][key] for row in layers) for key in ("kernels", "bytes"))
+        text += f"; {title}: {kernels} launches, {size / 1e6:.1f} MB"
+    return text
 
 
 @app.command()

@@ -8,112 +8,48 @@ loads the compiler as well. A result that misses the rule of `verify` is not tim
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import timm.utils
 import torch
 from torch import Tensor, nn
 
-from .verify import ERROR_RATIO, Announce, host_model, input_size, judge, randomize_norms, rebuilt, silent
+from .timing import Announce, Timed, describe, frozen_compilation, interleave, ratio, silent, synchronize, tuned_cudnn
+from .verify import ERROR_RATIO, host_model, input_size, judge, randomize_norms, rebuilt
 
 OURS = "regnet_fast"
 EAGER = ("timm", "timm channels_last")
 COMPILED = ("compile", "compile channels_last", "compile max-autotune")
-_SAMPLE_SECONDS = {"cpu": 0.05, "cuda": 0.02}
-_WARM_UPS = {"cpu": 3, "cuda": 10}
 
 
 @dataclass
-class Variant:
-    """One way to run the model, and what was measured of it."""
+class Variant(Timed):
+    """One way to run the model."""
 
-    name: str
-    model: nn.Module
-    x: Tensor
+    model: nn.Module | None = None
+    x: Tensor | None = None
     compiled: bool = False
     force_layout: bool = False
-    first_seconds: float = 0.0
-    iterations: int = 1
-    samples: list[float] = field(default_factory=list)
-    working_mib: float | None = None
-    error: str = ""
 
     def first(self) -> Tensor | None:
         """The first result, timed with all that is packed or compiled for it; None where it fails, with `error` set."""
-        with ExitStack() as stack:
-            if self.compiled:
-                for context in _fresh_frozen_compilation(self.force_layout):
-                    stack.enter_context(context)
+        with frozen_compilation(self.force_layout) if self.compiled else nullcontext():
             start = time.perf_counter()
             try:
-                y = self.model(self.x)
-                _synchronize(self.x)
+                y = self.call()
+                synchronize(self.device)
             except Exception as error:  # a missing compiler, too little memory: the others can still be measured
                 if self.name == OURS:
                     raise
-                message = str(error).strip().split("\n")[0]
-                self.error = f"{type(error).__name__}: {message[:200]}"
+                self.error = describe(error)
                 return None
             self.first_seconds = time.perf_counter() - start
         return y
-
-    def sample(self, iterations: int) -> float:
-        """Milliseconds of one forward pass, from several in a row."""
-        if self.x.is_cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(iterations):
-                self.model(self.x)
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / iterations
-        begin = time.perf_counter()
-        for _ in range(iterations):
-            self.model(self.x)
-        return 1e3 * (time.perf_counter() - begin) / iterations
-
-    def as_dict(self) -> dict[str, Any]:
-        if self.error:
-            return {"error": self.error}
-        q1, median, q3 = quartiles(self.samples)
-        return {
-            "median_ms": median,
-            "q1_ms": q1,
-            "q3_ms": q3,
-            "images_per_s": 1e3 * self.x.shape[0] / median,
-            "first_s": self.first_seconds,
-            "iterations": self.iterations,
-            "samples_ms": self.samples,
-            **({} if self.working_mib is None else {"working_mib": self.working_mib}),
-        }
-
-
-def _fresh_frozen_compilation(force_layout: bool) -> Iterable[Any]:
-    """The contexts to compile in: weights frozen into the graph, and nothing taken from the cache of earlier runs."""
-    import torch._inductor.config as config
-    from torch._inductor import utils
-
-    yield utils.fresh_cache()
-    yield config.patch(freezing=True, force_layout_optimization=force_layout)
-
-
-def _synchronize(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-
-
-def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile."""
-    if len(samples) == 1:
-        return (samples[0],) * 3
-    q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
-    return q1, median, q3
 
 
 def variants(base: nn.Module, x: Tensor, compile: bool, all_peers: bool) -> tuple[list[Variant], int]:
@@ -127,7 +63,10 @@ def variants(base: nn.Module, x: Tensor, compile: bool, all_peers: bool) -> tupl
         if name in COMPILED:
             mode = "max-autotune" if "max-autotune" in name else None
             model = torch.compile(model, dynamic=False, mode=mode)
-        return Variant(name, model, data, compiled=name in COMPILED, **options)
+        return variant(name, model, data, compiled=name in COMPILED, **options)
+
+    def variant(name: str, model: nn.Module, data: Tensor, **options: Any) -> Variant:
+        return Variant(name, lambda: model(data), x.device.type, model=model, x=data, **options)
 
     found = [peer(name) for name in EAGER]
     if compile or all_peers:
@@ -135,30 +74,40 @@ def variants(base: nn.Module, x: Tensor, compile: bool, all_peers: bool) -> tupl
     if all_peers:
         found += [peer("compile channels_last", force_layout=x.is_cuda), peer("compile max-autotune")]
     report = rebuilt(copy.deepcopy(base))
-    return [*found, Variant(OURS, report.model, x)], len(report.rebuilt)
+    return [*found, variant(OURS, report.model, x)], len(report.rebuilt)
 
 
-def find_fault(ours: Variant, eager: Variant, ours_logits: Tensor) -> str:
-    """Why our result is not timm's (eager in channels_last), or ''.
+def edges(images: int) -> list[int]:
+    """The images that are held to float64: the first and the last."""
+    return sorted({0, images - 1})
 
-    The first and last image are held to the rule of `verify` against float64, features and logits. Of each other image
-    the distance to eager may be what the triangle inequality then allows.
+
+def find_fault(what: str, ours: Tensor, eager: Tensor, reference: Tensor) -> str:
+    """Why a result of ours is not eager's (the host's in channels_last), or ''.
+
+    `reference` is the float64 result for the images `edges` of the batch, which are held to the rule of `verify`. Of
+    each other image the distance to eager may be what the triangle inequality then allows.
     """
+    edge = edges(eager.shape[0])
+    check = judge(what, ours[edge], eager[edge], reference)
+    if not check.ok:
+        return f"{what}: {check.failure}"
+    allowed = (ERROR_RATIO + 1) * check.max_eager + check.floor
+    distance = (ours.double() - eager.double()).abs().nan_to_num(nan=torch.inf).max().item()
+    return "" if distance <= allowed else f"{what}: ours is {distance:.3g} away from eager; allowed is {allowed:.3g}"
+
+
+def find_model_fault(ours: Variant, eager: Variant, ours_logits: Tensor) -> str:
+    """Why our features or logits are not timm's, or ''."""
     x = ours.x
-    edge = sorted({0, x.shape[0] - 1})
     reference = copy.deepcopy(eager.model).double()
     for what, forward in (("features", "forward_features"), ("logits", "__call__")):
-        if not hasattr(reference, forward):
-            continue
-        k = ours_logits if what == "logits" else getattr(ours.model, forward)(x)
-        e, r = getattr(eager.model, forward)(eager.x), getattr(reference, forward)(x[edge].double())
-        check = judge(what, k[edge], e[edge], r)
-        if not check.ok:
-            return f"{what}: {check.failure}"
-        allowed = (ERROR_RATIO + 1) * check.max_eager + check.floor
-        distance = (k.double() - e.double()).abs().nan_to_num(nan=torch.inf).max().item()
-        if distance > allowed:
-            return f"{what}: ours is {distance:.3g} away from timm eager; allowed is {allowed:.3g}"
+        if hasattr(reference, forward):
+            k = ours_logits if what == "logits" else getattr(ours.model, forward)(x)
+            r = getattr(reference, forward)(x[edges(x.shape[0])].double())
+            fault = find_fault(what, k, getattr(eager.model, forward)(eager.x), r)
+            if fault:
+                return fault
     return ""
 
 
@@ -179,60 +128,27 @@ def measure(
         from torch import _dynamo
 
         _dynamo.reset()
-    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-    try:
-        with torch.no_grad(), torch.cuda.device_of(x):
-            found, count = variants(base, x, compile, all_peers)
-            *peers, ours = found
-            announce("first result and its correctness")
-            fault = find_fault(ours, peers[1], ours.first())
-            if fault:
-                return {"correct": False, "refused": fault, "rebuilt": count, "variants": {}}
-            for peer in peers:
-                announce(f"first result of {peer.name}")
-                peer.first()
-            _time([variant for variant in found if not variant.error], rounds, announce)
-    finally:
-        torch.backends.cudnn.benchmark = benchmark
-    measured = {variant.name: variant.as_dict() for variant in found}
+    with torch.no_grad(), torch.cuda.device_of(x), tuned_cudnn():
+        found, count = variants(base, x, compile, all_peers)
+        *peers, ours = found
+        announce("first result and its correctness")
+        fault = find_model_fault(ours, peers[1], ours.first())
+        if fault:
+            return {"correct": False, "refused": fault, "rebuilt": count, "variants": {}}
+        for peer in peers:
+            announce(f"first result of {peer.name}")
+            peer.first()
+        interleave([variant for variant in found if not variant.error], rounds, announce)
+    measured = {one.name: {"error": one.error} if one.error else one.as_dict(x.shape[0]) for one in found}
     return {"correct": True, "refused": "", "rebuilt": count, "variants": measured, **ratios(found)}
 
 
-def _time(found: list[Variant], rounds: int, announce: Announce) -> None:
-    """Warm up, choose how often each variant runs in a sample, and sample all in turn, forwards and backwards."""
-    announce("warming up")
-    kind = found[0].x.device.type
-    for variant in found:
-        estimate = min(variant.sample(1) for _ in range(_WARM_UPS.get(kind, 3)))
-        variant.iterations = max(1, math.ceil(1e3 * _SAMPLE_SECONDS.get(kind, 0.05) / max(estimate, 1e-3)))
-        if variant.x.is_cuda:
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            variant.sample(1)
-            variant.working_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
-    for index in range(rounds):
-        announce(f"round {index + 1} of {rounds}")
-        for variant in found if index % 2 == 0 else reversed(found):
-            variant.samples.append(variant.sample(variant.iterations))
-
-
 def ratios(found: list[Variant]) -> dict[str, Any]:
-    """How many times faster ours is than the best eager layout, the best compiled variant, and the best of all peers.
-
-    Each is the quotient of the medians; `q1` and `q3` are the quartiles of the quotients within each round.
-    """
+    """Ours against the best eager layout, the best compiled variant and the best of all peers: `ratio` of each."""
     *peers, ours = found
-    timed = {peer.name: peer for peer in peers if not peer.error}
-    result: dict[str, Any] = {}
-    for key, names in (("eager", EAGER), ("compile", COMPILED), ("peer", EAGER + COMPILED)):
-        candidates = [timed[name] for name in names if name in timed]
-        if not candidates:
-            continue
-        best = min(candidates, key=lambda variant: statistics.median(variant.samples))
-        q1, _, q3 = quartiles([a / b for a, b in zip(best.samples, ours.samples, strict=True)])
-        ratio = statistics.median(best.samples) / statistics.median(ours.samples)
-        result[f"over_{key}"] = {"peer": best.name, "ratio": ratio, "q1": q1, "q3": q3}
-    return result
+    groups = {"over_eager": EAGER, "over_compile": COMPILED, "over_peer": EAGER + COMPILED}
+    all_ratios = {key: ratio([peer for peer in peers if peer.name in names], ours) for key, names in groups.items()}
+    return {key: found for key, found in all_ratios.items() if found is not None}
 
 
 def compare(

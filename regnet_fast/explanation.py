@@ -1,29 +1,38 @@
-"""What runs for each layer of a model, on which backend, and why not otherwise."""
+"""What runs for each layer of a model, on which backend, why not otherwise, and what timm eager runs for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .backends import ConvProblem, Problem, select
 from .blocks.fused import Fused, Plan, listening
 from .blocks.units import LinearUnit, PackedConvThenNorm, Unit
 from .hosts import timm as host
 from .models import why_not
+from .recording import Kernel, launches
+from .roofline import Count, count, kernels, record
 
 _SILENT = (nn.Identity, nn.Dropout, nn.Flatten)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: what it computes, what computes it, and the least work that is.
+    """One layer: what it computes, what computes it, the least work that is, and what it is elsewhere.
 
     `flops` counts two per multiply-accumulate; `bytes` reads inputs and weights and writes outputs once. Where
-    `operation` is "timm", the host's own module runs and `reason` says why.
+    `operation` is "timm", the host's own module runs and `reason` says why. `launches` are the kernels that ATen runs
+    for the layer; a norm that runs inside a unit stands with its convolution.
+
+    `eager` and `ideal` count the layer, with its norm and activation, under these executions of `regnet_fast.roofline`:
+    timm's own forward (RepVGG reparameterised), and the least there can be. They are None where the model does not run
+    on meta tensors, and so are the launches of the host's own modules.
     """
 
     layer: str
@@ -34,6 +43,9 @@ class Row:
     reason: str
     flops: int
     bytes: int
+    launches: int | None = None
+    eager: Count | None = None
+    ideal: Count | None = None
 
 
 def explain(model: nn.Module, input_size: tuple[int, int, int, int] = (1, 3, 224, 224)) -> list[Row]:
@@ -55,9 +67,14 @@ def explain(model: nn.Module, input_size: tuple[int, int, int, int] = (1, 3, 224
         if reason is not None:
             rows.append(_host_row(path, block, (x,), None, reason))
             return
-        form = plan.unbound.bind(lambda unit: _Recorded(path, unit, x.dtype, rows))
+        counter, start, x = _Launches(), len(rows), x.contiguous(memory_format=torch.channels_last)
+        form = plan.unbound.bind(lambda unit: _Recorded(path, unit, x.dtype, rows, counter))
         with torch.no_grad():
-            form.run(x.contiguous(memory_format=torch.channels_last))
+            form.run(x)  # which packs the weights
+            del rows[start:]
+            with counter:
+                form.run(x)
+        rows[-1] = replace(rows[-1], launches=rows[-1].launches + counter.take())
 
     hooks = [
         module.register_forward_hook(_hear_module(path, reason, rows)) for path, module, reason in _host_modules(model)
@@ -71,7 +88,42 @@ def explain(model: nn.Module, input_size: tuple[int, int, int, int] = (1, 3, 224
             hook.remove()
         for module, mode in training.items():
             module.training = mode
-    return rows
+    return _compared(rows, model, input_size, first.dtype)
+
+
+def _compared(rows: list[Row], model: nn.Module, input_size: tuple, dtype: torch.dtype) -> list[Row]:
+    """The rows with the counts of timm eager and of the ideal execution."""
+    try:
+        recording = record(model, input_size, dtype)
+    except (NotImplementedError, RuntimeError):  # an operation that meta tensors do not have
+        return rows
+    shares = [_shares(rows, kernels(recording, execution)) for execution in ("eager", "ideal")]
+    found = []
+    for row, eager, ideal in zip(rows, *shares, strict=True):
+        row = replace(row, eager=eager, ideal=ideal, flops=eager.flops if row.operation == "timm" else row.flops)
+        found.append(row if row.launches is not None else replace(row, launches=eager.kernels))
+    return found
+
+
+def _shares(rows: list[Row], found: list[Kernel]) -> list[Count]:
+    """What each row has of some kernels. A kernel belongs to the layer whose path is most like its own; of several, to
+    the one that the kernel before it belongs to.
+    """
+    paths = [row.layer.split(".") for row in rows]
+    shares: list[list[Kernel]] = [[] for _ in rows]
+    last = 0
+    for kernel in found:
+        path = kernel.path.split(".")
+        alike = [_common(path, other) for other in paths]
+        candidates = [i for i, length in enumerate(alike) if length == max(alike)]
+        last = last if last in candidates else candidates[0]
+        shares[last].append(kernel)
+    return [count(share) for share in shares]
+
+
+def _common(path: list[str], other: list[str]) -> int:
+    """How many parts two paths begin with in common."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(path, other, strict=False)))
 
 
 def _host_modules(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
@@ -134,48 +186,57 @@ def _shape(problem: Problem) -> str:
     return _size(problem.input_shape)
 
 
+class _Launches(TorchDispatchMode):
+    """Counts the kernels that ATen runs while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self._count += launches(func)
+        return func(*args, **(kwargs or {}))
+
+    def take(self) -> int:
+        """How many there were since this was last asked."""
+        taken, self._count = self._count, 0
+        return taken
+
+
 class _Recorded:
     """A unit that appends a row for what it is asked and then runs packed."""
 
-    def __init__(self, block: str, unit: Unit, dtype: torch.dtype, rows: list[Row]):
+    def __init__(self, block: str, unit: Unit, dtype: torch.dtype, rows: list[Row], counter: _Launches):
         self.layer = ".".join(part for part in (block, unit.path) if part)
-        self.unit, self.packed, self.rows = unit, unit.pack(dtype), rows
+        self.unit, self.packed, self.rows, self.counter = unit, unit.pack(dtype), rows, counter
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         y = self.packed(*args, **kwargs)
+        launched = self.counter.take()
+        first, *others = self._rows(args, kwargs, y)
+        self.rows += [replace(first, launches=launched), *(replace(row, launches=0) for row in others)]
+        return y
+
+    def _rows(self, args: tuple, kwargs: dict, y: Any) -> list[Row]:
         packed, norm = self.packed, None
         if isinstance(packed, PackedConvThenNorm):
             packed, norm = packed.conv, packed.norm
         if isinstance(self.unit, LinearUnit):
             features = self.unit.linear.weight.shape[0]
-            self.rows.append(
-                Row(
-                    self.layer,
-                    "linear",
-                    f"{_size(args[0].shape)} -> {features}",
-                    "torch",
-                    "torch linear",
-                    "",
-                    2 * args[0].numel() * features,
-                    _tensor_bytes(*args, *self.unit.linear.parameters(), y),
-                )
-            )
-            return y
+            shape = f"{_size(args[0].shape)} -> {features}"
+            size = _tensor_bytes(*args, *self.unit.linear.parameters(), y)
+            return [Row(self.layer, "linear", shape, "torch", "torch linear", "", 2 * args[0].numel() * features, size)]
         if not hasattr(packed, "explain"):
-            self.rows.append(_host_row(self.layer, packed.norm, (args[0],), y, _norm_reason(packed.norm)))
-            return y
+            return [_host_row(self.layer, packed.norm, (args[0],), y, _norm_reason(packed.norm))]
         residual = None if norm is not None else kwargs.get("residual", args[2] if len(args) > 2 else None)
         problem, label = packed.explain(args[0], None if len(args) < 2 else args[1], residual)
         selection = select(problem)
         reason = "; ".join(f"{name}: {why}" for name, why in selection.refused.items())
-        self.rows.append(
-            Row(self.layer, problem.op, _shape(problem), selection.name, label, reason, problem.flops, problem.bytes)
-        )
-        if norm is not None:
-            self.rows.append(
-                _host_row(self.layer + " norm", norm, (y[0] if isinstance(y, tuple) else y,), None, _norm_reason(norm))
-            )
-        return y
+        row = Row(self.layer, problem.op, _shape(problem), selection.name, label, reason, problem.flops, problem.bytes)
+        if norm is None:
+            return [row]
+        inner = y[0] if isinstance(y, tuple) else y
+        return [row, _host_row(self.layer + " norm", norm, (inner,), None, _norm_reason(norm))]
 
 
 def _norm_reason(norm: nn.Module) -> str:

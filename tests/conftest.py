@@ -2,16 +2,21 @@
 
 import os
 import random
+import warnings
 import zlib
 
 import numpy
 import pytest
 import torch
 
+from regnet_fast.blocks.fused import FallbackWarning
+
 try:
     import hypothesis
 except ImportError:
     hypothesis = None
+
+pytest.register_assert_rewrite("checkpoint_files", "helpers", "problems")
 
 if hypothesis is not None:
     # The same examples every time, and no deadline: the first call of an operation may compile.
@@ -30,7 +35,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and "REGNET_FAST_TEST_DEVICE" not in os.environ:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
@@ -61,3 +66,20 @@ def pytest_runtest_makereport(item, call):
 def seed(request) -> int:
     """The seed of this test, for a generator of its own."""
     return _seed_of(request.node)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Shapes this small only wait for a second thread, for seconds where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_silent_fallback():
+    """A block that leaves the fused path unasked fails the test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        yield

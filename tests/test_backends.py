@@ -44,16 +44,9 @@ PROBLEMS: list[Problem] = [
     NormActProblem((2, 8, 14, 14), "relu", False, torch.float32, "cpu"),
 ]
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 needs_onednn = pytest.mark.skipif(onednn.refuse(CONV) is not None, reason=str(onednn.refuse(CONV)))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Shapes this small only wait for a second thread, for seconds where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

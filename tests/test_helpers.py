@@ -5,8 +5,10 @@ import copy
 import pytest
 import timm
 import torch
-from helpers import assert_close_to_reference, is_norm, randomize_bn
+from helpers import assert_close_to_reference, randomize_bn
 from torch.nn import functional as F
+
+from regnet_fast.verify import is_norm
 
 GROUPS = 4
 

@@ -1,333 +1,32 @@
-"""Checkpoints in every layout: what loads, what is refused, and that a refusal changes nothing."""
+"""Checkpoints in models: what loads, what does not fit, and that a refusal changes nothing."""
 
-import argparse
-import dataclasses
-import pickle
 import re
-from functools import partial
 
 import numpy as np
 import pytest
-import safetensors.torch
 import timm
 import torch
+from checkpoint_files import (
+    assert_equal_states,
+    assert_unchanged,
+    bit_archive,
+    is_deployed,
+    original_keys,
+    output,
+    regnet,
+    save,
+    seer_checkpoint,
+    snapshot,
+    tiny_bit,
+    tiny_repvgg,
+)
 from helpers import randomize_bn
-from timm.layers import GroupNormAct, StdConv2d
-from timm.models.byobnet import ByoBlockCfg, ByobNet, RepVggBlock, model_cfgs
-from timm.models.resnetv2 import ResNetV2
+from timm.models.byobnet import RepVggBlock
 from timm.utils import reparameterize_model
 
-from regnet_fast.weights import (
-    CheckpointError,
-    convert_repvgg,
-    load_checkpoint,
-    pretrained_overlay,
-    read_state_dict,
-)
+from regnet_fast.weights import CheckpointError, load_checkpoint, pretrained_overlay
 
-REPVGG = [f"repvgg_{size}" for size in ["a0", "a1", "a2", "b0", "b1", "b1g4", "b2", "b2g4", "b3", "b3g4", "d2se"]]
-
-
-def tiny_repvgg(variant="repvgg_a0", seed=0, **kwargs):
-    """A RepVGG of a few thousand parameters: grouped blocks, identity branches, and for d2se squeeze-excite."""
-    blocks = tuple(ByoBlockCfg(type="rep", d=2, c=c, s=2, gs=16 if c > 32 else 0) for c in (16, 32, 64, 64))
-    cfg = dataclasses.replace(model_cfgs[variant], blocks=blocks, stem_chs=16)
-    torch.manual_seed(seed)
-    return randomize_bn(ByobNet(cfg, **{"num_classes": 7, **kwargs}), seed).eval()
-
-
-def tiny_bit(seed=0):
-    torch.manual_seed(seed)
-    norm = partial(GroupNormAct, num_groups=4)
-    widths = {"layers": (1, 2, 1, 1), "channels": (16, 32, 64, 128), "stem_chs": 8, "num_classes": 5}
-    model = ResNetV2(**widths, stem_type="fixed", conv_layer=StdConv2d, norm_layer=norm)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
-    return model.eval()
-
-
-def regnet(name="regnetx_002", seed=0, **kwargs):
-    torch.manual_seed(seed)
-    return randomize_bn(timm.create_model(name, **kwargs), seed).eval()
-
-
-def original_keys(state):
-    """timm's RepVGG keys renamed to those of the original repository."""
-    renamed = {}
-    for key, value in state.items():
-        key = re.sub(r"^stages\.(\d+)\.", lambda m: f"stage{int(m[1]) + 1}.", key)
-        key = re.sub(r"^stem\.", "stage0.", key)
-        key = key.replace("conv_kxk.", "rbr_dense.").replace("reparam_conv.", "rbr_reparam.")
-        key = key.replace("conv_1x1.", "rbr_1x1.").replace("identity.", "rbr_identity.")
-        key = key.replace("attn.fc1.", "se.down.").replace("attn.fc2.", "se.up.").replace("head.fc.", "linear.")
-        renamed[key] = value
-    return renamed
-
-
-def seer_checkpoint(state):
-    """timm's RegNetY keys renamed and wrapped as VISSL saves a finetuned SEER model."""
-    trunk = {}
-    for key, value in state.items():
-        if key.startswith("head."):
-            continue
-        key = key.replace("stem.conv.", "_feature_blocks.conv1.stem.0.")
-        key = key.replace("stem.bn.", "_feature_blocks.conv1.stem.1.")
-        key = re.sub(r"^s(\d)\.b(\d+)\.", lambda m: f"_feature_blocks.res{m[1]}.block{m[1]}-{int(m[2]) - 1}.", key)
-        key = key.replace("downsample.conv.", "proj.").replace("downsample.bn.", "bn.")
-        key = key.replace("conv1.conv.", "f.a.0.").replace("conv1.bn.", "f.a.1.")
-        key = key.replace("conv2.conv.", "f.b.0.").replace("conv2.bn.", "f.b.1.")
-        key = key.replace("conv3.conv.", "f.c.").replace("conv3.bn.", "f.final_bn.")
-        key = key.replace("se.fc1.", "f.se.excitation.0.").replace("se.fc2.", "f.se.excitation.2.")
-        trunk[key] = value
-    heads = {f"0.clf.0.{kind}": state[f"head.fc.{kind}"] for kind in ("weight", "bias")}
-    heads["projection_head.0.weight"] = torch.ones(3)
-    return {"classy_state_dict": {"base_model": {"model": {"trunk": trunk, "heads": heads}}}, "phase_idx": 4}
-
-
-def bit_archive(model):
-    """The arrays of an original BiT file with this model's values."""
-
-    def hwio(conv):
-        return conv.weight.detach().permute(2, 3, 1, 0).numpy()
-
-    arrays = {"resnet/root_block/standardized_conv2d/kernel": hwio(model.stem.conv)}
-    arrays["resnet/head/conv2d/kernel"] = hwio(model.head.fc)
-    arrays["resnet/head/conv2d/bias"] = model.head.fc.bias.detach().numpy()
-    norms = {"resnet/": model.norm}
-    for i, stage in enumerate(model.stages, 1):
-        for j, block in enumerate(stage.blocks, 1):
-            unit = f"resnet/block{i}/unit{j:02d}/"
-            for letter, conv, norm in zip("abc", (1, 2, 3), (1, 2, 3), strict=True):
-                arrays[f"{unit}{letter}/standardized_conv2d/kernel"] = hwio(getattr(block, f"conv{conv}"))
-                norms[f"{unit}{letter}/"] = getattr(block, f"norm{norm}")
-            if block.downsample is not None:
-                arrays[f"{unit}a/proj/standardized_conv2d/kernel"] = hwio(block.downsample.conv)
-    for prefix, norm in norms.items():
-        arrays[f"{prefix}group_norm/gamma"] = norm.weight.detach().numpy()
-        arrays[f"{prefix}group_norm/beta"] = norm.bias.detach().numpy()
-    return arrays
-
-
-@torch.no_grad()
-def output(model, in_chans=3):
-    generator = torch.Generator().manual_seed(0)
-    return model(torch.randn(2, in_chans, 64, 64, generator=generator))
-
-
-def save(path, content):
-    if path.suffix == ".safetensors":
-        safetensors.torch.save_file(content, path)
-    else:
-        torch.save(content, path)
-    return path
-
-
-def snapshot(model):
-    """Everything that a failed load may not change: values, modules, their attributes, and gradients' flags."""
-    values = {key: value.clone() for key, value in model.state_dict().items()}
-    modules = {name: (module, sorted(vars(module)), list(module._modules)) for name, module in model.named_modules()}
-    parameters = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
-    return values, modules, parameters
-
-
-def assert_unchanged(model, before):
-    values, modules, parameters = snapshot(model)
-    assert list(values) == list(before[0])
-    assert all(torch.equal(values[key], before[0][key]) for key in values)
-    assert modules == before[1]
-    assert parameters == before[2]
-
-
-def assert_equal_states(model, state):
-    assert list(model.state_dict()) == list(state)
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, state[key]), key
-
-
-def is_deployed(model):
-    blocks = [m for m in model.modules() if isinstance(m, RepVggBlock)]
-    forms = {block.reparam_conv is not None for block in blocks}
-    assert len(forms) == 1
-    return forms.pop()
-
-
-# Reading
-
-
-def write_legacy(state, path):
-    torch.save(state, path, _use_new_zipfile_serialization=False)
-
-
-FORMATS = {
-    "model.safetensors": safetensors.torch.save_file,
-    "model.pth": torch.save,
-    "model.pt": write_legacy,
-    "model.pth.tar": torch.save,
-    "model.bin": safetensors.torch.save_file,  # the extension lies, here and below
-    "torch.safetensors": torch.save,
-    "legacy.safetensors": write_legacy,
-}
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_formats_load_bit_exactly(tmp_path, name):
-    source, model = regnet(seed=1), regnet(seed=2)
-    FORMATS[name](source.state_dict(), tmp_path / name)
-    assert not torch.equal(output(model), output(source))
-    result = load_checkpoint(model, tmp_path / name)
-    assert not result.missing_keys and not result.unexpected_keys
-    assert_equal_states(model, source.state_dict())
-    assert torch.equal(output(model), output(source))
-
-
-@pytest.mark.parametrize(
-    ("wrap", "use_ema", "value"),
-    [
-        (lambda a, b: {"state_dict": a, "epoch": 3, "args": argparse.Namespace(lr=0.1)}, True, 1),
-        (lambda a, b: {"model": a}, True, 1),
-        (lambda a, b: {"state_dict": a, "state_dict_ema": b}, True, 2),
-        (lambda a, b: {"state_dict": a, "state_dict_ema": b}, False, 1),
-        (lambda a, b: {"model": a, "model_ema": b}, True, 2),
-        (lambda a, b: {"state_dict": a, "state_dict_ema": None}, True, 1),
-        (lambda a, b: {f"module.{key}": t for key, t in a.items()}, True, 1),
-        (lambda a, b: {"state_dict": {f"_orig_mod.module.{key}": t for key, t in a.items()}}, True, 1),
-    ],
-)
-def test_wrappers_are_opened(tmp_path, wrap, use_ema, value):
-    one, two = {"a.weight": torch.full((3,), 1.0)}, {"a.weight": torch.full((3,), 2.0)}
-    state = read_state_dict(save(tmp_path / "x.pth", wrap(one, two)), use_ema=use_ema)
-    assert list(state) == ["a.weight"]
-    assert torch.equal(state["a.weight"], torch.full((3,), float(value)))
-
-
-def test_entries_that_are_no_tensors_are_left_out(tmp_path):
-    state = read_state_dict(save(tmp_path / "x.pth", {"weight": torch.ones(2), "epoch": 3, 7: torch.ones(1)}))
-    assert list(state) == ["weight"]
-
-
-def test_missing_file_stays_file_not_found(tmp_path):
-    model = tiny_repvgg()
-    for name in ("nothing.pth", "nothing.safetensors", "nothing.npz"):
-        with pytest.raises(FileNotFoundError, match=re.escape(name)):
-            load_checkpoint(tiny_bit() if name.endswith("npz") else model, tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ([torch.ones(3)], "holds a list"),
-        (torch.ones(3), "holds a Tensor"),
-        ({}, "without tensors; its entries are none"),
-        ({"net": {"weight": torch.ones(3)}, "epoch": 1}, "without tensors; its entries are net, epoch"),
-        ({"classy_state_dict": {"base_model": {}}}, "no SEER"),
-        ({"classy_state_dict": 5}, "no SEER"),
-    ],
-)
-def test_no_checkpoint_is_named_as_such(tmp_path, content, message):
-    with pytest.raises(CheckpointError, match=message):
-        read_state_dict(save(tmp_path / "x.pth", content))
-
-
-@pytest.mark.parametrize(
-    ("data", "message"), [(b"", "empty"), (b"<!DOCTYPE html>", "not a readable"), (b"hello world", "not a readable")]
-)
-@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
-def test_other_files_are_refused(tmp_path, name, data, message):
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(CheckpointError, match=message):
-        read_state_dict(tmp_path / name)
-
-
-def test_directory_and_numpy_archive_are_explained(tmp_path):
-    with pytest.raises(CheckpointError, match=r"is a directory.*local-dir"):
-        read_state_dict(tmp_path)
-    np.savez(tmp_path / "x.npz", a=np.ones(3))
-    with pytest.raises(CheckpointError, match=r"NumPy archive.*custom_load"):
-        read_state_dict(tmp_path / "x.npz")
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "model.pth", "model.pt"])
-@pytest.mark.parametrize("part", [0.001, 0.1, 0.5, 0.999])
-def test_truncated_file_is_refused_and_changes_nothing(tmp_path, name, part):
-    model = tiny_repvgg(seed=1)
-    path = tmp_path / name
-    FORMATS[name](tiny_repvgg(seed=2).state_dict(), path)
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * part)])
-    before = snapshot(model)
-    with pytest.raises(CheckpointError, match="not a readable"):
-        load_checkpoint(model, path)
-    assert_unchanged(model, before)
-
-
-class Hostile:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        torch.save,
-        write_legacy,
-        lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2)),
-        lambda content, path: path.write_bytes(pickle.dumps(content)),
-    ],
-    ids=["zip", "legacy", "pickle2", "pickle4"],
-)
-@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_hostile_pickle_is_refused_unexecuted(tmp_path, name, write):
-    victim = tmp_path / "written"
-    Hostile(victim).__reduce__()[0](victim, "w").close()  # what executing it would do
-    assert victim.exists()
-    victim.unlink()
-    model = tiny_repvgg()
-    write({"state_dict": model.state_dict(), "payload": Hostile(victim)}, tmp_path / name)
-    before = snapshot(model)
-    with pytest.raises(CheckpointError, match=r"needs code execution.*refused"):
-        load_checkpoint(model, tmp_path / name)
-    assert not victim.exists()
-    assert_unchanged(model, before)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*TorchScript archive")
-def test_files_that_hold_code_are_refused(tmp_path):
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
-    with pytest.raises(CheckpointError, match=r"needs code execution.*torch\.nn\.modules\.linear\.Linear"):
-        read_state_dict(tmp_path / "module.pth")
-    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
-    with pytest.raises(CheckpointError, match="needs code execution"):
-        read_state_dict(tmp_path / "script.pt")
-
-
-# Original RepVGG
-
-
-@pytest.mark.parametrize("name", REPVGG)
-def test_convert_gives_every_key_and_shape(name):
-    with torch.device("meta"):
-        expected = timm.create_model(name).state_dict()
-    original = original_keys(expected)
-    assert not set(original) & set(expected)
-    converted = convert_repvgg(original)
-    assert list(converted) == list(expected)
-    assert all(converted[key].shape == expected[key].shape for key in expected)
-
-
-def test_convert_is_pure_and_refuses_other_keys():
-    state = original_keys(tiny_repvgg("repvgg_d2se").state_dict())
-    before = dict(state)
-    converted = convert_repvgg(state)
-    assert state == before
-    assert [id(value) for value in converted.values()] == [id(value) for value in before.values()]
-    for key in ("stage1_aux.weight", "stage0.1.rbr_dense.conv.weight", "stage1.rbr_dense.conv.weight", "stem.weight"):
-        with pytest.raises(CheckpointError, match=re.escape(f"'{key}'")):
-            convert_repvgg({**state, key: torch.ones(1)})
+# RepVGG
 
 
 def test_original_repvgg_a0_loads_bit_exactly(tmp_path):
@@ -423,26 +122,6 @@ def test_bit_archive(tmp_path):
     assert load_checkpoint(model, tmp_path / "bit.npz") is None
     assert_equal_states(model, source.state_dict())
     assert torch.equal(output(model), output(source))
-
-
-@pytest.mark.parametrize("damage", ["key", "shape", "layout", "truncated"])
-def test_bad_bit_archive_changes_nothing(tmp_path, damage):
-    model, path = tiny_bit(2), tmp_path / "bit.npz"
-    arrays = bit_archive(tiny_bit(1))
-    last = "resnet/block4/unit01/c/group_norm/beta"
-    if damage == "key":
-        del arrays[last]
-    elif damage == "shape":
-        arrays[last] = np.ones(3, np.float32)
-    elif damage == "layout":
-        arrays = {"weight": np.ones(3)}
-    np.savez(path, **arrays)
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:2000])
-    before = snapshot(model)
-    with pytest.raises(CheckpointError, match="cannot load"):
-        load_checkpoint(model, path)
-    assert_unchanged(model, before)
 
 
 def test_numpy_archive_for_a_model_without_a_reader(tmp_path):

@@ -25,6 +25,7 @@ from .units import ConvUnit, LinearUnit, Refused
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CONFIG = ("stride", "padding", "dilation", "groups", "padding_mode", "eps")
 _STATE = "_regnet_fast_plans"
+_FROZEN = "_regnet_fast_frozen"
 
 recorder: ContextVar[Callable | None] = ContextVar("regnet_fast_recorder", default=None)
 """What `explain` listens with: called with each block, its reason or form, while it runs."""
@@ -41,10 +42,12 @@ class Plan:
     training flags, and the identity, memory and version of every parameter and buffer.
 
     Attributes: `form`, bound to packed weights, and `unbound`, over the live modules; `in_channels` of the input;
-    `refusal`, set where there is no form; `differentiated`, whether a gradient was ever asked for.
+    `refusal`, set where there is no form; `differentiated`, whether a gradient was ever asked for; `frozen`, whether
+    the user promised that nothing changes.
     """
 
     def __init__(self, block: Fused, dtype: torch.dtype):
+        self.frozen = _FROZEN in block.__dict__
         self.refusal: str | None = None
         self.form: Form | None = None
         self.unbound: Form | None = None
@@ -95,7 +98,9 @@ class Plan:
         )
 
     def current(self) -> bool:
-        """Whether everything that the plan rests on is as it was."""
+        """Whether everything that the plan rests on is as it was; a frozen plan is not looked at."""
+        if self.frozen:
+            return True
         if RemovableHandle.next_id != self._hooks_seen or self._hooked:
             seen = RemovableHandle.next_id
             if any(_hooked(m) for m in self._modules[1:]) != self._hooked:
@@ -253,20 +258,25 @@ class Fused:
             return super().forward(x)
         return form.run(x)
 
-    def train(self, mode: bool = True):
+    def _forget(self) -> None:
+        """Drop the packed weights, and with them the promise that nothing changes."""
         self.__dict__.pop(_STATE, None)
+        self.__dict__.pop(_FROZEN, None)
+
+    def train(self, mode: bool = True):
+        self._forget()
         return super().train(mode)
 
     def _apply(self, fn, *args, **kwargs):
-        self.__dict__.pop(_STATE, None)
+        self._forget()
         return super()._apply(fn, *args, **kwargs)
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self.__dict__.pop(_STATE, None)
+        self._forget()
         return super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != _STATE}
+        return {name: value for name, value in self.__dict__.items() if name not in (_STATE, _FROZEN)}
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript compiles the host's own block."""
@@ -306,6 +316,12 @@ class _Evaluated(torch.autograd.Function):
         wanted = [t for t, need in zip((inner, *ctx.plan.parameters), ctx.needs_input_grad[2:], strict=True) if need]
         found = iter(torch.autograd.grad(y, wanted, dy, create_graph=again, allow_unused=True))
         return None, None, *[next(found) if need else None for need in ctx.needs_input_grad[2:]]
+
+
+def freeze(block: Fused) -> None:
+    """Take the block's weights as they are now, until `train`, `eval`, `load_state_dict` or a move of the block."""
+    block.__dict__.pop(_STATE, None)
+    block.__dict__[_FROZEN] = True
 
 
 def as_host(block: Fused) -> nn.Module:

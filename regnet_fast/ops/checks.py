@@ -37,11 +37,13 @@ def check_input(op: str, x: Tensor, channels: int, *others: Tensor | None) -> No
 
 
 def check_operand(op: str, x: Tensor, operand: Tensor | None) -> None:
-    """Raise TypeError or ValueError unless a weight or operand is floating-point and on x's device."""
+    """Raise TypeError or ValueError unless a weight or operand is floating-point and on x's device, or None."""
     if operand is None:
         return
     if operand.device != x.device:
-        raise ValueError(f"{op}: the input is on {x.device}, a weight or operand on {operand.device}; move one of them")
+        raise ValueError(
+            f"{op}: all tensors must be on one device: a weight or operand is on {operand.device}, one on {x.device}"
+        )
     if operand.dtype not in FLOATS:
         raise TypeError(f"{op}: a weight or operand is {operand.dtype}, which is no floating-point type; convert it")
 
@@ -74,13 +76,14 @@ def check_not_given(op: str, **given: bool) -> None:
         )
 
 
-def check_weight(op: str, weight: Tensor, groups: int, x: Tensor) -> None:
-    """Raise unless weight is (K, C / groups, R, S) with K a multiple of the groups, and x has C channels."""
+def check_weight(op: str, weight: Tensor, groups: int) -> None:
+    """Raise ValueError unless weight is (K, C / groups, R, S) with K a multiple of the groups."""
     if weight.dim() != 4:
-        raise ValueError(f"{op}: the weight must have 4 dimensions, got {tuple(weight.shape)}")
+        raise ValueError(f"{op}: the weight must be (K, C / groups, R, S), got {tuple(weight.shape)}")
     if groups < 1 or weight.shape[0] % groups:
-        raise ValueError(f"{op}: {weight.shape[0]} output channels cannot be divided into {groups} groups")
-    check_input(op, x, weight.shape[1] * groups)
+        raise ValueError(
+            f"{op}: {weight.shape[0]} output channels cannot be divided into {groups} groups; choose a divisor of them"
+        )
 
 
 def check_operands(

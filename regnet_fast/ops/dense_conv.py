@@ -56,7 +56,8 @@ def dense_conv(
             padding=padding != 0,
         )
         return convolution.call_packed("dense_conv", weight, x, None, residual)
-    checks.check_weight("dense_conv", weight, groups, x)
+    checks.check_weight("dense_conv", weight, groups)
+    checks.check_input("dense_conv", x, weight.shape[1] * groups)
     stride, padding, dilation = (
         pair(stride, "dense_conv: stride"),
         pair(padding, "dense_conv: padding"),

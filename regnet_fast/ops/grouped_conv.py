@@ -57,7 +57,8 @@ def grouped_conv(
             dilation=dilation != 1,
         )
         return convolution.call_packed("grouped_conv", weight, x, None, None, means)
-    checks.check_weight("grouped_conv", weight, groups, x)
+    checks.check_weight("grouped_conv", weight, groups)
+    checks.check_input("grouped_conv", x, weight.shape[1] * groups)
     if tuple(weight.shape[2:]) != (3, 3):
         raise ValueError(
             f"grouped_conv: the weight must be (K, C / groups, 3, 3), got {tuple(weight.shape)}; use dense_conv"

@@ -52,7 +52,8 @@ def pointwise_conv(
             activation=activation != "none",
         )
         return convolution.call_packed("pointwise_conv", weight, x, gate, residual)
-    checks.check_weight("pointwise_conv", weight, 1, x)
+    checks.check_weight("pointwise_conv", weight, 1)
+    checks.check_input("pointwise_conv", x, weight.shape[1])
     if tuple(weight.shape[2:]) != (1, 1):
         raise ValueError(f"pointwise_conv: the weight must be (K, C, 1, 1), got {tuple(weight.shape)}; use dense_conv")
     x, (weight, bias), gate, residual = convolution.in_compute_dtype(

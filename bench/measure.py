@@ -1,0 +1,204 @@
+"""One case measured: ours checked first, then all peers timed side by side."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regnet_fast.backends import forced_backend, select
+from regnet_fast.blocks.fused import listening
+from regnet_fast.compare import edges, find_fault
+from regnet_fast.timing import (
+    Announce,
+    Timed,
+    describe,
+    frozen_compilation,
+    interleave,
+    ratio,
+    synchronize,
+    tuned_cudnn,
+)
+
+from . import peers, record, subjects
+from .cases import Case
+from .peers import OURS, Peer, Step
+from .subjects import Subject
+
+
+class WrongResult(Exception):
+    """A result of ours misses the rule of `regnet_fast.verify`; the message says where and by how much."""
+
+
+class NothingFused(Exception):
+    """All that is to be measured of ours would run the host's own forward; the message says why."""
+
+
+def measure(case: Case, device: str, chosen: Sequence[Peer], rounds: int, announce: Announce) -> dict[str, Any]:
+    """The record of a case, as bench/record.py keeps it. A result that is wrong is not timed, nor is the host as ours.
+
+    Whatever a peer raises is recorded as its failure; whatever ours raises is the failure of the case.
+    """
+    found = record.empty_case(case)
+    try:
+        with torch.set_grad_enabled(case.kind == "train"), tuned_cudnn():
+            _measure(case, device, chosen, rounds, announce, found)
+    except WrongResult as error:
+        found.update(status="wrong", reason=str(error))
+    except Exception as error:  # of building or of ours: a case fails alone
+        found.update(status="failed", reason=describe(error))
+    return found
+
+
+def _measure(
+    case: Case, device: str, chosen: Sequence[Peer], rounds: int, announce: Announce, found: dict[str, Any]
+) -> None:
+    subject = subjects.build(case, device, announce)
+    found["size"] = subject.details.get("size")
+    found["details"] |= {key: value for key, value in subject.details.items() if key != "size"}
+    found["work"] = _work(case, subject)
+    eager = eager_results(subject)
+    timed: list[tuple[Peer, Timed]] = []
+    for peer in (chosen[-1], *chosen[:-1]):  # ours first: where it is wrong the others need not be compiled
+        name = peers.shown_name(peer, case.kind)
+        announce(f"first result of {name}")
+        try:
+            one, module = peers.make(peer, subject, name)
+            result, heard = _first(one, peer, subject)
+            if peer.group == "ours":
+                served = _served(one, module, subject, heard)
+                if peer.name == OURS:
+                    found["details"]["auto"] = served
+                check(one, module, subject, result, eager)
+        except NothingFused as error:
+            status = "skipped" if peer.backend == "auto" else "failed"
+            found["variants"][name] = {"status": status, "reason": str(error)}
+            continue
+        except Exception as error:
+            if peer.name == OURS or isinstance(error, WrongResult):
+                raise
+            found["variants"][name] = {"status": "failed", "reason": describe(error)}
+            if subject.device == "cuda":
+                torch.cuda.empty_cache()
+            continue
+        timed.append((peer, one))
+    timed = [*timed[1:], timed[0]] if timed and timed[0][0].name == OURS else timed
+    interleave([one for _, one in timed], rounds, announce)
+    for peer, one in timed:
+        found["variants"][one.name] = _result(one, subject)
+        if peer.group == "ours" and peer.name != OURS:
+            found["variants"][one.name]["ratios"] = _ratios(timed, one)
+        elif peer.name == OURS:
+            found["ratios"] = _ratios(timed, one)
+    found["status"] = "timed"
+
+
+def _first(one: Timed, peer: Peer, subject: Subject) -> tuple[Any, list[str | None]]:
+    """The first result, timed with all that is packed or compiled for it; why each block ran the host's, or None."""
+    heard: list[str | None] = []
+    compiling = frozen_compilation(peer.channels_last and subject.device == "cuda")
+    with compiling if peer.compile and not subject.training else nullcontext(), one.around():
+        start = time.perf_counter()
+        with listening(lambda block, x, plan, reason: heard.append(reason)):
+            result = one.call()
+        synchronize(subject.device)
+        one.first_seconds = time.perf_counter() - start
+    return result, heard
+
+
+def _served(one: Timed, module: nn.Module, subject: Subject, heard: list[str | None]) -> str:
+    """What served ours, in words. Raises NothingFused where it was the host's own forward, or plain torch unasked."""
+    if hasattr(module, "explain"):
+        with one.around():
+            problem, label = module.explain(*subject.inputs)
+            backend = select(problem).name
+            if backend == "reference" and forced_backend() is None:
+                raise NothingFused(f"no backend but the reference serves it: {select(problem).refused}")
+        return f"{backend}: {label}"
+    reasons = sorted({reason for reason in heard if reason is not None})
+    fused = heard.count(None)
+    if not fused:
+        raise NothingFused(f"runs the host's own forward: {'; '.join(reasons) or 'no block of ours in it'}")
+    return f"{fused} of {len(heard)} blocks fused" + (f"; {'; '.join(reasons)}" if reasons else "")
+
+
+def eager_results(subject: Subject) -> dict[str, tuple[Tensor, Tensor]]:
+    """By checked method: the host's result in channels_last, and in float64 for the first and the last image."""
+    module = copy.deepcopy(subject.base).to(memory_format=torch.channels_last)
+    reference = copy.deepcopy(subject.base).double()
+    inputs = tuple(_channels_last(t) for t in subject.inputs)
+    few = tuple(t[edges(subject.images)].double() for t in subject.inputs)
+    return {what: (getattr(module, what)(*inputs), getattr(reference, what)(*few)) for what in subject.checked}
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+
+
+def check(
+    one: Timed, module: nn.Module, subject: Subject, result: Tensor, eager: dict[str, tuple[Tensor, Tensor]]
+) -> None:
+    for what, (expected, reference) in eager.items():
+        with one.around():
+            ours = result if what == "__call__" else getattr(module, what)(*subject.inputs)
+        fault = find_fault({"__call__": "output"}.get(what, what), ours, expected, reference)
+        if fault:
+            raise WrongResult(f"{one.name}: {fault}")
+
+
+def _work(case: Case, subject: Subject) -> dict[str, Any]:
+    from regnet_fast import roofline
+
+    dtype = subject.autocast or subject.inputs[0].dtype
+    return roofline.work(subject.base, tuple(subject.inputs[0].shape), dtype, train=subject.training)
+
+
+def _result(one: Timed, subject: Subject) -> dict[str, Any]:
+    found = {"status": "timed", **one.as_dict(subject.images), "kernels": _kernels(one)}
+    return {**found, **_phases(one)} if subject.training else found
+
+
+def _kernels(one: Timed) -> int | None:
+    """GPU kernels of one call; None on a CPU."""
+    if one.device != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found, one.around():
+        one.call()
+        torch.cuda.synchronize()
+    return sum(event.count for event in found.key_averages() if not event.key.startswith(("Memcpy", "Memset", "cuda")))
+
+
+def _phases(one: Timed, rounds: int = 5) -> dict[str, float]:
+    """Milliseconds of forward and of backward, medians of their own rounds."""
+    step: Step = one.call
+    spent: dict[str, list[float]] = {"forward_ms": [], "backward_ms": []}
+    for _ in range(rounds):
+        marks = [_now(one.device)]
+        loss = step.forward()
+        marks.append(_now(one.device))
+        loss.backward()
+        marks.append(_now(one.device))
+        step.optimizer.step()
+        for key, begin, end in zip(spent, marks, marks[1:], strict=False):
+            spent[key].append(1e3 * (end - begin))
+    return {key: statistics.median(values) for key, values in spent.items()}
+
+
+def _now(device: str) -> float:
+    synchronize(device)
+    return time.perf_counter()
+
+
+def _ratios(timed: Sequence[tuple[Peer, Timed]], ours: Timed) -> dict[str, Any]:
+    """A variant of ours against the fastest eager, the fastest compiled and the fastest of both."""
+    groups = {"eager": ("eager",), "compile": ("compile",), "peer": ("eager", "compile")}
+    found = {key: ratio([one for peer, one in timed if peer.group in group], ours) for key, group in groups.items()}
+    return {key: value for key, value in found.items() if value is not None}

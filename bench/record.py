@@ -1,0 +1,149 @@
+"""The JSON of a run: what was measured under which conditions, written whole after every case.
+
+A file belongs to one machine, one set of versions and one commit. Results of another are refused, never mixed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from .cases import Case
+
+SCHEMA = 1
+# A run goes on in a file only where these are as they were.
+SAME = (
+    *("machine", "device", "threads", "driver", "python", "torch", "triton"),
+    *("cuda", "cudnn", "onednn", "timm", "commit"),
+)
+
+
+class RecordError(ValueError):
+    """A results file that cannot be used; the message says which, why, and what to do."""
+
+
+def conditions(device: str) -> dict[str, Any]:
+    """The machine, the versions and the commit that a result belongs to."""
+    from regnet_fast import info
+
+    facts = info.conditions(device)
+    on_gpu = device.startswith("cuda")
+    return {
+        "device": device.partition(":")[0],
+        "machine": facts["device"] if on_gpu else f"{facts['cpu']}, {facts['threads']} threads",
+        "cpu": facts["cpu"],
+        "threads": facts["threads"],
+        "driver": facts["driver"],
+        "python": facts["python"],
+        "torch": facts["torch"],
+        "triton": facts.get("triton"),
+        "cuda": facts.get("CUDA") if on_gpu else None,
+        "cudnn": facts.get("cuDNN") if on_gpu else None,
+        "onednn": facts.get("oneDNN"),
+        "timm": facts["timm"],
+        "regnet_fast": facts["regnet_fast"],
+        "commit": facts.get("commit"),
+        "dirty": facts.get("dirty"),
+    }
+
+
+def slug(facts: dict[str, Any]) -> str:
+    """A folder's name for a machine: cpu-amd-epyc-2-threads, nvidia-h200."""
+    words = re.sub(r"[^a-z0-9]+", "-", facts["machine"].lower()).strip("-")
+    return words if facts["device"] == "cuda" else f"cpu-{words}"
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def new_run(kind: str, command: str, facts: dict[str, Any], ceilings: dict[str, Any]) -> dict[str, Any]:
+    """A run without cases."""
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "command": command,
+        "conditions": facts,
+        "started": now(),
+        "finished": None,
+        "ceilings": ceilings,
+        "cases": [],
+    }
+
+
+def empty_case(case: Case) -> dict[str, Any]:
+    """The record of a case of which nothing is known yet."""
+    facts = {"id": case.id, "name": case.name, "batch": case.batch, "size": None, "dtype": case.dtype}
+    outcome = {"status": "failed", "reason": "", "work": None, "variants": {}, "ratios": {}}
+    return {**facts, "details": dict(case.details), **outcome}
+
+
+def load(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """A run from its file. Raises RecordError for what is no run of this schema, or of another kind."""
+    try:
+        run = json.loads(path.read_text())
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise RecordError(f"{path}: is not JSON ({error}); move it away and measure again") from None
+    schema = run.get("schema") if isinstance(run, dict) else None
+    if schema != SCHEMA:
+        raise RecordError(
+            f"{path}: holds results of {'an older form' if schema is None else f'schema {schema!r}'}, this is schema "
+            f"{SCHEMA}; move it away and measure again"
+        )
+    missing = [key for key in ("kind", "command", "conditions", "ceilings", "cases") if key not in run]
+    if missing or not isinstance(run["cases"], list):
+        raise RecordError(f"{path}: lacks {', '.join(missing) or 'a list of cases'}; move it away and measure again")
+    if kind is not None and run["kind"] != kind:
+        raise RecordError(f"{path}: holds {run['kind']}, not {kind}; name another file")
+    return run
+
+
+def save(run: dict[str, Any], path: Path) -> None:
+    """Write a run in the place of what was there, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(run, file, indent=1)
+            file.write("\n")
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def resume(path: Path, kind: str, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """The run to go on with, or None where the file is not there yet.
+
+    Raises RecordError where it holds results of another machine, other versions or another commit.
+    """
+    if not path.exists():
+        return None
+    run = load(path, kind)
+    before = run["conditions"]
+    different = [key for key in SAME if before.get(key) != facts.get(key)]
+    if different:
+        said = "; ".join(f"{key} was {before.get(key)}, is {facts.get(key)}" for key in different)
+        raise RecordError(f"{path}: holds results under other conditions ({said}); name another file or move it away")
+    return run
+
+
+def agreement(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
+    """For every ratio that two runs share: both, their spreads, and whether the spreads overlap."""
+    after = {case["id"]: case.get("ratios", {}) for case in second["cases"]}
+    rows = []
+    for case in first["cases"]:
+        for key, a in case.get("ratios", {}).items():
+            b = after.get(case["id"], {}).get(key)
+            if b is not None:
+                overlap = max(a["q1"], b["q1"]) <= min(a["q3"], b["q3"])
+                rows.append({"id": case["id"], "over": key, "first": a, "second": b, "agree": overlap})
+    return rows

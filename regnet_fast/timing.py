@@ -1,0 +1,159 @@
+"""Calls timed side by side: one process, samples interleaved forwards and backwards, medians with their quartiles.
+
+A sample is several calls in a row, long enough for the clock; a CPU is timed by `perf_counter`, a GPU by events.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+SAMPLE_SECONDS = {"cpu": 0.05, "cuda": 0.02}
+WARM_UPS = 10
+WARM_UP_SECONDS = 2.0  # a call that takes long needs fewer than `WARM_UPS`, but never fewer than `LEAST_WARM_UPS`
+LEAST_WARM_UPS = 3
+
+Announce = Callable[[str], None]
+
+
+def silent(text: str) -> None:
+    """Announces nothing."""
+
+
+@dataclass
+class Timed:
+    """One way to compute something, and what was measured of it.
+
+    `call` computes it once; `around` gives the context that its samples run in; `device` is the device's type;
+    `error` says why it could not be measured.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    device: str = "cpu"
+    around: Callable[[], Any] = nullcontext
+    first_seconds: float | None = None
+    iterations: int = 1
+    samples: list[float] = field(default_factory=list)
+    working_mib: float | None = None
+    error: str = ""
+
+    @property
+    def median(self) -> float:
+        """Milliseconds of one call."""
+        return statistics.median(self.samples)
+
+    def sample(self, iterations: int = 1) -> float:
+        """Milliseconds of one call, from several in a row."""
+        with self.around():
+            if self.device == "cuda":
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                for _ in range(iterations):
+                    self.call()
+                end.record()
+                end.synchronize()
+                return start.elapsed_time(end) / iterations
+            begin = time.perf_counter()
+            for _ in range(iterations):
+                self.call()
+            return 1e3 * (time.perf_counter() - begin) / iterations
+
+    def warm_up(self) -> None:
+        """Call it until it is warm, and choose how many calls make a sample."""
+        estimate, begin = math.inf, time.perf_counter()
+        for count in range(WARM_UPS):
+            if count >= LEAST_WARM_UPS and time.perf_counter() - begin > WARM_UP_SECONDS:
+                break
+            estimate = min(estimate, self.sample())
+        self.iterations = max(1, math.ceil(1e3 * SAMPLE_SECONDS[self.device] / max(estimate, 1e-3)))
+        if self.device == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self.sample()
+            self.working_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    def as_dict(self, images: int) -> dict[str, Any]:
+        """What was measured, for calls that serve so many images."""
+        q1, median, q3 = quartiles(self.samples)
+        return {
+            "median_ms": median,
+            "q1_ms": q1,
+            "q3_ms": q3,
+            "images_per_s": 1e3 * images / median,
+            "first_s": self.first_seconds,
+            "iterations": self.iterations,
+            "samples_ms": self.samples,
+            "working_mib": self.working_mib,
+        }
+
+
+def synchronize(device: str) -> None:
+    """Wait for a device of this type."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def describe(error: Exception) -> str:
+    """An exception's class and the first line of its message."""
+    lines = str(error).strip().split("\n")
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile."""
+    if len(samples) == 1:
+        return (samples[0],) * 3
+    q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+    return q1, median, q3
+
+
+def interleave(found: Sequence[Timed], rounds: int, announce: Announce = silent) -> None:
+    """Warm all up and sample all in turn, forwards and backwards."""
+    announce("warming up")
+    for timed in found:
+        timed.warm_up()
+    for index in range(rounds):
+        announce(f"round {index + 1} of {rounds}")
+        for timed in found if index % 2 == 0 else reversed(found):
+            timed.samples.append(timed.sample(timed.iterations))
+
+
+def ratio(peers: Iterable[Timed], ours: Timed) -> dict[str, Any] | None:
+    """How many times faster ours is than the fastest of some peers; None where no peer was timed.
+
+    The quotient of the medians; `q1` and `q3` are the quartiles of the quotients within each round.
+    """
+    timed = [peer for peer in peers if peer.samples and not peer.error]
+    if not timed:
+        return None
+    best = min(timed, key=lambda peer: peer.median)
+    q1, _, q3 = quartiles([a / b for a, b in zip(best.samples, ours.samples, strict=True)])
+    return {"peer": best.name, "ratio": best.median / ours.median, "q1": q1, "q3": q3}
+
+
+@contextmanager
+def tuned_cudnn() -> Iterator[None]:
+    """Let cuDNN try its algorithms, for every side alike."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
+def frozen_compilation(force_layout: bool = False) -> Iterator[None]:
+    """What to compile in for inference: weights frozen into the graph, nothing from the cache of earlier runs."""
+    import torch._inductor.config as config
+    from torch._inductor import utils
+
+    with utils.fresh_cache(), config.patch(freezing=True, force_layout_optimization=force_layout):
+        yield
