@@ -180,7 +180,7 @@ def select(
     dtypes: Sequence[str],
     size: int | None = None,
 ) -> list[Case]:
-    """The cases of a kind that the patterns name, by default those of `DEFAULT_MODELS`, each once.
+    """The cases of a kind that the patterns name, by default those of `DEFAULT_MODELS`, each once, batch by batch.
 
     Raises UnknownCaseError for a pattern, and ValueError for a kind, batch or dtype, that names nothing.
     """
@@ -200,5 +200,5 @@ def select(
         named = ((name, {}) for name in _matching(patterns, model_names(), "model"))
     return [
         Case(kind, name, batch, dtype, size, details)
-        for (name, details), dtype, batch in itertools.product(dict(named).items(), dtypes, batches)
+        for batch, (name, details), dtype in itertools.product(batches, dict(named).items(), dtypes)
     ]

@@ -74,7 +74,8 @@ def explain(model: nn.Module, input_size: tuple[int, int, int, int] = (1, 3, 224
             del rows[start:]
             with counter:
                 form.run(x)
-        rows[-1] = replace(rows[-1], launches=rows[-1].launches + counter.take())
+        if rows and rows[-1].launches is not None:  # a pooling head without a classifier has no row of its own
+            rows[-1] = replace(rows[-1], launches=rows[-1].launches + counter.take())
 
     hooks = [
         module.register_forward_hook(_hear_module(path, reason, rows)) for path, module, reason in _host_modules(model)
@@ -93,6 +94,8 @@ def explain(model: nn.Module, input_size: tuple[int, int, int, int] = (1, 3, 224
 
 def _compared(rows: list[Row], model: nn.Module, input_size: tuple, dtype: torch.dtype) -> list[Row]:
     """The rows with the counts of timm eager and of the ideal execution."""
+    if not rows:
+        return rows
     try:
         recording = record(model, input_size, dtype)
     except (NotImplementedError, RuntimeError):  # an operation that meta tensors do not have

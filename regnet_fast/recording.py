@@ -142,12 +142,17 @@ def _name(func: Any) -> str:
 
 
 def _meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a module with meta tensors of the given dtype in place of its own."""
+    """A copy of a module with meta tensors of the given dtype in place of its own, to which nobody listens."""
     memo: dict[int, Any] = {}
     for t in (*model.parameters(), *model.buffers()):
         twin = torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype, device="meta")
         memo[id(t)] = nn.Parameter(twin, t.requires_grad) if isinstance(t, nn.Parameter) else twin
-    return restore(copy.deepcopy(model, memo))
+    copied = restore(copy.deepcopy(model, memo))
+    for module in copied.modules():
+        hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+        for registered in hooks:
+            registered.clear()
+    return copied
 
 
 def _reparameterized(model: nn.Module) -> nn.Module:

@@ -296,6 +296,9 @@ def test_recording_leaves_the_model_as_it_is():
         n: (t.data_ptr(), t._version) for n, t in model.state_dict(keep_vars=True).items()
     }
     assert not any(module._forward_hooks for module in model.modules())
+    heard = []
+    model.stem.register_forward_hook(lambda *_: heard.append(1))
+    assert work(model, (1, 3, 32, 32)) == rebuilt and not heard
     with regnet_fast.backend("reference"):  # which timm's own blocks, recorded here, know nothing of
         assert work(model, (1, 3, 32, 32)) == rebuilt == work(meta_model("repvgg_a0"), (1, 3, 32, 32))
 
@@ -400,6 +403,15 @@ def test_explain_counts_what_follows_the_last_unit_of_a_block():
         for model in (regnet_fast.rebuild(nn.Sequential(block)).model for block in blocks)
     )
     assert last.launches == inner.launches + 2  # the gate and the activation
+
+
+def test_explain_without_a_classifier():
+    rows = regnet_fast.explain(regnet_fast.create_model("regnetx_002", num_classes=0), (1, 3, 32, 32))
+    assert rows[-1].layer == "s4.b7.conv3.conv" and all(row.launches for row in rows)
+
+
+def test_explain_of_nothing():
+    assert regnet_fast.explain(nn.Identity(), (1, 3, 8, 8)) == []
 
 
 def test_explain_counts_what_the_host_computes():
