@@ -103,7 +103,7 @@ def _first(one: Timed, peer: Peer, subject: Subject) -> tuple[Any, list[str | No
     """The first result, timed with all that is packed or compiled for it; why each block ran the host's, or None."""
     heard: list[str | None] = []
     compiling = frozen_compilation(peer.channels_last and subject.device == "cuda")
-    with compiling if peer.compile and not subject.training else nullcontext(), one.around():
+    with compiling if peer.compile else nullcontext(), one.around():
         start = time.perf_counter()
         with listening(lambda block, x, plan, reason: heard.append(reason)):
             result = one.call()

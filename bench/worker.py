@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from multiprocessing.connection import Connection
 from typing import Any
 
 
 def serve(pipe: Connection, kind: str, device: str, patterns: list[str] | None, rounds: int) -> None:
     """Answer every case that comes through the pipe with ("said", text) any number of times and ("done", record)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runner, which ends this process
     from . import measure, peers
     from .cases import Case
 

@@ -151,7 +151,7 @@ def tuned_cudnn() -> Iterator[None]:
 
 @contextmanager
 def frozen_compilation(force_layout: bool = False) -> Iterator[None]:
-    """What to compile in for inference: weights frozen into the graph, nothing from the cache of earlier runs."""
+    """What to compile in: nothing from the cache of earlier runs, and without gradients the weights frozen."""
     import torch._inductor.config as config
     from torch._inductor import utils
 

@@ -1,6 +1,12 @@
 """The bench: which cases there are, what is refused instead of timed, and what survives of an interrupted run."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,6 +18,7 @@ from bench.cases import Case
 
 OPERATION = "grouped_conv/152x152-k3s1g19-14-relu"
 EAGER = peers.choose(["timm*"], "cpu", "ops")
+ROOT = Path(__file__).resolve().parent.parent
 FACTS = {"machine": "a CPU, 2 threads", "device": "cpu", "commit": "1234", "torch": "2.11"}
 
 
@@ -197,6 +204,24 @@ def test_a_case_that_takes_too_long_is_stopped():
     worker = runner.Worker("ops", "cpu", ["timm"], 1)
     assert worker.measure(operation(), 0.0, lambda text: None) is None
     assert not worker.process.is_alive()
+
+
+def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path):
+    path = tmp_path / "ops.json"
+    words = ["ops", "--case", "squeeze_excite/24-8", OPERATION, "--dtype", "float32", "--peers", "timm", "--rounds", "1"]
+    command = [sys.executable, "-m", "bench", *words, "--batch", "1", "2", "--json", str(path)]
+    run = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not path.exists():
+        assert run.poll() is None
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGINT)
+    _, error = run.communicate()
+    before = record.load(path)
+    assert run.returncode == 130 and "goes on from the file" in error and "Traceback" not in error
+    assert 1 <= len(before["cases"]) < 4 and before["finished"] is None
+    subprocess.run(command, cwd=ROOT, check=True)
+    after = record.load(path)
+    assert after["cases"][: len(before["cases"])] == before["cases"] and len(after["cases"]) == 4 and after["finished"]
 
 
 def test_results_of_other_conditions_are_refused(tmp_path):
