@@ -208,8 +208,8 @@ def test_a_case_that_takes_too_long_is_stopped():
 
 def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path):
     path = tmp_path / "ops.json"
-    words = ["ops", "--case", "squeeze_excite/24-8", OPERATION, "--dtype", "float32", "--peers", "timm", "--rounds", "1"]
-    command = [sys.executable, "-m", "bench", *words, "--batch", "1", "2", "--json", str(path)]
+    words = ["ops", "--case", "squeeze_excite/24-8", OPERATION, "--dtype", "float32", "--peers", "timm"]
+    command = [sys.executable, "-m", "bench", *words, "--rounds", "1", "--batch", "1", "2", "--json", str(path)]
     run = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
     while not path.exists():
         assert run.poll() is None
