@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -52,11 +53,13 @@ class Peer:
     extra: tuple[str, ...] = ()
 
 
+WHOLE = ("blocks", "models", "train")  # an operation is timed on rotating inputs, which a graph would not see
+
 PEERS = (
     Peer("timm", "eager"),
     Peer("timm channels_last", "eager", channels_last=True),
-    Peer("timm graph", "eager", graph=True, devices=("cuda",)),
-    Peer("timm channels_last graph", "eager", channels_last=True, graph=True, devices=("cuda",)),
+    Peer("timm graph", "eager", graph=True, devices=("cuda",), kinds=WHOLE),
+    Peer("timm channels_last graph", "eager", channels_last=True, graph=True, devices=("cuda",), kinds=WHOLE),
     Peer("compile", "compile", compile="default"),
     Peer("compile channels_last", "compile", channels_last=True, compile="default", extra=("cpu",)),
     Peer("compile max-autotune", "compile", compile="max-autotune", extra=("cpu",)),
@@ -126,8 +129,23 @@ def make(peer: Peer, subject: Subject, name: str) -> tuple[Timed, nn.Module]:
     module = regnet_fast.freeze(module) if peer.frozen else module
     runs = module if peer.compile is None else torch.compile(module, dynamic=False, mode=peer.compile)
     around = partial(regnet_fast.backend, peer.backend) if peer.group == "ours" else nullcontext
-    call: Callable[[], Any] = Step(runs, *inputs, subject.autocast) if subject.training else partial(runs, *inputs)
+    call: Callable[[], Any] = partial(runs, *inputs)
+    if subject.training:
+        call = Step(runs, *inputs, subject.autocast)
+    elif subject.copies > 1:
+        call = _Rotating(runs, inputs, subject.copies)
     return Timed(name, _Graphed(call) if peer.graph else call, subject.device, around), module
+
+
+class _Rotating:
+    """A call on one copy of the inputs after another, so that none is found in the cache."""
+
+    def __init__(self, call: Callable[..., Any], inputs: tuple[Tensor, ...], copies: int):
+        self.call = call
+        self.inputs = cycle([inputs, *(tuple(t.clone() for t in inputs) for _ in range(copies - 1))])
+
+    def __call__(self) -> Any:
+        return self.call(*next(self.inputs))
 
 
 class _Graphed:

@@ -29,7 +29,8 @@ class Subject:
     """A module of the host's on its device and in its dtype, in NCHW, and its inputs.
 
     `fuse` makes ours of a copy. `checked` are the methods whose results are held to float64. In `training` the module
-    is in float32 and runs under autocast to `autocast`, where that is another dtype.
+    is in float32 and runs under autocast to `autocast`, where that is another dtype. The calls take turns on so many
+    `copies` of the inputs.
     """
 
     base: nn.Module
@@ -38,6 +39,7 @@ class Subject:
     checked: tuple[str, ...] = ("__call__",)
     training: bool = False
     autocast: torch.dtype | None = None
+    copies: int = 1
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -125,6 +127,14 @@ def build(case: Case, device: str, announce: Announce) -> Subject:
     return make(case, device)
 
 
+def _copies(x: Tensor) -> int:
+    """How many copies of an operation's input a GPU's cache does not hold; on a CPU the input is hot, as in a model."""
+    if not x.is_cuda:
+        return 1
+    cache = torch.cuda.get_device_properties(x.device).L2_cache_size
+    return min(64, 1 + 2 * cache // (x.numel() * x.element_size()))
+
+
 def _scaled(hw: int, size: int | None) -> int:
     """An operation's output size where the model's image has another size than 224."""
     return hw if size is None else max(1, hw * size // 224)
@@ -137,7 +147,7 @@ def _operation(case: Case, device: str) -> Subject:
         return Subject(HostSqueezeExcite(details).to(device).requires_grad_(False), (means,), FusedSqueezeExcite)
     hw = _scaled(details["hw"], case.size) * details["stride"]
     x = torch.randn(case.batch, details["in"], hw, hw).to(device, dtype)
-    return Subject(HostConv(details).to(device, dtype).requires_grad_(False), (x,), FusedConv)
+    return Subject(HostConv(details).to(device, dtype).requires_grad_(False), (x,), FusedConv, copies=_copies(x))
 
 
 def _host(case: Case, name: str) -> nn.Module:

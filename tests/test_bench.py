@@ -164,6 +164,17 @@ def test_a_peer_that_fails_is_named_and_the_others_are_timed(monkeypatch, error)
     assert found["status"] == "timed" and found["ratios"]["eager"]["ratio"] > 0
 
 
+def test_calls_take_turns_on_copies_of_the_inputs():
+    subject = measure.subjects.build(operation(), "cpu", lambda text: None)
+    subject.copies = 3
+    one, module = peers.make(EAGER[0], subject, "torch")
+    seen = []
+    module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].data_ptr()))
+    with torch.no_grad():
+        results = [one.call() for _ in range(4)]
+    assert len(set(seen[:3])) == 3 and seen[3] == seen[0] and torch.equal(results[0], results[2])
+
+
 def test_training_is_measured_and_is_not_called_ours():
     found = measure.measure(Case("train", "regnetx_002", 2, "float32", 32), "cpu", EAGER, 2, lambda text: None)
     assert found["status"] == "timed"
