@@ -126,21 +126,25 @@ class ConvUnit(Unit):
         return (y, channel_means(y)) if means else y
 
     def pack(self, dtype: torch.dtype) -> Callable:
-        weight, bias = self.weights()
-        weight, bias = weight.to(dtype), None if bias is None else bias.float()
-        stride, padding, dilation, groups = self.geometry()
-        activation = self.activation if self.then is None else "none"
-        packed = PackedConv(
-            self.op(),
-            weight,
-            bias,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            activation=activation,
-        )
+        packed = PackedUnit(self, dtype)
         return packed if self.then is None else PackedConvThenNorm(packed, self.then, self.activation)
+
+
+class PackedUnit(PackedConv):
+    """The packed weights of a unit. It keeps no folded copy beside them: another input shape folds again."""
+
+    def __init__(self, unit: ConvUnit, dtype: torch.dtype):
+        shape = torch.empty(unit.conv.weight.shape, dtype=dtype, device="meta")
+        stride, padding, dilation, groups = unit.geometry()
+        activation = unit.activation if unit.then is None else "none"
+        geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+        super().__init__(unit.op(), shape, None, **geometry, activation=activation)
+        self.unit, self.dtype = unit, dtype
+
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self.unit.weights()
+        return weight.to(self.dtype), None if bias is None else bias.float()
 
 
 class PackedConvThenNorm:

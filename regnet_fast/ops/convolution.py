@@ -83,9 +83,13 @@ class PackedConv:
         run = self._runs[x.shape, gate is None, residual is None, forced_backend()]
         return self.problem(x, gate is not None, residual is not None), run.label
 
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias to pack for another input shape."""
+        return self.weight, self.bias
+
     def _prepare(self, key: tuple, x: Tensor, gate: bool, residual: bool):
         problem = self.problem(x, gate, residual)
-        run = select(problem).module.prepare_conv(problem, self.weight, self.bias)
+        run = select(problem).module.prepare_conv(problem, *self.folded())
         with _DROPPING:
             self._runs[key] = run
             while len(self._runs) > _SHAPES_KEPT:
