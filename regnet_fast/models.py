@@ -16,6 +16,7 @@ from timm.models import get_pretrained_cfg, is_model, list_models, list_pretrain
 from torch import nn
 
 from . import weights
+from .blocks.chain import Chain
 from .blocks.fused import Fused
 from .blocks.fused import freeze as freeze_block
 from .blocks.units import Refused
@@ -75,6 +76,8 @@ def rebuild(model: nn.Module, inplace: bool = True) -> Report:
             continue
         module.__class__ = cls
         report.rebuilt.append((path, cls.__name__))
+    for module, cls in host.chains(report.model):
+        module.__class__ = cls
     return report
 
 
@@ -104,6 +107,8 @@ def restore(model: nn.Module) -> nn.Module:
             state = module.__getstate__()
             module.__dict__.clear()
             module.__dict__.update(state)
+            module.__class__ = type(module).host
+        elif isinstance(module, Chain):
             module.__class__ = type(module).host
     return model
 

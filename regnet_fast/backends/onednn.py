@@ -14,6 +14,8 @@ from torch import Tensor
 from . import winograd
 from .problem import ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
 
+LARGE_MAP = 1 << 24  # bytes read and written, from which on one pass over memory beats two, by docs/cpu.md
+
 _POST_OP = {"none": "none", "relu": "relu", "silu": "swish"}
 _IN_PLACE = {"none": lambda x: x, "relu": torch.relu_, "silu": lambda x: torch.nn.functional.silu(x, inplace=True)}
 
@@ -205,4 +207,5 @@ class DepthwiseNormAct:
 
 def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Callable[..., Tensor]:
     """The affine map and activation bound to scale and shift: `run(x, gate, consume)`."""
-    return (AffineNormAct if problem.dtype == torch.float32 else DepthwiseNormAct)(problem, scale, shift)
+    small = problem.dtype == torch.float32 and problem.bytes < LARGE_MAP
+    return (AffineNormAct if small else DepthwiseNormAct)(problem, scale, shift)

@@ -46,8 +46,8 @@ class Form:
                 return unit.norm.running_mean.shape[0]
         return None
 
-    def run(self, x: Tensor) -> Tensor:
-        """The block's output."""
+    def run(self, x: Tensor, own: bool = False) -> Tensor:
+        """The block's output; x may be overwritten where it is the block's `own`."""
         raise NotImplementedError
 
 
@@ -57,7 +57,7 @@ class Single(Form):
 
     unit: ConvUnit
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor, own: bool = False) -> Tensor:
         return self.unit(x)
 
 
@@ -68,7 +68,7 @@ class Norm(Form):
     unit: NormActUnit
     casts_input = False
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor, own: bool = False) -> Tensor:
         return self.unit(x)
 
 
@@ -91,7 +91,7 @@ class Bottleneck(Form):
     def casts_input(self) -> bool:
         return not self.identity
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor, own: bool = False) -> Tensor:
         y = self.conv1(x)
         gate = None
         if self.squeeze_excite is None:
@@ -100,7 +100,7 @@ class Bottleneck(Form):
             y, means = self.conv2(y, means=True)
             gate = self.squeeze_excite(means, y.dtype)
         if self.shortcut is None:
-            return self.conv3(y, gate, x if self.identity else None, consume=True)
+            return self.conv3(y, gate, x if self.identity else None, consume=True, into_residual=own and self.identity)
         shortcut = self.shortcut(x if self.pool is None else self.pool(x))
         return self.conv3(y, gate, shortcut, consume=True, into_residual=True)
 
@@ -128,13 +128,13 @@ class PreAct(Form):
     owns_norm: bool = True
     casts_input = False
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor, own: bool = False) -> Tensor:
         normalised = self.norm1(x)
         owned = self.shortcut is not None
         if owned:
             residual = self.shortcut(normalised if self.pool is None else self.pool(normalised))
         elif self.identity:
-            owned = self.identity_after_norm and self.owns_norm
+            owned = self.owns_norm if self.identity_after_norm else own
             residual = normalised if self.identity_after_norm else x
         else:
             residual = None
@@ -159,7 +159,7 @@ class RepVgg(Form):
     activation: str = "relu"
     casts_input: bool = True
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor, own: bool = False) -> Tensor:
         if self.squeeze_excite is None:
             return self.conv(x)
         y, means = self.conv(x, means=True)
@@ -172,6 +172,6 @@ class Head(Form):
 
     classifier: LinearUnit | None = None
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor, own: bool = False) -> Tensor:
         means = pixel_means(x).to(x.dtype)
         return means if self.classifier is None else self.classifier(means)

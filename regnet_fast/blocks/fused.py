@@ -59,7 +59,7 @@ class Plan:
         self._settings = [
             (state, itemgetter(*names)) for state in self._states if (names := [n for n in _CONFIG if n in state])
         ]
-        self._hooks_seen, self._hooked = RemovableHandle.next_id, any(_hooked(m) for m in self._modules[1:])
+        self._hooks_seen, self._hooked = RemovableHandle.next_id, any(hooked(m) for m in self._modules[1:])
         self._structure = self._read_structure()
         self._kept_children = [dict(children) for children in self._children]
         tables = [table for m in self._modules for table in (m._parameters, m._buffers) if table]
@@ -103,7 +103,7 @@ class Plan:
             return True
         if RemovableHandle.next_id != self._hooks_seen or self._hooked:
             seen = RemovableHandle.next_id
-            if any(_hooked(m) for m in self._modules[1:]) != self._hooked:
+            if any(hooked(m) for m in self._modules[1:]) != self._hooked:
                 return False
             self._hooks_seen = seen
         return (
@@ -123,7 +123,7 @@ class Plan:
         )
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     """Whether somebody listens to a module."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -164,6 +164,13 @@ class Fused:
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self._traced(x)
+        return self.step(x, False)[0]
+
+    def step(self, x: Tensor, own: bool) -> tuple[Tensor, bool]:
+        """The output, and whether nobody else can hold it: it was computed fused, without a gradient.
+
+        `own` says so of x, which may then be overwritten.
+        """
         reason = self._unfit(x)
         plan = None
         if reason is None:
@@ -172,20 +179,20 @@ class Fused:
         if listen is not None:
             listen(self, x, plan, reason)
         if reason is not None:
-            return self._by_host(x, reason, lost_speed=plan is not None)
+            return self._by_host(x, reason, lost_speed=plan is not None), False
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in plan.parameters)):
             if plan.differentiated:
-                return super().forward(x)
-            return _Evaluated.apply(self, plan, x, *plan.parameters)
-        return self._run(plan, x)
+                return super().forward(x), False
+            return _Evaluated.apply(self, plan, x, *plan.parameters), False
+        return self._run(plan, x, own), True
 
-    def _run(self, plan: Plan, x: Tensor) -> Tensor:
+    def _run(self, plan: Plan, x: Tensor, own: bool = False) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         device = _device_type(x)
         if not torch.is_autocast_enabled(device):
-            return plan.form.run(x)
+            return plan.form.run(x, own)
         with torch.autocast(device, enabled=False):
-            return plan.form.run(x)
+            return plan.form.run(x, own)
 
     def _unfit(self, x: Tensor) -> str | None:
         """Why this call cannot be fused, from what is known without looking at the weights."""

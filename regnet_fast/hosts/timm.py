@@ -23,10 +23,11 @@ from timm.layers import (
 from timm.layers.activations import Sigmoid, Swish
 from timm.layers.drop import DropBlock2d
 from timm.models import byobnet, register_notrace_module, regnet, resnetv2
-from torch import nn
+from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ..blocks import forms
+from ..blocks.chain import Chain
 from ..blocks.fused import Fused
 from ..blocks.units import ConvUnit, HostNormUnit, LinearUnit, NormActUnit, Refused, RepVggUnit, SqueezeExciteUnit
 
@@ -401,6 +402,33 @@ BLOCKS: dict[type[nn.Module], type[Fused]] = {
 
 _BARE = {nn.Conv2d: Conv2d, StdConv2d: StdConv, BatchNormAct2d: NormAct}
 _BARE_PARENTS = (regnet.RegNet, resnetv2.ResNetV2)
+
+
+class RegStage(Chain, regnet.RegStage):
+    """A stage of a RegNet."""
+
+    host = regnet.RegStage
+
+    def forward(self, x: Tensor) -> Tensor:
+        return regnet.RegStage.forward(self, x) if self.grad_checkpointing else Chain.forward(self, x)
+
+
+class Sequential(Chain, nn.Sequential):
+    """A stage of a ByobNet, the blocks of a stage of ResNetV2."""
+
+    host = nn.Sequential
+
+
+_CHAINS: dict[type, type[Chain]] = {cls.host: cls for cls in (RegStage, Sequential)}
+
+
+def chains(network: nn.Module) -> list[tuple[nn.Module, type[Chain]]]:
+    """The containers of several rebuilt blocks that run one after another, with their twins."""
+    return [
+        (module, _CHAINS[type(module)])
+        for module in network.modules()
+        if type(module) in _CHAINS and sum(isinstance(child, Fused) for child in module.children()) > 1
+    ]
 
 
 def candidates(network: nn.Module) -> list[tuple[str, nn.Module, type[Fused]]]:
