@@ -225,6 +225,8 @@ def _between(name: str, machine: str, results: Results, results_url: str) -> str
 def _compact(kind: str, run: Run) -> list[Block]:
     cases = tables.with_ours(run)
     means = [f"over {REFERENCES[key]} {found}" for key in REFERENCES if (found := tables.mean(cases, key))]
+    if frozen := tables.mean(cases, "compile", tables.FROZEN):
+        means.append(f"frozen over {REFERENCES['compile']} {frozen}")
     blocks: list[Block] = [tables.compact(kind, cases)] if cases else ["No case has a time of ours."]
     if means:
         blocks.append(f"Geometric means: {'; '.join(means)}.")
