@@ -221,7 +221,14 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path):
     path = tmp_path / "ops.json"
     words = ["ops", "--case", "squeeze_excite/24-8", OPERATION, "--dtype", "float32", "--peers", "timm"]
     command = [sys.executable, "-m", "bench", *words, "--rounds", "1", "--batch", "1", "2", "--json", str(path)]
-    run = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored below a shell's background jobs
+    )
     while not path.exists():
         assert run.poll() is None
         time.sleep(0.01)
