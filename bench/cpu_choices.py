@@ -17,7 +17,14 @@ import torch
 import torch.nn.functional as F
 
 from regnet_fast.backends import ConvProblem, NormActProblem
-from regnet_fast.backends.onednn import AffineNormAct, DepthwiseNormAct, DirectConv, MatmulConv, matmul_faster
+from regnet_fast.backends.onednn import (
+    AffineNormAct,
+    DepthwiseNormAct,
+    DirectConv,
+    MatmulConv,
+    matmul_faster,
+    prepare_norm_act,
+)
 from regnet_fast.backends.winograd import WinogradConv, faster
 from regnet_fast.ops.convolution import pixel_means
 
@@ -131,10 +138,10 @@ def pointwise() -> None:
 
 
 def norm_act() -> None:
-    """Scale, shift and activation: torch's passes against oneDNN's depthwise convolution."""
-    print("| dtype | shape | activation | addcmul us | depthwise us |\n|---|---|---|---|---|")
+    """Scale, shift and activation: torch's passes and oneDNN's depthwise convolution, and which one is taken."""
+    print("| dtype | shape | activation | addcmul us | depthwise us | taken |\n|---|---|---|---|---|---|")
     for dtype in (torch.float32, torch.bfloat16):
-        for shape in ((1, 128, 56, 56), (8, 128, 56, 56), (8, 512, 14, 14)):
+        for shape in ((1, 128, 56, 56), (8, 128, 56, 56), (8, 256, 56, 56), (8, 512, 14, 14)):
             for activation in ("relu", "silu"):
                 problem = NormActProblem(shape, activation, False, dtype, "cpu")
                 x, scale, shift = nhwc(*shape, dtype=dtype), torch.rand(shape[1]), torch.randn(shape[1])
@@ -147,7 +154,7 @@ def norm_act() -> None:
                 )
                 print(
                     f"| {str(dtype)[6:]} | {'x'.join(map(str, shape))} | {activation} | {1e3 * t['addcmul']:.0f} "
-                    f"| {1e3 * t['depthwise']:.0f} |"
+                    f"| {1e3 * t['depthwise']:.0f} | {prepare_norm_act(problem, scale, shift).label} |"
                 )
 
 

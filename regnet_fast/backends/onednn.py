@@ -14,8 +14,6 @@ from torch import Tensor
 from . import winograd
 from .problem import ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
 
-LARGE_MAP = 1 << 24  # bytes read and written, from which on one pass over memory beats two, by docs/cpu.md
-
 _POST_OP = {"none": "none", "relu": "relu", "silu": "swish"}
 _IN_PLACE = {"none": lambda x: x, "relu": torch.relu_, "silu": lambda x: torch.nn.functional.silu(x, inplace=True)}
 
@@ -96,7 +94,7 @@ class DirectConv:
 class MatmulConv:
     """A small 1x1 convolution as torch's matrix product: `run(x, gate, residual, consume, into_residual)`.
 
-    A call of oneDNN's convolution costs some 20 microseconds more, which small layers at batch 1 feel (docs/cpu.md).
+    A call of oneDNN's convolution costs more, which the smallest layers at batch 1 feel (docs/cpu.md).
     """
 
     label = "torch addmm"
@@ -125,7 +123,7 @@ def matmul_faster(problem: ConvProblem) -> bool:
         and p.dtype == torch.float32
         and p.stride == (1, 1)
         and max(p.input_shape[1], p.out_channels) <= 320
-        and p.flops <= 2e7
+        and p.flops <= 5e6
     )
 
 
@@ -207,5 +205,4 @@ class DepthwiseNormAct:
 
 def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Callable[..., Tensor]:
     """The affine map and activation bound to scale and shift: `run(x, gate, consume)`."""
-    small = problem.dtype == torch.float32 and problem.bytes < LARGE_MAP
-    return (AffineNormAct if small else DepthwiseNormAct)(problem, scale, shift)
+    return (AffineNormAct if problem.dtype == torch.float32 else DepthwiseNormAct)(problem, scale, shift)
