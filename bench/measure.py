@@ -101,15 +101,15 @@ def _measure(
 
 def _first(one: Timed, peer: Peer, subject: Subject) -> tuple[Any, list[str | None]]:
     """The first result, timed with all that is packed or compiled for it; why each block ran the host's, or None."""
-    heard: list[str | None] = []
+    heard: dict[int, str | None] = {}  # by block, which may run several times for parts of a batch
     compiling = frozen_compilation(peer.channels_last and subject.device == "cuda")
     with compiling if peer.compile else nullcontext(), one.around():
         start = time.perf_counter()
-        with listening(lambda block, x, plan, reason: heard.append(reason)):
+        with listening(lambda block, x, plan, reason: heard.update({id(block): reason})):
             result = one.call()
         synchronize(subject.device)
         one.first_seconds = time.perf_counter() - start
-    return result, heard
+    return result, list(heard.values())
 
 
 def _served(one: Timed, module: nn.Module, subject: Subject, heard: list[str | None]) -> str:

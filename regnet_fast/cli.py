@@ -216,7 +216,8 @@ def explain(
         runs_on = f"{row['backend']}: {row['label']}".rstrip(": ")
         memory = (f"{row['bytes'] / 1e6:.2f}", f"{row['eager']['bytes'] / 1e6:.2f}")
         work = (f"{row['flops'] / 1e6:.1f}", *memory, str(row["launches"]), str(row["eager"]["kernels"]))
-        rows.add_row(row["layer"], row["operation"], row["shape"], runs_on, *work, row["reason"])
+        shape = row["shape"] if row["times"] == 1 else f"{row['times']} times {row['shape']}"
+        rows.add_row(row["layer"], row["operation"], shape, runs_on, *work, row["reason"])
     show(rows)
     totals = found["totals"]
     served = ", ".join(f"{name} {count}" for name, count in totals["layers_by_backend"].items())

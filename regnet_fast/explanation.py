@@ -26,6 +26,9 @@ _SILENT = (nn.Identity, nn.Dropout, nn.Flatten)
 class Row:
     """One layer: what it computes, what computes it, the least work that is, and what it is elsewhere.
 
+    A stage may take a large batch in parts, on a CPU: `shape` is then that of a part and `times` says how many there
+    were; the counts are of all of them.
+
     `flops` counts two per multiply-accumulate; `bytes` reads inputs and weights and writes outputs once. Where
     `operation` is "timm", the host's own module runs and `reason` says why. `launches` are the kernels that ATen runs
     for the layer; a norm that runs inside a unit stands with its convolution.
@@ -46,6 +49,7 @@ class Row:
     launches: int | None = None
     eager: Count | None = None
     ideal: Count | None = None
+    times: int = 1
 
 
 def explain(model: nn.Module, input_size: tuple[int, int, int, int] = (1, 3, 224, 224)) -> list[Row]:
@@ -89,7 +93,24 @@ def explain(model: nn.Module, input_size: tuple[int, int, int, int] = (1, 3, 224
             hook.remove()
         for module, mode in training.items():
             module.training = mode
-    return _compared(rows, model, input_size, first.dtype)
+    return _compared(_summed(rows), model, input_size, first.dtype)
+
+
+def _summed(rows: list[Row]) -> list[Row]:
+    """One row for the same layer on every part of a batch of the same size."""
+    found: dict[Row, list[Row]] = {}
+    for row in rows:
+        found.setdefault(replace(row, launches=None), []).append(row)
+    return [
+        replace(
+            row,
+            times=len(same),
+            flops=sum(one.flops for one in same),
+            bytes=sum(one.bytes for one in same),
+            launches=None if same[0].launches is None else sum(one.launches for one in same),
+        )
+        for row, same in found.items()
+    ]
 
 
 def _compared(rows: list[Row], model: nn.Module, input_size: tuple, dtype: torch.dtype) -> list[Row]:

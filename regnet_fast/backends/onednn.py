@@ -170,7 +170,7 @@ class AffineNormAct:
 
     def __call__(self, x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:
         scale = self.scale if gate is None else self.scale * gate[:, :, None, None]
-        return self.activate(torch.addcmul(self.shift, x, scale))
+        return self.activate(torch.addcmul(self.shift, x, scale, out=x if consume else None))
 
 
 class DepthwiseNormAct:

@@ -1,4 +1,5 @@
-"""Blocks that run one after another: the output of each belongs to the next, which may write its own result into it.
+"""Blocks that run one after another: a stage. Its weights are checked once, its batch is cut into parts that fit the
+cache, and the output of each block belongs to the next, which may write its own result into it.
 
 A residual block alone has to allocate its result, since the caller may still use the input. Inside a stage nobody but
 the next block sees a block's output, and adding into it touches less memory than a fresh result beside it would.
@@ -9,7 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .fused import Fused, hooked
+from .fused import Fused, Plan, hooked, recorder
+
+_BYTES_PER_THREAD = 5e6
+"""How large a map may be for the maps before and after it to be still in the cache when they are needed: measured on
+two threads with 1 MB of second-level cache each and 32 MB of third-level cache (docs/cpu.md).
+"""
 
 
 class Chain:
@@ -24,6 +30,50 @@ class Chain:
     def forward(self, x: Tensor) -> Tensor:
         if self.training or type(x) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
+        plans = self._plans(x)
+        if plans is None:
+            return self._one_by_one(x)
+        parts = _parts(plans[0], x)
+        if parts == 1:
+            return self._run(plans, x)
+        y, end = None, 0
+        for part in x.tensor_split(parts):
+            part = self._run(plans, part)
+            start, end = end, end + part.shape[0]
+            if y is None:
+                shape = (x.shape[0], *part.shape[1:])
+                y = torch.empty(shape, dtype=part.dtype, memory_format=torch.channels_last)
+            y[start:end] = part
+        return y
+
+    def _plans(self, x: Tensor) -> list[Plan] | None:
+        """The current plan of every child; None where not all of them run fused and unobserved."""
+        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+            return None
+        plans = []
+        for child in self.children():
+            if not isinstance(child, Fused) or hooked(child) or "forward" in child.__dict__:
+                return None
+            plan = child.plan(x)
+            if plan is None:
+                return None
+            plans.append(plan)
+        return plans or None
+
+    def _run(self, plans: list[Plan], x: Tensor) -> Tensor:
+        """One pass through all blocks."""
+        listen, dtype, own = recorder.get(), x.dtype, False
+        x = x.contiguous(memory_format=torch.channels_last)
+        for child, plan in zip(self.children(), plans, strict=True):
+            if plan.in_channels not in (None, x.shape[1]) or x.dtype != dtype:
+                x, own = child.step(x, own)
+                continue
+            if listen is not None:
+                listen(child, x, plan, None)
+            x, own = plan.form.run(x, own), True
+        return x
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
         own = False
         for child in self.children():
             if isinstance(child, Fused) and not hooked(child) and "forward" not in child.__dict__:
@@ -37,3 +87,11 @@ class Chain:
         plain = object.__new__(type(self).host)
         plain.__dict__ = self.__dict__
         return plain
+
+
+def _parts(first: Plan, x: Tensor) -> int:
+    """Into how many parts to cut the batch, so that the widest map of the first block, a stage's widest, fits."""
+    if not x.is_cpu or x.shape[0] == 1:
+        return 1
+    images = int(_BYTES_PER_THREAD * torch.get_num_threads() / (first.unbound.widest(*x.shape[1:]) * x.element_size()))
+    return -(-x.shape[0] // (1 << max(images, 1).bit_length() - 1))

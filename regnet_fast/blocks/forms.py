@@ -46,6 +46,16 @@ class Form:
                 return unit.norm.running_mean.shape[0]
         return None
 
+    def widest(self, channels: int, height: int, width: int) -> int:
+        """Elements of the largest map that one image has in this block, its input included."""
+        area, widest = height * width, channels * height * width
+        for unit in self.units().values():
+            if isinstance(unit, ConvUnit):
+                down, across = unit.geometry()[0]
+                area //= down * across
+                widest = max(widest, unit.conv.weight.shape[0] * area)
+        return widest
+
     def run(self, x: Tensor, own: bool = False) -> Tensor:
         """The block's output; x may be overwritten where it is the block's `own`."""
         raise NotImplementedError
@@ -129,8 +139,8 @@ class PreAct(Form):
     casts_input = False
 
     def run(self, x: Tensor, own: bool = False) -> Tensor:
-        normalised = self.norm1(x)
         owned = self.shortcut is not None
+        normalised = self.norm1(x, consume=own and (owned or self.identity_after_norm))
         if owned:
             residual = self.shortcut(normalised if self.pool is None else self.pool(normalised))
         elif self.identity:

@@ -222,12 +222,7 @@ class Fused:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if dtype not in _DTYPES:
             return None, x, f"autocast to {dtype} is left to the host"
-        key = (dtype, forced_backend(), torch._C._get_mkldnn_enabled())
-        plans = self.__dict__.get(_STATE)
-        plan = plans.get(key) if plans is not None else None
-        if plan is None or not plan.current():
-            plan = Plan(self, dtype)
-            self.__dict__[_STATE] = {key: plan} if plans is None or len(plans) >= 4 else {**plans, key: plan}
+        plan = self._current(dtype)
         if plan.refusal is not None:
             return plan, x, plan.refusal
         weight = plan.parameters[0] if plan.parameters else None
@@ -240,6 +235,25 @@ class Fused:
                 return plan, x, f"under autocast this block adds its {x.dtype} input to {dtype} results"
             x = x.to(dtype)
         return plan, x, None
+
+    def _current(self, dtype: torch.dtype) -> Plan:
+        """The plan for a dtype, made anew where the block has changed."""
+        key = (dtype, forced_backend(), torch._C._get_mkldnn_enabled())
+        plans = self.__dict__.get(_STATE)
+        plan = plans.get(key) if plans is not None else None
+        if plan is None or not plan.current():
+            plan = Plan(self, dtype)
+            self.__dict__[_STATE] = {key: plan} if plans is None or len(plans) >= 4 else {**plans, key: plan}
+        return plan
+
+    def plan(self, x: Tensor) -> Plan | None:
+        """The current plan for inputs like x of any shape, without autocast; None where a step would not use one."""
+        if self._unfit(x) is not None:
+            return None
+        plan = self._current(x.dtype)
+        if plan.refusal is not None or (plan.parameters and plan.parameters[0].device != x.device):
+            return None
+        return plan
 
     def _by_host(self, x: Tensor, reason: str, lost_speed: bool) -> Tensor:
         """The host's forward. Raises BackendError where a backend is forced; warns once where speed is lost unasked."""

@@ -423,11 +423,11 @@ _CHAINS: dict[type, type[Chain]] = {cls.host: cls for cls in (RegStage, Sequenti
 
 
 def chains(network: nn.Module) -> list[tuple[nn.Module, type[Chain]]]:
-    """The containers of several rebuilt blocks that run one after another, with their twins."""
+    """The containers of rebuilt blocks that run one after another, with their twins."""
     return [
         (module, _CHAINS[type(module)])
         for module in network.modules()
-        if type(module) in _CHAINS and sum(isinstance(child, Fused) for child in module.children()) > 1
+        if type(module) in _CHAINS and any(isinstance(child, Fused) for child in module.children())
     ]
 
 

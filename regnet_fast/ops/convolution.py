@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -14,7 +12,11 @@ from . import checks
 from .fold import BatchNorm, fold_to
 
 _SHAPES_KEPT = 8
-_DROPPING = threading.Lock()  # of the module, since a lock can be neither copied nor pickled
+
+
+def with_run(runs: dict, key: tuple, run: Callable) -> dict:
+    """The last few prepared runs with one more: a new dictionary, since other threads may be reading this one."""
+    return dict([*runs.items(), (key, run)][-_SHAPES_KEPT:])
 
 
 def channels_last(y: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ class PackedConv:
         self.op, self.weight, self.bias = op, weight, bias
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.activation = activation
-        self._runs: OrderedDict[tuple, object] = OrderedDict()
+        self._runs: dict[tuple, Callable] = {}
 
     def problem(self, x: Tensor, gate: bool, residual: bool) -> ConvProblem:
         """The problem that this convolution poses for an input."""
@@ -90,10 +92,7 @@ class PackedConv:
     def _prepare(self, key: tuple, x: Tensor, gate: bool, residual: bool):
         problem = self.problem(x, gate, residual)
         run = select(problem).module.prepare_conv(problem, *self.folded())
-        with _DROPPING:
-            self._runs[key] = run
-            while len(self._runs) > _SHAPES_KEPT:
-                self._runs.popitem(last=False)
+        self._runs = with_run(self._runs, key, run)
         return run
 
     def __call__(

@@ -5,12 +5,14 @@ y = activation(x * scale * gate + shift)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..backends import NormActProblem, forced_backend, select
 from .checks import check_activation, check_input, check_vectors
-from .convolution import activation_gradient, channels_last, without_autocast
+from .convolution import activation_gradient, channels_last, with_run, without_autocast
 from .fold import BatchNorm
 
 
@@ -47,7 +49,7 @@ class PackedNormAct:
 
     def __init__(self, scale: Tensor, shift: Tensor, activation: str):
         self.scale, self.shift, self.activation = scale, shift, activation
-        self._runs: dict[tuple, object] = {}
+        self._runs: dict[tuple, Callable] = {}
 
     def problem(self, x: Tensor, gate: bool) -> NormActProblem:
         """The problem that this map poses for an input."""
@@ -63,7 +65,7 @@ class PackedNormAct:
         if run is None:
             problem = self.problem(x, gate is not None)
             run = select(problem).module.prepare_norm_act(problem, self.scale, self.shift)
-            self._runs = {key: run}
+            self._runs = with_run(self._runs, key, run)
         return run(x, gate, consume)
 
 

@@ -7,13 +7,15 @@ Source: J. Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, arXiv 1709.0
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..backends import SqueezeExciteProblem, forced_backend, select
 from ..backends.reference import activate
 from .checks import FLOATS, check_activation, check_operand
-from .convolution import activation_gradient, without_autocast
+from .convolution import activation_gradient, with_run, without_autocast
 
 
 def squeeze_excite(
@@ -71,7 +73,7 @@ class PackedSqueezeExcite:
     def __init__(self, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, activation: str):
         self.weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         self.activation = activation
-        self._runs: dict[tuple, object] = {}
+        self._runs: dict[tuple, Callable] = {}
 
     def problem(self, means: Tensor) -> SqueezeExciteProblem:
         """The problem that these weights pose for some means."""
@@ -90,7 +92,7 @@ class PackedSqueezeExcite:
         if run is None:
             problem = self.problem(means)
             run = select(problem).module.prepare_squeeze_excite(problem, *self.weights)
-            self._runs = {key: run}
+            self._runs = with_run(self._runs, key, run)
         gate = run(means)
         return gate if dtype is None or dtype == gate.dtype else gate.to(dtype)
 
