@@ -16,6 +16,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+import regnet_fast
 from regnet_fast.backends import ConvProblem, NormActProblem
 from regnet_fast.backends.onednn import (
     AffineNormAct,
@@ -26,6 +27,7 @@ from regnet_fast.backends.onednn import (
     prepare_norm_act,
 )
 from regnet_fast.backends.winograd import WinogradConv, faster
+from regnet_fast.blocks import chain
 from regnet_fast.ops.convolution import pixel_means
 
 
@@ -168,14 +170,51 @@ def means() -> None:
             print(f"| {str(dtype)[6:]} | {'x'.join(map(str, shape))} | {1e3 * t['mean']:.0f} | {1e3 * t['ours']:.0f} |")
 
 
+def parts() -> None:
+    """A stage's time for each image of a batch of 16, by how many images go through all its blocks at a time."""
+    print("| model | stage | dtype | threads | widest map, MB | 1 | 2 | 4 | 8 | 16 | taken |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    threads = torch.get_num_threads()
+    stages = [("regnetx_032", ("s1", "s2", "s3", "s4")), ("regnetz_b16", ("stages.0", "stages.1", "stages.2"))]
+    for name, paths in stages:
+        for dtype in (torch.float32, torch.bfloat16):
+            model = regnet_fast.freeze(regnet_fast.create_model(name).eval().to(dtype))
+            inputs: dict[str, torch.Tensor] = {}
+            for path in paths:
+                model.get_submodule(path).register_forward_pre_hook(
+                    lambda _, x, path=path: inputs.__setitem__(path, x[0])
+                )
+            model(nhwc(16, 3, 224, 224, dtype=dtype))
+            for path in paths:
+                stage, x = model.get_submodule(path), inputs[path]
+                first = next(stage.children()).plan(x)
+                widest = first.unbound.widest(*x.shape[1:]) * x.element_size()
+                for count in (1, threads):
+                    torch.set_num_threads(count)
+                    t = interleaved({str(n): partial(_in_parts, stage, x, n) for n in (1, 2, 4, 8, 16)}, 5, 1)
+                    times = " | ".join(f"{time / 16:.2f}" for time in t.values())
+                    taken = 16 // chain.parts(first, x)
+                    print(f"| {name} | {path} | {str(dtype)[6:]} | {count} | {widest / 1e6:.2f} | {times} | {taken} |")
+
+
+def _in_parts(stage: torch.nn.Module, x: torch.Tensor, images: int) -> torch.Tensor:
+    y = []
+    for part in x.split(images):
+        own = False
+        for block in stage.children():
+            part, own = block.step(part, own)
+        y.append(part)
+    return torch.cat(y)
+
+
 def main() -> None:
     torch.manual_seed(0)
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, "
         f"{torch.backends.cpu.get_cpu_capability()}, {time.strftime('%Y-%m-%d')}"
     )
-    with torch.inference_mode():
-        for table in (winograd, pointwise, norm_act, means):
+    with torch.no_grad():
+        for table in (parts, winograd, pointwise, norm_act, means):
             print(f"\n{table.__doc__}\n")
             table()
 

@@ -33,11 +33,11 @@ class Chain:
         plans = self._plans(x)
         if plans is None:
             return self._one_by_one(x)
-        parts = _parts(plans[0], x)
-        if parts == 1:
+        count = parts(plans[0], x)
+        if count == 1:
             return self._run(plans, x)
         y, end = None, 0
-        for part in x.tensor_split(parts):
+        for part in x.tensor_split(count):
             part = self._run(plans, part)
             start, end = end, end + part.shape[0]
             if y is None:
@@ -89,7 +89,7 @@ class Chain:
         return plain
 
 
-def _parts(first: Plan, x: Tensor) -> int:
+def parts(first: Plan, x: Tensor) -> int:
     """Into how many parts to cut the batch, so that the widest map of the first block, a stage's widest, fits."""
     if not x.is_cpu or x.shape[0] == 1:
         return 1
