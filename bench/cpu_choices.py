@@ -179,14 +179,9 @@ def parts() -> None:
     for name, paths in stages:
         for dtype in (torch.float32, torch.bfloat16):
             model = regnet_fast.freeze(regnet_fast.create_model(name).eval().to(dtype))
-            inputs: dict[str, torch.Tensor] = {}
+            x = model.stem(nhwc(16, 3, 224, 224, dtype=dtype))
             for path in paths:
-                model.get_submodule(path).register_forward_pre_hook(
-                    lambda _, x, path=path: inputs.__setitem__(path, x[0])
-                )
-            model(nhwc(16, 3, 224, 224, dtype=dtype))
-            for path in paths:
-                stage, x = model.get_submodule(path), inputs[path]
+                stage = model.get_submodule(path)
                 first = next(stage.children()).plan(x)
                 widest = first.unbound.widest(*x.shape[1:]) * x.element_size()
                 for count in (1, threads):
@@ -195,6 +190,7 @@ def parts() -> None:
                     times = " | ".join(f"{time / 16:.2f}" for time in t.values())
                     taken = 16 // chain.parts(first, x)
                     print(f"| {name} | {path} | {str(dtype)[6:]} | {count} | {widest / 1e6:.2f} | {times} | {taken} |")
+                x = stage(x)
 
 
 def _in_parts(stage: torch.nn.Module, x: torch.Tensor, images: int) -> torch.Tensor:
