@@ -28,6 +28,8 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 [cpu]")
         sub.add_argument("--peers", nargs="+", action="extend", metavar="PATTERN", help="beside ours [all but extras]")
         sub.add_argument("--rounds", type=int, default=7, help="samples of each variant; 7 at least, to quote [7]")
+        if kind in cases.FRESH_PROCESS:
+            sub.add_argument("--processes", type=int, default=1, help="fresh ones for each case, one after another [1]")
         sub.add_argument("--json", type=Path, metavar="FILE", help="keep the results here, and go on where they end")
         sub.add_argument("--budget", type=float, metavar="SECONDS", help="stop after so long; goes on from the file")
         sub.add_argument("--list", action="store_true", help="name the cases and measure nothing")
@@ -72,8 +74,13 @@ def _measure(options: argparse.Namespace, arguments: list[str] | None) -> int:
 
     _check_device(device)
     peers.choose(options.peers, device.partition(":")[0], kind)
+    processes = getattr(options, "processes", 1)
+    if processes < 1:
+        raise ValueError("--processes is at least 1")
     command = shlex.join(["python", "-m", "bench", *(sys.argv[1:] if arguments is None else arguments)])
-    found = runner.run(kind, chosen, device, options.peers, options.rounds, command, options.json, options.budget)
+    found = runner.run(
+        kind, chosen, device, options.peers, options.rounds, processes, command, options.json, options.budget
+    )
     wrong = [case for case in found["cases"] if case["status"] != "timed"]
     for case in wrong:
         print(f"bench: {case['id']}: {case['status']}: {case['reason']}", file=sys.stderr)
@@ -96,7 +103,7 @@ def _agree(options: argparse.Namespace) -> int:
     if not rows:
         raise ValueError("the two runs have no case in common")
     for row in rows:
-        texts = [f"{r['ratio']:.2f}x ({r['q1']:.2f}-{r['q3']:.2f})" for r in (row["first"], row["second"])]
+        texts = [f"{r['ratio']:.2f}x ({r['low']:.2f}-{r['high']:.2f})" for r in (row["first"], row["second"])]
         print(f"{row['id']}, over {row['over']}: {texts[0]} and {texts[1]}: {'agree' if row['agree'] else 'DIFFER'}")
     differ = [row for row in rows if not row["agree"]]
     print(f"{len(rows) - len(differ)} of {len(rows)} ratios agree within their spreads")

@@ -18,6 +18,7 @@ from typing import Any
 
 DATA = Path(__file__).parent / "data"
 KINDS = ("ops", "blocks", "models", "train")
+FRESH_PROCESS = ("models", "train")  # their first results are timed, so nothing may be loaded or compiled before
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_MODELS = (
     "regnetx_032",

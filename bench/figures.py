@@ -109,7 +109,7 @@ def build(runs: dict[str, Run]) -> dict[str, Figure]:
 
 
 def _speedup(cases: list[Case]) -> Figure | None:
-    """Bars from 1 to the ratio over the fastest eager and compiled variants, with the quartiles."""
+    """Bars from 1 to the ratio over the fastest eager and compiled variants, with the spread."""
     cases = [case for case in cases if _references(case)]
     if not cases:
         return None
@@ -123,7 +123,7 @@ def _speedup(cases: list[Case]) -> Figure | None:
             found = [(rows[_row(case)], case["ratios"][key]) for case in part if key in case["ratios"]]
             centres = [row + (place - (len(shown) - 1) / 2) * thickness for row, _ in found]
             ratios = [ratio["ratio"] for _, ratio in found]
-            left, right = [r["q1"] for _, r in found], [r["q3"] for _, r in found]
+            left, right = [r["low"] for _, r in found], [r["high"] for _, r in found]
             bars = {"height": 0.88 * thickness, "left": 1, "color": colour, "label": f"over the {label}"}
             axes.barh(centres, [ratio - 1 for ratio in ratios], **bars)
             axes.hlines(centres, left, right, colors=INK, linewidth=0.8)
@@ -137,7 +137,7 @@ def _speedup(cases: list[Case]) -> Figure | None:
         axes.set_xscale("log", base=2)
         axes.axvline(1, color=INK, linewidth=0.8)
     found = [case["ratios"][key] for case in cases for key in shown if key in case["ratios"]]
-    ends = [ratio[what] for ratio in found for what in ("q1", "ratio", "q3")]
+    ends = [ratio[what] for ratio in found for what in ("low", "ratio", "high")]
     low, high = min(1, *ends), max(1, *ends)
     for axes in panels.values():
         axes.set_xlim(low / (high / low) ** 0.16 / 1.02, high * (high / low) ** 0.16 * 1.02)

@@ -37,12 +37,14 @@ class Step:
     peers: tuple[str, ...] | None = None
     size: int | None = None
     rounds: int = 7
+    processes: int = 1
 
     def command(self, device: str, file: Path) -> str:
         words = ["python", "-m", "bench", self.kind, "--device", device, "--case", *self.patterns]
         words += ["--batch", *map(str, self.batches), "--dtype", *self.dtypes]
         words += ["--peers", *self.peers] if self.peers else []
         words += ["--size", str(self.size)] if self.size else []
+        words += ["--processes", str(self.processes)] if self.processes > 1 else []
         return shlex.join([*words, "--rounds", str(self.rounds), "--json", os.path.relpath(file, ROOT)])
 
 
@@ -54,7 +56,7 @@ GPU_STEPS = (
     Step("blocks", ("regnetx_032", "regnety_016", "regnetz_b16"), (256,)),
 )
 CPU_STEPS = (
-    Step("models", (*cases.DEFAULT_MODELS, "regnetx_004", "resnetv2_18"), (1, 8, 32), BOTH),
+    Step("models", (*cases.DEFAULT_MODELS, "regnetx_004", "resnetv2_18"), (1, 8, 32), BOTH, rounds=5, processes=3),
     Step("ops", ("regnety_016",), (1, 8), BOTH, peers=("timm*",)),
 )
 DRY_STEPS = (
@@ -100,7 +102,8 @@ def run(device: str, results: Path, budget_s: float | None = None, dry_run: bool
         print(f"{step.kind}" + ("" if left == math.inf else f", {left:.0f} s left"), flush=True)
         chosen = cases.select(step.kind, step.patterns, step.batches, step.dtypes, step.size)
         command, limit = step.command(device, file), None if left == math.inf else left
-        found = runner.run(step.kind, chosen, device, step.peers, step.rounds, command, file, limit, quick=dry_run)
+        how = (device, step.peers, step.rounds, step.processes, command, file, limit)
+        found = runner.run(step.kind, chosen, *how, quick=dry_run)
         good &= all(case["status"] == "timed" for case in found["cases"])
         finished &= found["finished"] is not None
     from . import report

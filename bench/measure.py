@@ -21,12 +21,11 @@ from regnet_fast.timing import (
     describe,
     frozen_compilation,
     interleave,
-    ratio,
     synchronize,
     tuned_cudnn,
 )
 
-from . import peers, record, subjects
+from . import peers, record, spread, subjects
 from .cases import Case
 from .peers import OURS, Peer, Step
 from .subjects import Subject
@@ -90,12 +89,13 @@ def _measure(
         timed.append((peer, one))
     timed = [*timed[1:], timed[0]] if timed and timed[0][0].name == OURS else timed
     interleave([one for _, one in timed], rounds, announce)
+    variants = found["variants"]
+    variants |= {one.name: _result(one, peer, subject) for peer, one in timed}
     for peer, one in timed:
-        found["variants"][one.name] = _result(one, subject)
-        if peer.group == "ours" and peer.name != OURS:
-            found["variants"][one.name]["ratios"] = _ratios(timed, one)
-        elif peer.name == OURS:
-            found["ratios"] = _ratios(timed, one)
+        if peer.name == OURS:
+            found["ratios"] = spread.ratios(variants, one.name)
+        elif peer.group == "ours":
+            variants[one.name]["ratios"] = spread.ratios(variants, one.name)
     found["status"] = "timed"
 
 
@@ -159,8 +159,9 @@ def _work(case: Case, subject: Subject) -> dict[str, Any]:
     return roofline.work(subject.base, tuple(subject.inputs[0].shape), dtype, train=subject.training)
 
 
-def _result(one: Timed, subject: Subject) -> dict[str, Any]:
-    found = {"status": "timed", **one.as_dict(subject.images), "kernels": _kernels(one)}
+def _result(one: Timed, peer: Peer, subject: Subject) -> dict[str, Any]:
+    found = {"status": "timed", "group": peer.group, **one.as_dict(subject.images), "kernels": _kernels(one)}
+    found["samples_ms"] = [one.samples]  # of this process
     return {**found, **_phases(one)} if subject.training else found
 
 
@@ -195,10 +196,3 @@ def _phases(one: Timed, rounds: int = 5) -> dict[str, float]:
 def _now(device: str) -> float:
     synchronize(device)
     return time.perf_counter()
-
-
-def _ratios(timed: Sequence[tuple[Peer, Timed]], ours: Timed) -> dict[str, Any]:
-    """A variant of ours against the fastest eager, the fastest compiled and the fastest of both."""
-    groups = {"eager": ("eager",), "compile": ("compile",), "peer": ("eager", "compile")}
-    found = {key: ratio([one for peer, one in timed if peer.group in group], ours) for key, group in groups.items()}
-    return {key: value for key, value in found.items() if value is not None}

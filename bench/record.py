@@ -15,7 +15,7 @@ from typing import Any
 
 from .cases import Case
 
-SCHEMA = 1
+SCHEMA = 2
 # A run goes on in a file only where these are as they were.
 SAME = (
     *("machine", "device", "threads", "driver", "python", "torch", "triton"),
@@ -144,6 +144,6 @@ def agreement(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, A
         for key, a in case.get("ratios", {}).items():
             b = after.get(case["id"], {}).get(key)
             if b is not None:
-                overlap = max(a["q1"], b["q1"]) <= min(a["q3"], b["q3"])
+                overlap = max(a["low"], b["low"]) <= min(a["high"], b["high"])
                 rows.append({"id": case["id"], "over": key, "first": a, "second": b, "agree": overlap})
     return rows

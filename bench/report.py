@@ -15,9 +15,10 @@ from .markdown import Block, Code, Figure, Heading, ReportError, fill, render
 from .tables import KINDS, REFERENCES, Results, Run, groups, timed
 
 _NOTES = (
-    "Medians of interleaved rounds on the same weights. A ratio is a peer's time divided by ours, with the quartiles "
-    "of the quotients within the rounds: above 1, ours is faster. Compare within a run only: between runs the machine "
-    "may have changed."
+    "Medians of interleaved rounds on the same weights. A ratio is a peer's time divided by ours, with its "
+    "spread: above 1, ours is faster. Of several processes, the geometric mean with its 95 % confidence interval; of "
+    "one, the median of the quotients within its rounds with their quartiles. Compare within a run only: between runs "
+    "the machine may have changed."
 )
 _CEILINGS = (
     "Measured in the same run as the cases. GB/s and TFLOP/s below are what ours achieves: the bytes that must move "
@@ -140,7 +141,7 @@ def losses_report(results: Results) -> list[Block]:
     if found.rows:
         blocks += [
             f"A peer is faster in {len(found.rows)} of {compared} cases, in {outside} of them outside the spread: "
-            "there even the third quartile of the quotients is below 1. The last column is what runs there by default.",
+            "there even the upper end is below 1. The last column is what runs there by default.",
             found,
         ]
     else:

@@ -5,27 +5,29 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import record
-from .cases import Case
+from . import record, spread
+from .cases import FRESH_PROCESS, Case
 from .worker import serve
-
-FRESH_PROCESS = ("models", "train")  # their first results are timed, so nothing may be loaded or compiled before
 
 
 class Worker:
-    """A process of `bench.worker`, and the pipe to it."""
+    """A process of `bench.worker`, and the pipe to it. `cache` is where it and others keep what they compile."""
 
-    def __init__(self, kind: str, device: str, patterns: Sequence[str] | None, rounds: int):
+    def __init__(
+        self, kind: str, device: str, patterns: Sequence[str] | None, rounds: int, cache: str | None = None
+    ):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        arguments = (theirs, kind, device, list(patterns) if patterns else None, rounds)
+        arguments = (theirs, kind, device, list(patterns) if patterns else None, rounds, cache)
         self.process = context.Process(target=serve, args=arguments, daemon=False)
         self.process.start()
         theirs.close()
@@ -74,6 +76,7 @@ def run(
     device: str,
     patterns: Sequence[str] | None,
     rounds: int,
+    processes: int,
     command: str,
     path: Path | None = None,
     budget_s: float | None = None,
@@ -86,7 +89,8 @@ def run(
         cases: what to measure; those that the file already has are not measured again.
         device: "cpu", "cuda" or "cuda:1".
         patterns: of the peers.
-        rounds: samples of each variant.
+        rounds: samples of each variant in each process.
+        processes: how many measure each case, one after another, where a case has a process of its own.
         command: what reproduces the run.
         path: the file. Without one nothing is kept.
         budget_s: seconds after which no case goes on; the run is then left unfinished, to be gone on with. A case that
@@ -115,12 +119,19 @@ def run(
             for case in left:
                 if deadline is not None and time.monotonic() >= deadline:
                     return found
-                if worker is None or not worker.alive or kind in FRESH_PROCESS:
-                    if worker is not None:
-                        worker.stop()
-                    worker = Worker(kind, device, patterns, rounds)
                 started = time.monotonic()
-                result = worker.measure(case, deadline, lambda text, at=case.id: bar.set_postfix_str(f"{at}: {text}"))
+
+                def announce(text: str, at: str = case.id) -> None:
+                    bar.set_postfix_str(f"{at}: {text}")
+
+                if kind in FRESH_PROCESS:
+                    result = _in_fresh_processes(
+                        processes, partial(Worker, kind, device, patterns, rounds), case, deadline, announce
+                    )
+                else:
+                    if worker is None or not worker.alive:
+                        worker = Worker(kind, device, patterns, rounds)
+                    result = worker.measure(case, deadline, announce)
                 if result is None:
                     if budget_s is None or time.monotonic() - started < budget_s / 2:
                         return found
@@ -140,6 +151,27 @@ def run(
             worker.stop(kill=True)
 
 
+def _in_fresh_processes(
+    count: int, new: Callable[..., Worker], case: Case, deadline: float | None, announce: Callable
+) -> dict[str, Any] | None:
+    """A case measured by several processes. The first compiles what the others find in the cache."""
+    records = []
+    with tempfile.TemporaryDirectory() as cache:
+        for index in range(count):
+            worker = new(cache=cache)
+            try:
+                said = f"process {index + 1} of {count}: " if count > 1 else ""
+                found = worker.measure(case, deadline, lambda text, said=said: announce(said + text))
+            finally:
+                worker.stop(kill=True)
+            if found is None:
+                return None
+            records.append(found)
+            if found["status"] != "timed":
+                break
+    return spread.pooled(records)
+
+
 def line(result: dict[str, Any]) -> str:
     """One line about a record: the times, or why there are none."""
     if result["status"] != "timed":
@@ -149,6 +181,6 @@ def line(result: dict[str, Any]) -> str:
         for name, v in result["variants"].items()
     )
     ratios = ", ".join(
-        f"{r['ratio']:.2f}x ({r['q1']:.2f}-{r['q3']:.2f}) over {key}" for key, r in result["ratios"].items()
+        f"{r['ratio']:.2f}x ({r['low']:.2f}-{r['high']:.2f}) over {key}" for key, r in result["ratios"].items()
     )
     return f"{result['id']}: {times}" + (f"; {ratios}" if ratios else "")

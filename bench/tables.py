@@ -59,8 +59,8 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def ratio_text(ratio: dict[str, Any] | None) -> str:
-    """A ratio with its quartiles."""
-    return f"{ratio['ratio']:.2f}x ({ratio['q1']:.2f}-{ratio['q3']:.2f})" if ratio else ABSENT
+    """A ratio with its spread."""
+    return f"{ratio['ratio']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else ABSENT
 
 
 def timed(run: Run) -> list[Case]:
@@ -309,7 +309,7 @@ def losses(results: Results) -> Table:
             ratio["peer"],
             ratio_text(ratio),
             f"{100 / ratio['ratio'] - 100:.1f} %",
-            "outside" if ratio["q3"] < 1 else "within",
+            "outside" if ratio["high"] < 1 else "within",
             ABSENT if auto is None else _detail(auto),
         )
         for _, machine, kind, case, ratio, auto in sorted(found, key=lambda loss: loss[:4])

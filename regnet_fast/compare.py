@@ -242,7 +242,7 @@ def _ratio(case: dict[str, Any], key: str) -> str:
     if key not in case:
         return "-"
     found = case[key]
-    return f"{found['ratio']:.2f}x ({found['q1']:.2f}-{found['q3']:.2f})"
+    return f"{found['ratio']:.2f}x ({found['low']:.2f}-{found['high']:.2f})"
 
 
 def summary(cases: Sequence[dict[str, Any]]) -> list[str]:

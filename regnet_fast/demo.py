@@ -133,7 +133,7 @@ def lines(key: str, value: Any) -> list[str]:
         return [f"Not timed   {value['refused']}"]
     timed = {variant: value["variants"][variant]["median_ms"] for variant in (*EAGER, OURS)}
     over = value["over_eager"]
-    quartiles = f"quartiles of the rounds {over['q1']:.2f}-{over['q3']:.2f}"
+    quartiles = f"quartiles of the rounds {over['low']:.2f}-{over['high']:.2f}"
     return [
         "Time        " + ", ".join(f"{variant} {ms:.1f} ms" for variant, ms in timed.items()),
         f"            {over['ratio']:.2f}x as fast as {over['peer']} ({quartiles})",

@@ -6,6 +6,7 @@ A sample is several calls in a row, long enough for the clock; a CPU is timed by
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -129,14 +130,14 @@ def interleave(found: Sequence[Timed], rounds: int, announce: Announce = silent)
 def ratio(peers: Iterable[Timed], ours: Timed) -> dict[str, Any] | None:
     """How many times faster ours is than the fastest of some peers; None where no peer was timed.
 
-    The quotient of the medians; `q1` and `q3` are the quartiles of the quotients within each round.
+    The median of the quotients within the rounds; `low` and `high` are their quartiles.
     """
     timed = [peer for peer in peers if peer.samples and not peer.error]
     if not timed:
         return None
     best = min(timed, key=lambda peer: peer.median)
-    q1, _, q3 = quartiles([a / b for a, b in zip(best.samples, ours.samples, strict=True)])
-    return {"peer": best.name, "ratio": best.median / ours.median, "q1": q1, "q3": q3}
+    low, middle, high = quartiles([a / b for a, b in zip(best.samples, ours.samples, strict=True)])
+    return {"peer": best.name, "ratio": middle, "low": low, "high": high}
 
 
 @contextmanager
@@ -151,9 +152,13 @@ def tuned_cudnn() -> Iterator[None]:
 
 @contextmanager
 def frozen_compilation(force_layout: bool = False) -> Iterator[None]:
-    """What to compile in: nothing from the cache of earlier runs, and without gradients the weights frozen."""
+    """What to compile in: nothing from the cache of earlier runs, and without gradients the weights frozen.
+
+    Where the environment names a cache of inductor's, that one, to be shared by processes.
+    """
     import torch._inductor.config as config
     from torch._inductor import utils
 
-    with utils.fresh_cache(), config.patch(freezing=True, force_layout_optimization=force_layout):
+    cache = nullcontext() if "TORCHINDUCTOR_CACHE_DIR" in os.environ else utils.fresh_cache()
+    with cache, config.patch(freezing=True, force_layout_optimization=force_layout):
         yield

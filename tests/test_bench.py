@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import timm
 import torch
 
 from bench import __main__ as command_line
-from bench import cases, measure, peers, record, runner
+from bench import cases, measure, peers, record, runner, spread
 from bench.cases import Case
 
 OPERATION = "grouped_conv/152x152-k3s1g19-14-relu"
@@ -191,7 +193,7 @@ def test_a_run_goes_on_where_it_ended(tmp_path):
     chosen = [operation(1), operation(2)]
 
     def go(chosen, budget=None):
-        return runner.run("ops", chosen, "cpu", ["timm"], 1, "command", path, budget, quick=True)
+        return runner.run("ops", chosen, "cpu", ["timm"], 1, 1, "command", path, budget, quick=True)
 
     first = go(chosen[:1])
     assert [case["id"] for case in first["cases"]] == [chosen[0].id] and first["finished"]
@@ -259,8 +261,8 @@ def test_results_of_other_conditions_are_refused(tmp_path):
         ("{", "is not JSON"),
         ("[]", "an older form"),
         ('{"cases": []}', "an older form"),
-        ('{"schema": 99}', "schema 99, this is schema 1"),
-        ('{"schema": 1, "kind": "ops"}', "lacks command"),
+        ('{"schema": 99}', "schema 99, this is schema 2"),
+        ('{"schema": 2, "kind": "ops"}', "lacks command"),
     ],
 )
 def test_files_that_cannot_be_used(tmp_path, content, message):
@@ -280,9 +282,64 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert record.load(path) == run and list(tmp_path.iterdir()) == [path]
 
 
+def test_processes_are_pooled():
+    """Quotients 2 and 8 of two processes: their mean is 4; within one process the rounds tell the spread."""
+
+    def one(timm, ours):
+        def variant(group, samples):
+            return {
+                "status": "timed",
+                "group": group,
+                "median_ms": statistics.median(samples),
+                "images_per_s": 2000 / statistics.median(samples),
+                "first_s": samples[0],
+                "samples_ms": [samples],
+            }
+
+        variants = {"timm": variant("eager", timm), "regnet_fast": variant("ours", ours)}
+        return {"id": "a", "status": "timed", "variants": variants, "ratios": {}}
+
+    first, second = one([4.0, 2.0, 3.0], [1.0, 1.0, 2.0]), one([8.0, 8.0, 8.0], [1.0, 1.0, 1.0])
+    found = spread.pooled([first, first])["ratios"]["eager"]
+    assert found == {"peer": "timm", "ratio": pytest.approx(3), "low": pytest.approx(3), "high": pytest.approx(3)}
+    found = spread.pooled([first, {**second}])
+    assert found["ratios"]["eager"]["ratio"] == pytest.approx(24**0.5)
+    assert found["ratios"]["eager"]["low"] < 3 and found["ratios"]["eager"]["high"] > 8
+    timm = found["variants"]["timm"]
+    assert timm["samples_ms"] == [[4.0, 2.0, 3.0], [8.0, 8.0, 8.0]] and timm["median_ms"] == 6.0
+    assert timm["images_per_s"] == pytest.approx(2000 / 6) and timm["first_s"] == 4.0
+    assert spread.pooled([first])["ratios"]["eager"] == {"peer": "timm", "ratio": 2.0, "low": 1.75, "high": 3.0}
+    failed = {"id": "a", "status": "wrong", "reason": "off"}
+    assert spread.pooled([first, failed]) == failed
+    failed = {**second, "variants": {**second["variants"], "timm": {"status": "failed", "reason": "no"}}}
+    assert spread.pooled([first, failed])["ratios"] == {}
+
+
+def test_a_confidence_interval_holds_the_mean_of_another_run():
+    """Of many pairs of runs, each of three processes that differ by 3 %, nearly all agree."""
+    draw = random.Random(0)
+
+    def run():
+        ours = [[draw.gauss(1, 0.03)] for _ in range(3)]
+        return {"cases": [{"id": "a", "ratios": {"eager": {"peer": "timm", **spread.ratio([[1.0]] * 3, ours)}}}]}
+
+    agreed = [record.agreement(run(), run())[0]["agree"] for _ in range(300)]
+    assert sum(agreed) >= 0.97 * len(agreed)
+
+
+def test_models_are_measured_in_several_processes(tmp_path):
+    """The first compiles, the others find what it compiled."""
+    path = tmp_path / "models.json"
+    case = Case("models", "regnetx_002", 1, "float32", 32)
+    found = runner.run("models", [case], "cpu", ["timm", "compile"], 2, 2, "command", path, quick=True)["cases"][0]
+    assert found["status"] == "timed"
+    assert all([len(process) for process in v["samples_ms"]] == [2, 2] for v in found["variants"].values())
+    assert set(found["ratios"]) == {"eager", "compile", "peer"}
+
+
 def test_agreement_of_two_runs():
-    def one(q1, q3):
-        case = {"id": "a", "ratios": {"eager": {"peer": "timm", "ratio": (q1 + q3) / 2, "q1": q1, "q3": q3}}}
+    def one(low, high):
+        case = {"id": "a", "ratios": {"eager": {"peer": "timm", "ratio": (low + high) / 2, "low": low, "high": high}}}
         return {"cases": [case, {"id": "b", "ratios": {}}]}
 
     assert record.agreement(one(1.1, 1.2), one(1.15, 1.3))[0]["agree"]

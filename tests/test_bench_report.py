@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import figures, markdown, page, report, tables
+from bench import figures, markdown, page, record, report, tables
 from bench.record import RecordError
 
 CPU, GPU = "cpu-test-2-threads", "test-gpu"
@@ -26,7 +26,7 @@ def variant(ms, batch=1, **more):
 
 
 def ratio(peer, value, spread=0.01):
-    return {"peer": peer, "ratio": value, "q1": value - spread, "q3": value + spread}
+    return {"peer": peer, "ratio": value, "low": value - spread, "high": value + spread}
 
 
 def case(name="regnetx_002", batch=1, dtype="float32", eager=15.0, compiled=12.0, ours=10.0, **more):
@@ -65,7 +65,7 @@ def run(kind, *cases, machine="Test CPU, 2 threads", **more):
     conditions = {"device": "cpu", "machine": machine, "threads": 2, "driver": None, "cuda": None, "cudnn": None}
     versions = {"python": "3.11.7", "torch": "2.15.0", "triton": None, "timm": "1.0.31", "regnet_fast": "0.1.0"}
     return {
-        "schema": 1,
+        "schema": record.SCHEMA,
         "kind": kind,
         "command": f"python -m bench {kind} --batch 1",
         "conditions": {**conditions, **versions, "commit": "0123456789abcdef", "dirty": False},
@@ -454,7 +454,7 @@ def test_an_older_form_is_refused_by_name(results):
     ("name", "content", "told"),
     [
         ("models.json", "{", "models.json: is not JSON"),
-        ("models.json", json.dumps({**run("models"), "schema": 2}), "models.json: .*schema 2"),
+        ("models.json", json.dumps({**run("models"), "schema": 99}), "models.json: .*schema 99"),
         ("models.json", json.dumps(run("ops")), "models.json: holds ops, not models"),
         ("more.json", json.dumps(run("ops")), "more.json: holds a run of ops, which belongs in ops.json"),
     ],
