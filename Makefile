@@ -10,7 +10,7 @@ BUDGET ?= 540
 OLDEST_PINS := "torch==2.11.0" "torchvision==0.26.0" "timm==1.0.31" "numpy<2.4"
 OLDEST_TESTS := tests/test_helpers.py tests/test_ops*.py tests/test_backends.py tests/test_blocks*.py \
 	tests/test_chains.py tests/test_freeze.py tests/test_roofline.py tests/test_bench.py tests/test_checkpoints.py \
-	tests/test_hostile_files.py tests/test_weights.py
+	tests/test_hostile_files.py tests/test_weights.py tests/test_compilation.py
 # Too large for two workers to share the memory.
 ALONE := regnety_640,resnetv2_50x3_bit,resnetv2_152x2_bit
 OLDEST_MODELS := regnetx_002,regnety_040_sgn,regnetz_005,repvgg_a0,resnetv2_18
@@ -19,15 +19,18 @@ OLDEST_MODELS := regnetx_002,regnety_040_sgn,regnetz_005,repvgg_a0,resnetv2_18
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS)
 # Whole models run in one process with all threads, as users run them: torch chooses other libraries with one thread.
 PYTEST_MODELS := $(VENV)/bin/python -m pytest -q tests/test_models.py
+# Triton's interpreter is chosen when the kernels are imported, so that these tests have processes of their own.
+PYTEST_KERNELS := -m pytest -q -n $(WORKERS) tests/kernels -m "not slow"
 PYTEST_OLDEST := OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -q -n $(WORKERS)
 
-.PHONY: help demo test matrix test-oldest lint host-suite bench gpu gpu-dry-run clean
+.PHONY: help demo test matrix kernels test-oldest lint host-suite bench gpu gpu-dry-run clean
 
 help:
 	@echo "make demo         what it does and how much faster it is here"
 	@echo "make test         lint, every test, and the quick part of timm's own model tests"
 	@echo "make test-oldest  the tests that must hold on the oldest supported versions"
 	@echo "make matrix       the numbers of all 75 architectures, the largest too (16 GB of memory)"
+	@echo "make kernels      every kernel for every shape and GPU architecture: more models in the interpreter, all compiled"
 	@echo "make host-suite   timm's own model tests on every architecture that fits in memory"
 	@echo "make bench        the CPU results in bench/results: an hour or two on an idle machine; goes on where it ended"
 	@echo "make gpu          what a GPU should measure, for BUDGET seconds with PYTHON's own torch; goes on where it ended"
@@ -39,6 +42,7 @@ demo: $(VENV)/installed
 
 test: lint
 	$(PYTEST) tests --ignore=tests/test_models.py -m "not slow"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST_KERNELS)
 	$(PYTEST_MODELS) -m "not slow"
 	$(VENV)/bin/python tests/host_suite/run.py --quick -n $(WORKERS)
 	$(VENV)/bin/python -m pytest -q bench --benchmark-disable
@@ -46,10 +50,15 @@ test: lint
 
 test-oldest: $(VENV_OLDEST)/installed
 	$(PYTEST_OLDEST) -m "not slow" $(OLDEST_TESTS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python $(PYTEST_KERNELS)
 	$(VENV_OLDEST)/bin/python tests/host_suite/run.py --models $(OLDEST_MODELS) -n $(WORKERS)
 
 matrix: $(VENV)/installed
 	$(PYTEST_MODELS)
+
+kernels: $(VENV)/installed
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS) tests/kernels
+	$(VENV)/bin/python -m bench.compilation
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m bench cpu

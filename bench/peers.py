@@ -65,6 +65,7 @@ PEERS = (
     Peer("compile max-autotune", "compile", compile="max-autotune", extra=("cpu",)),
     Peer("compile max-autotune channels_last", "compile", True, compile="max-autotune", extra=("cpu",)),
     Peer("regnet_fast aten", "ours", backend="aten", extra=("cpu", "cuda")),
+    Peer("regnet_fast triton", "ours", backend="triton", devices=("cuda",), kinds=("ops", "blocks", "models")),
     Peer("regnet_fast reference", "ours", backend="reference", extra=("cpu", "cuda")),
     Peer(f"{OURS} frozen", "ours", frozen=True, kinds=("blocks", "models")),
     Peer(OURS, "ours"),

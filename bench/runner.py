@@ -22,9 +22,7 @@ from .worker import serve
 class Worker:
     """A process of `bench.worker`, and the pipe to it. `cache` is where it and others keep what they compile."""
 
-    def __init__(
-        self, kind: str, device: str, patterns: Sequence[str] | None, rounds: int, cache: str | None = None
-    ):
+    def __init__(self, kind: str, device: str, patterns: Sequence[str] | None, rounds: int, cache: str | None = None):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         arguments = (theirs, kind, device, list(patterns) if patterns else None, rounds, cache)

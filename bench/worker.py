@@ -8,9 +8,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 
-def serve(
-    pipe: Connection, kind: str, device: str, patterns: list[str] | None, rounds: int, cache: str | None
-) -> None:
+def serve(pipe: Connection, kind: str, device: str, patterns: list[str] | None, rounds: int, cache: str | None) -> None:
     """Answer every case that comes through the pipe with ("said", text) any number of times and ("done", record)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runner, which ends this process
     if cache is not None:

@@ -28,6 +28,7 @@ from regnet_fast.backends import (
     onednn,
     reference,
     select,
+    triton,
     winograd,
 )
 from regnet_fast.backends.problem import Problem
@@ -66,7 +67,7 @@ def runs_of(packed) -> list[str]:
 
 
 def test_the_libraries_are_asked_before_the_reference():
-    assert list(BACKENDS.items()) == [("aten", aten), ("reference", reference)]
+    assert list(BACKENDS.items()) == [("aten", aten), ("triton", triton), ("reference", reference)]
     assert all(name == module.NAME for name, module in BACKENDS.items())
 
 
@@ -89,7 +90,7 @@ REFUSALS = {
 def test_a_refusal_has_a_reason_and_the_reference_serves(problem, what):
     changes, reason = REFUSALS[what]
     chosen = select(dataclasses.replace(problem, **changes))
-    assert chosen.name == "reference" and list(chosen.refused) == ["aten"]
+    assert chosen.name == "reference" and list(chosen.refused) == ["aten", "triton"]
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(chosen.refused["aten"])
 
@@ -139,7 +140,8 @@ def test_nobody_serving_is_an_error(monkeypatch):
 
 @pytest.mark.parametrize("name", ["nope", "", "Aten", "cuda"])
 def test_an_unknown_backend_is_refused(name):
-    with pytest.raises(ValueError, match=r"Unknown backend .*choose one of: auto, aten, reference"), backend(name):
+    names = "auto, aten, triton, reference"
+    with pytest.raises(ValueError, match=rf"Unknown backend .*choose one of: {names}"), backend(name):
         pass
     assert forced_backend() is None
 

@@ -88,7 +88,8 @@ def test_an_operation_is_measured():
     assert found["status"] == "timed" and found["reason"] == ""
     assert list(found["variants"]) == ["torch", "torch channels_last", "regnet_fast"]
     for variant in found["variants"].values():
-        assert variant["status"] == "timed" and len(variant["samples_ms"]) == 2 and variant["first_s"] > 0
+        assert variant["status"] == "timed" and variant["first_s"] > 0
+        assert [len(process) for process in variant["samples_ms"]] == [2]
         assert variant["images_per_s"] == pytest.approx(2e3 / variant["median_ms"])
     assert found["ratios"]["eager"]["peer"] in ("torch", "torch channels_last") and "compile" not in found["ratios"]
     assert found["details"]["auto"].startswith("aten: ")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
 
-from . import aten, reference
+from . import aten, reference, triton
 from .problem import ACTIVATIONS, ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
     "select",
 ]
 
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (aten, reference)}
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (aten, triton, reference)}
 """Every backend by name, in the order in which `auto` asks them."""
 
 

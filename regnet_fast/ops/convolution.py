@@ -107,6 +107,8 @@ class PackedConv:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`activation(conv(x * gate) + bias + residual)`, with its float32 channel means where `means` is asked.
 
+        They are (N, K), or (N, T, K) parts whose sum over T they are where the backend computes these on the way.
+
         `consume` allows the backend to overwrite x, `into_residual` the residual. x and the residual are channels_last.
         No argument is checked and autocast is off: the callers saw to that.
         """
@@ -114,6 +116,8 @@ class PackedConv:
         run = self._runs.get(key)
         if run is None:
             run = self._prepare(key, x, gate is not None, residual is not None)
+        if means and hasattr(run, "with_parts"):
+            return run.with_parts(x)
         y = run(x, gate, residual, consume, into_residual)
         return (y, pixel_means(y)) if means else y
 

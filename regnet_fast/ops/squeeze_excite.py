@@ -68,7 +68,9 @@ def squeeze_excite(
 
 
 class PackedSqueezeExcite:
-    """Squeeze-excite with its float32 weights packed by the chosen backend: `gate = packed(means, dtype)`."""
+    """Squeeze-excite with its float32 weights packed by the chosen backend: `gate = packed(means, dtype)`, from (N, C)
+    means or from (N, T, C) parts whose sum over T they are.
+    """
 
     def __init__(self, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, activation: str):
         self.weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
@@ -78,7 +80,7 @@ class PackedSqueezeExcite:
     def problem(self, means: Tensor) -> SqueezeExciteProblem:
         """The problem that these weights pose for some means."""
         return SqueezeExciteProblem(
-            means.shape[0], means.shape[1], self.weights[0].shape[0], self.activation, means.dtype, means.device.type
+            means.shape[0], means.shape[-1], self.weights[0].shape[0], self.activation, means.dtype, means.device.type
         )
 
     def explain(self, means: Tensor, *_: object) -> tuple[SqueezeExciteProblem, str]:
@@ -93,6 +95,10 @@ class PackedSqueezeExcite:
             problem = self.problem(means)
             run = select(problem).module.prepare_squeeze_excite(problem, *self.weights)
             self._runs = with_run(self._runs, key, run)
+        if means.dim() == 3:
+            if hasattr(run, "from_parts"):
+                return run.from_parts(means, dtype or means.dtype)
+            means = means.sum(1)
         gate = run(means)
         return gate if dtype is None or dtype == gate.dtype else gate.to(dtype)
 

@@ -1,0 +1,287 @@
+"""Every kernel compiled for every architecture, without a GPU: registers, spills, shared memory, matrix instructions.
+
+    python bench/compilation.py                         all architectures and dtypes, into docs/compiled.md
+    python bench/compilation.py --arch 90 --dtype bfloat16      only these, and nothing is written
+
+Exit status 1 where a kernel does not compile, spills, needs more shared memory than there is, or multiplies without the
+matrix instruction of its architecture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import cases
+
+MODELS = (
+    *("regnetx_002", "regnetx_016", "regnetx_032", "regnetx_080"),
+    *("regnety_002", "regnety_008", "regnety_016", "regnety_032", "regnety_080", "regnety_160", "regnety_320"),
+    *("regnetz_005", "regnetz_040", "regnetz_b16", "regnetz_c16", "regnetz_d8", "regnetz_d32"),
+    *("regnetv_040", "repvgg_a2", "repvgg_b1g4", "repvgg_d2se", "resnetv2_50"),
+)
+BATCHES = (1, 256)
+PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "compiled.md"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel with all its compile-time arguments: what the compiler compiles once."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    warps: int
+    arguments: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    config: str
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a job."""
+
+    job: Job
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    instruction: str = ""
+    error: str = ""
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with it, or ''."""
+        from regnet_fast.kernels.common import SHARED_BYTES
+
+        if self.error:
+            return self.error
+        if self.spilled:
+            return f"spills {self.spilled} bytes"
+        if self.shared > SHARED_BYTES[self.job.arch]:
+            return f"needs {self.shared} bytes of shared memory, there are {SHARED_BYTES[self.job.arch]}"
+        return ""
+
+
+def jobs(models: Sequence[str], archs: Sequence[int], dtypes: Sequence[str]) -> list[Job]:
+    """Every kernel in its default configurations for every operation of some models, each once."""
+    operations = [found for found in cases.operations().values() if set(models) & found["models"].keys()]
+    found: dict[Job, None] = {}
+    for arch in archs:
+        for dtype in dtypes:
+            for batch in BATCHES:
+                for operation in operations:
+                    found.update(dict.fromkeys(_KINDS[operation["op"]](operation, batch, arch, dtype)))
+    return list(found)
+
+
+def _pointwise(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:
+    """A 1x1 convolution as it is, with a residual, and with a gate and a residual."""
+    from regnet_fast.kernels import pointwise_conv as kernels
+
+    integers = ("pixels", "out_area", "out_width", "in_area", "in_width", "channel_units", "out_units")
+    for gate, residual in ((False, False), (False, True), (True, True)):
+        if operation["stride"] > 1 and residual:
+            continue  # only shortcuts have a stride
+        pixels = batch * operation["hw"] ** 2
+        size = DTYPES[dtype].itemsize
+        shape = kernels.Shape(pixels, operation["in"], operation["out"], size, gate, residual, arch, PROCESSORS[arch])
+        config = kernels.heuristic(shape)
+        refusal = kernels.config_supports(config, shape)
+        assert refusal is None, f"{shape}: {config}: {refusal}"
+        constants = kernels.constants(config, shape, operation["stride"], operation["activation"], DTYPES[dtype])
+        constants |= {"HAS_BIAS": True, "UPCAST": False}
+        pointers = {"x": dtype, "weight": dtype, "bias": "float32", "y": dtype}
+        pointers |= {name: dtype for name, there in (("gate", gate), ("residual", residual)) if there}
+        form = "resident" if config.resident else "streamed"
+        yield _job(f"pointwise_conv.{form}_kernel", config, arch, dtype, pointers, integers, constants)
+
+
+def _convolution(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:
+    """Any other convolution: as it is, with parts of its means where it has groups, with a residual where not."""
+    size, groups = operation["kernel"], operation["groups"]
+    geometry = [(size, size), (operation["stride"],) * 2, (operation["dilation"] * (size // 2),) * 2]
+    geometry.append((operation["dilation"],) * 2)
+    integers = ("tiles", "image_pixels", "out_columns", "height", "columns", "channel_units", "out_units")
+    if groups == operation["in"] == operation["out"] and groups > 1:
+        raise AssertionError("no architecture of the table has a depthwise convolution")
+    from regnet_fast.kernels import implicit_gemm as kernels
+
+    widths = operation["in"] // groups, operation["out"] // groups
+    pixels = batch * operation["hw"] ** 2
+    shape = kernels.Shape(pixels, groups, *widths, size * size, DTYPES[dtype].itemsize, arch, PROCESSORS[arch])
+    if groups > 1 and (widths[0] % 4 or widths[1] % 4):
+        return  # refused
+    config = kernels.heuristic(shape)
+    refusal = kernels.config_supports(config, shape)
+    assert refusal is None, f"{shape}: {config}: {refusal}"
+    for more in (False, True):
+        constants = kernels.constants(config, shape, *geometry, operation["activation"], DTYPES[dtype])
+        constants |= {"HAS_BIAS": True, "UPCAST": False}
+        constants |= {"HAS_PARTIAL": more and groups > 1, "HAS_RESIDUAL": more and groups == 1}
+        pointers = {"x": dtype, "weight": dtype, "bias": "float32", "y": dtype}
+        pointers |= {"partial": "float32"} if constants["HAS_PARTIAL"] else {}
+        pointers |= {"residual": dtype} if constants["HAS_RESIDUAL"] else {}
+        yield _job("implicit_gemm.kernel", config, arch, dtype, pointers, integers, constants)
+
+
+def _squeeze_excite(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:
+    from regnet_fast.kernels import squeeze_excite as kernels
+
+    config = kernels.heuristic(operation["in"], operation["out"])
+    blocks = {"BLOCK_I": config.block_i, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r, "PRECISION": "tf32x3"}
+    act, narrow = {"ACTIVATION": operation["activation"]}, {"UPCAST": False}
+    first = dict.fromkeys(("parts", "fc1", "bias1"), "float32")
+    second = {**dict.fromkeys(("fc2", "bias2"), "float32"), "gate": dtype}
+    counts = ("images", "channels", "hidden")
+    if config.whole:
+        name, pointers = "squeeze_excite.whole_kernel", {**first, **second}
+        yield _job(name, config, arch, dtype, pointers, (*counts, "tiles"), {**blocks, **act, **narrow})
+        return
+    pointers = {**first, "result": "float32"}
+    yield _job("squeeze_excite.hidden_kernel", config, arch, "float32", pointers, (*counts, "tiles"), {**blocks, **act})
+    pointers = {"values": "float32", **second}
+    yield _job("squeeze_excite.gate_kernel", config, arch, dtype, pointers, counts, {**blocks, **narrow})
+
+
+_KINDS = {
+    "pointwise_conv": _pointwise,
+    "grouped_conv": _convolution,
+    "dense_conv": _convolution,
+    "squeeze_excite": _squeeze_excite,
+}
+_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def _job(
+    kernel: str,
+    config: Any,
+    arch: int,
+    dtype: str,
+    pointers: dict[str, str],
+    integers: Sequence[str],
+    constants: dict[str, Any],
+) -> Job:
+    arguments = {**{name: f"*{_SHORT[kind]}" for name, kind in pointers.items()}, **dict.fromkeys(integers, "i32")}
+    tiles = [str(value) for name, value in vars(config).items() if name.startswith("block_")]
+    stages = f", {config.stages} stages" if hasattr(config, "stages") else ""
+    return Job(
+        kernel,
+        arch,
+        dtype,
+        config.warps,
+        tuple(sorted(arguments.items())),
+        tuple(sorted(constants.items())),
+        "x".join(tiles) + stages,
+    )
+
+
+def compile_job(job: Job) -> Compiled:
+    """Compile ahead of time and read what came out."""
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what it is anyway, without a warning
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from regnet_fast import kernels
+
+    module, _, name = job.kernel.partition(".")
+    for needed in (module, "common"):
+        importlib.import_module(f"{kernels.__name__}.{needed}")
+    kernel = getattr(getattr(kernels, module), name)
+    arguments, names = dict(job.arguments), kernel.arg_names
+    signature = {name: arguments.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in job.constants}
+    constants |= {
+        (i,): None for i, name in enumerate(names) if signature[name] == "constexpr" and (i,) not in constants
+    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    try:
+        made = triton.compile(
+            ASTSource(kernel, signature, constants, aligned),
+            target=GPUTarget("cuda", job.arch, 32),
+            options={"num_warps": job.warps, **kernels.common.limits(job.arch)},
+        )
+    except Exception as error:
+        return Compiled(job, error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}")
+    registers, spilled = _usage(made.asm["cubin"])
+    found = next((name for name, text in INSTRUCTIONS.items() if text in made.asm["ptx"]), "")
+    return Compiled(job, registers, spilled, made.metadata.shared, found)
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and the bytes that it spills."""
+    import triton.backends.nvidia as nvidia
+
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def compile_all(found: Sequence[Job], workers: int | None = None) -> list[Compiled]:
+    """All jobs, in several processes, with a progress bar."""
+    from tqdm import tqdm
+
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        return list(tqdm(pool.map(compile_job, found, chunksize=4), total=len(found), unit="kernel", disable=None))
+
+
+def table(made: Sequence[Compiled]) -> str:
+    """A row for each kernel, dtype and architecture: how many variants, and the most that any of them takes."""
+    groups: dict[tuple, list[Compiled]] = {}
+    for one in made:
+        groups.setdefault((one.job.kernel, one.job.dtype, one.job.arch), []).append(one)
+    lines = [
+        "| kernel | dtype | architecture | variants | tiles | registers | shared, KB | spills | multiplies with |",
+        "|---|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for (kernel, dtype, arch), same in sorted(groups.items()):
+        registers, shared = [one.registers for one in same], [one.shared / 1024 for one in same]
+        instructions = ", ".join(sorted({one.instruction or "fma" for one in same}))
+        lines.append(
+            f"| {kernel} | {dtype} | sm_{arch} | {len(same)} | {len({one.job.config for one in same})} "
+            f"| {min(registers)}-{max(registers)} | {min(shared):.0f}-{max(shared):.0f} "
+            f"| {sum(one.spilled > 0 for one in same)} | {instructions} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from regnet_fast.kernels.common import ARCHITECTURES
+
+    parser = argparse.ArgumentParser(prog="python -m bench.compilation", description="Kernels compiled without a GPU.")
+    parser.add_argument("--arch", nargs="+", type=int, choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=tuple(DTYPES))
+    parser.add_argument("--model", nargs="+", default=MODELS)
+    options = parser.parse_args(arguments)
+    made = compile_all(jobs(options.model, options.arch, options.dtype))
+    for one in made:
+        if one.fault:
+            print(
+                f"{one.job.kernel}, sm_{one.job.arch}, {one.job.dtype}, {one.job.config}: {one.fault}", file=sys.stderr
+            )
+    print(table(made))
+    return 1 if any(one.fault for one in made) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""What all kernels share: activations, alignment, and what an architecture offers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Shared memory that one program may use, by compute capability."""
+
+ARCHITECTURES = tuple(SHARED_BYTES)
+
+
+INTERPRETED = (90, 1)
+"""What the interpreter stands in for: an architecture, and one processor, so that tiles are large and programs few."""
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on a CPU."""
+    return knobs.runtime.interpret
+
+
+def machine(device: torch.device) -> tuple[int, int]:
+    """The compute capability whose limits hold for a device, the nearest known one that is not newer, and how many
+    processors it has.
+    """
+    if interpreting():
+        return INTERPRETED
+    found = torch.cuda.get_device_properties(device)
+    capability = 10 * found.major + found.minor
+    return max(known for known in ARCHITECTURES if known <= capability), found.multi_processor_count
+
+
+def limits(arch: int) -> dict[str, int]:
+    """Compiler options of an architecture: since sm_100 ptxas would rather spill a little than use its registers."""
+    return {"maxnreg": 255} if arch >= 100 else {}
+
+
+def new_output(size: tuple[int, ...], like: Tensor) -> Tensor:
+    """An uninitialised channels_last tensor for a kernel to write."""
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def unit(channels: int) -> int:
+    """The largest of 8, 4, 2, 1 that divides a number of channels.
+
+    A kernel gets `channels // unit` and multiplies again, which tells the compiler how far rows are aligned without a
+    specialisation for each width.
+    """
+    return next(size for size in (8, 4, 2, 1) if channels % size == 0)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies: float32 in full, unless torch's own convolutions may use TF32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """relu, silu or x itself, of float32; NaN stays."""
+    if ACTIVATION == "relu":
+        x = tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == "silu":
+        x = x / (1.0 + tl.exp(-x))
+    return x
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """float32 rounded to the nearest value of a dtype. The interpreter cuts bfloat16 off instead."""
+    if UPCAST and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """a @ b + accumulator. The interpreter multiplies bfloat16 wrongly, so that there both are widened first."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)

@@ -1,0 +1,109 @@
+"""Depthwise convolution, one filter for each channel, with bias, activation and parts of the channel means:
+
+    y[p, c] = activation(sum_tap x[q(p, tap), c] * weight[tap, c] + bias[c])
+
+There is no product of matrices in it: every thread sums the taps of its own channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import activate, interpreting, narrow, new_output, unit
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes in pixels of one image and channels."""
+
+    block_p: int
+    block_c: int
+    warps: int
+
+
+CONFIGS = tuple(Config(p, c, w) for p in (16, 32, 64) for c in (32, 64, 128) for w in (4, 8))
+"""The search space of the tuner."""
+
+
+def heuristic(channels: int) -> Config:
+    """A configuration that needs no measurement: 2048 elements."""
+    block_c = min(128, max(16, triton.next_power_of_2(channels)))
+    return Config(2048 // block_c, block_c, 4)
+
+
+@triton.jit
+def kernel(
+    x, weight, bias, y, partial, tiles, image_pixels, out_columns, height, columns, channel_units,
+    UNIT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PARTIAL: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): tile i of the pixels of one image, and tile j of the channels."""
+    channels = channel_units * UNIT
+    image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    pixels, cs = tile * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    top, left = (pixels // out_columns) * STRIDE_H - PAD_H, (pixels % out_columns) * STRIDE_W - PAD_W
+    x += image.to(tl.int64) * height * columns * channels
+    z = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for tap in tl.static_range(KH * KW):
+        ih, iw = top + (tap // KW) * DILATION_H, left + (tap % KW) * DILATION_W
+        seen = (ih >= 0) & (ih < height) & (iw >= 0) & (iw < columns) & (pixels < image_pixels)
+        inside = seen[:, None] & (cs < channels)[None, :]
+        a = tl.load(x + (ih * columns + iw)[:, None] * channels + cs[None, :], mask=inside, other=0.0)
+        w = tl.load(weight + tap * channels + cs, mask=cs < channels, other=0.0)
+        z += a.to(tl.float32) * w.to(tl.float32)[None, :]
+    if HAS_BIAS:
+        z += tl.load(bias + cs, mask=cs < channels, other=0.0)[None, :]
+    rounded = narrow(activate(z, ACTIVATION), y.dtype.element_ty, UPCAST)
+    inside = (pixels < image_pixels)[:, None] & (cs < channels)[None, :]
+    y += image.to(tl.int64) * image_pixels * channels
+    tl.store(y + pixels[:, None] * channels + cs[None, :], rounded, mask=inside)
+    if HAS_PARTIAL:
+        sums = tl.sum(tl.where(inside, rounded.to(tl.float32), 0.0), 0) / image_pixels
+        tl.store(partial + tl.program_id(0).to(tl.int64) * channels + cs, sums, mask=cs < channels)
+
+
+def packed_weight(weight: Tensor) -> Tensor:
+    """(C, 1, KH, KW) weights as (KH * KW, C)."""
+    return weight.flatten(1).t().contiguous()
+
+
+def depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    activation: str,
+    means: bool = False,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`activation(conv2d(x, weight, bias, ..., groups=C))`, and parts of its channel means where they are asked.
+
+    Arguments and results are those of `implicit_gemm.convolution`, with the weight as `packed_weight` makes it.
+    """
+    n, channels, height, width = x.shape
+    size = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
+    ]
+    pixels = size[0] * size[1]
+    y = new_output((n, channels, *size), x)
+    config = heuristic(channels) if config is None else config
+    tiles = triton.cdiv(pixels, config.block_p)
+    parts = torch.empty((n, tiles, channels), dtype=torch.float32, device=x.device) if means else None
+    kernel[n * tiles, triton.cdiv(channels, config.block_c)](
+        x, weight, bias, y, parts, tiles, pixels, size[1], height, width, channels // unit(channels),
+        UNIT=unit(channels), KH=kernel_size[0], KW=kernel_size[1], STRIDE_H=stride[0], STRIDE_W=stride[1],
+        PAD_H=padding[0], PAD_W=padding[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
+        ACTIVATION=activation, HAS_BIAS=bias is not None, HAS_PARTIAL=means, UPCAST=interpreting(),
+        BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
+    )  # fmt: skip
+    return y, parts

@@ -1,0 +1,176 @@
+"""Squeeze-excite from the parts of channel means to the gate:
+
+    gate[n, c] = sigmoid(sum_r fc2[c, r] * activation(sum_c' fc1[r, c'] * sum_t parts[n, t, c'] + bias1[r]) + bias2[c])
+
+One kernel where the weights are small enough for every program to read them all; two where they are not, so that many
+programs share them. Everything is float32; the gate leaves in the dtype of the feature map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import activate, interpreting, limits, machine, narrow
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes in images, channels and hidden channels; `whole` is one kernel for both products."""
+
+    block_i: int
+    block_c: int
+    block_r: int
+    warps: int
+    whole: bool
+
+
+def heuristic(channels: int, hidden: int) -> Config:
+    """A configuration that needs no measurement: one kernel up to 64 K weights a product."""
+    whole = channels * hidden <= 1 << 16 and hidden <= 256
+    block_r = max(16, triton.next_power_of_2(hidden)) if whole else 32
+    return Config(16, 64, block_r, 4 if block_r <= 64 else 8, whole)
+
+
+def config_supports(config: Config, hidden: int) -> str | None:
+    """Why a configuration cannot serve, or None."""
+    if config.whole and config.block_r < hidden:
+        return f"{config.block_r} hidden channels are computed at once, there are {hidden}"
+    return None
+
+
+@triton.jit
+def _hidden(
+    parts, fc1, bias1, image, rs, images, tiles, channels, hidden,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The hidden channels of some images: the parts are added in their order on the way."""
+    sums = tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
+    for start in range(0, channels, BLOCK_C):
+        cs = start + tl.arange(0, BLOCK_C)
+        known = (image < images)[:, None] & (cs < channels)[None, :]
+        means = tl.zeros((BLOCK_I, BLOCK_C), tl.float32)
+        for tile in range(0, tiles):
+            means += tl.load(parts + (image[:, None] * tiles + tile) * channels + cs[None, :], mask=known, other=0.0)
+        known = (rs < hidden)[:, None] & (cs < channels)[None, :]
+        w = tl.load(fc1 + rs[:, None] * channels + cs[None, :], mask=known, other=0.0)
+        sums = tl.dot(means, tl.trans(w), sums, input_precision=PRECISION)
+    return activate(sums + tl.load(bias1 + rs, mask=rs < hidden, other=0.0)[None, :], ACTIVATION)
+
+
+@triton.jit
+def whole_kernel(
+    parts, fc1, bias1, fc2, bias2, gate, images, tiles, channels, hidden,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Program i: the gates of some images."""
+    image, rs = (tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64), tl.arange(0, BLOCK_R)
+    h = _hidden(
+        parts, fc1, bias1, image, rs, images, tiles, channels, hidden, ACTIVATION, PRECISION, BLOCK_I, BLOCK_C, BLOCK_R
+    )
+    for start in range(0, channels, BLOCK_C):
+        cs = start + tl.arange(0, BLOCK_C)
+        known = (cs < channels)[:, None] & (rs < hidden)[None, :]
+        w = tl.load(fc2 + cs[:, None] * hidden + rs[None, :], mask=known, other=0.0)
+        z = tl.dot(h, tl.trans(w), input_precision=PRECISION)
+        z += tl.load(bias2 + cs, mask=cs < channels, other=0.0)[None, :]
+        known = (image < images)[:, None] & (cs < channels)[None, :]
+        tl.store(
+            gate + image[:, None] * channels + cs[None, :],
+            narrow(1 / (1 + tl.exp(-z)), gate.dtype.element_ty, UPCAST),
+            mask=known,
+        )
+
+
+@triton.jit
+def hidden_kernel(
+    parts, fc1, bias1, result, images, tiles, channels, hidden,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): some hidden channels of some images."""
+    image = (tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64)
+    rs = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    h = _hidden(
+        parts, fc1, bias1, image, rs, images, tiles, channels, hidden, ACTIVATION, PRECISION, BLOCK_I, BLOCK_C, BLOCK_R
+    )
+    tl.store(result + image[:, None] * hidden + rs[None, :], h, mask=(image < images)[:, None] & (rs < hidden)[None, :])
+
+
+@triton.jit
+def gate_kernel(
+    values, fc2, bias2, gate, images, channels, hidden,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): the gates of some images and channels."""
+    image = (tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64)
+    cs = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    z = tl.zeros((BLOCK_I, BLOCK_C), tl.float32)
+    for start in range(0, hidden, BLOCK_R):
+        rs = start + tl.arange(0, BLOCK_R)
+        known = (image < images)[:, None] & (rs < hidden)[None, :]
+        h = tl.load(values + image[:, None] * hidden + rs[None, :], mask=known, other=0.0)
+        known = (cs < channels)[:, None] & (rs < hidden)[None, :]
+        w = tl.load(fc2 + cs[:, None] * hidden + rs[None, :], mask=known, other=0.0)
+        z = tl.dot(h, tl.trans(w), z, input_precision=PRECISION)
+    z += tl.load(bias2 + cs, mask=cs < channels, other=0.0)[None, :]
+    known = (image < images)[:, None] & (cs < channels)[None, :]
+    tl.store(
+        gate + image[:, None] * channels + cs[None, :],
+        narrow(1 / (1 + tl.exp(-z)), gate.dtype.element_ty, UPCAST),
+        mask=known,
+    )
+
+
+def squeeze_excite(
+    parts: Tensor,
+    fc1: Tensor,
+    bias1: Tensor,
+    fc2: Tensor,
+    bias2: Tensor,
+    *,
+    activation: str = "relu",
+    dtype: torch.dtype = torch.float32,
+    config: Config | None = None,
+) -> Tensor:
+    """`sigmoid(linear(activation(linear(parts.sum(1), fc1, bias1)), fc2, bias2)).to(dtype)`.
+
+    Args:
+        parts: (N, T, C), contiguous, whose sum over T are the means.
+        fc1, bias1: (R, C) and (R).
+        fc2, bias2: (C, R) and (C); all of them float32 and contiguous.
+        config: by default that of `heuristic`.
+
+    Returns a new (N, C) tensor. Products in three TF32 steps, which keep float32's precision.
+    """
+    images, tiles, channels = parts.shape
+    hidden = fc1.shape[0]
+    config = heuristic(channels, hidden) if config is None else config
+    gate = torch.empty((images, channels), dtype=dtype, device=parts.device)
+    precision = {"PRECISION": "ieee" if interpreting() else "tf32x3"}
+    blocks = {"BLOCK_I": config.block_i, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r}
+    options = {"num_warps": config.warps, **limits(machine(parts.device)[0])}
+    rows = triton.cdiv(images, config.block_i)
+    if config.whole:
+        whole_kernel[rows,](
+            parts, fc1, bias1, fc2, bias2, gate, images, tiles, channels, hidden,
+            ACTIVATION=activation, UPCAST=interpreting(), **precision, **blocks, **options,
+        )  # fmt: skip
+        return gate
+    values = torch.empty((images, hidden), dtype=torch.float32, device=parts.device)
+    hidden_kernel[rows, triton.cdiv(hidden, config.block_r)](
+        parts, fc1, bias1, values, images, tiles, channels, hidden,
+        ACTIVATION=activation, **precision, **blocks, **options,
+    )  # fmt: skip
+    gate_kernel[rows, triton.cdiv(channels, config.block_c)](
+        values, fc2, bias2, gate, images, channels, hidden,
+        UPCAST=interpreting(), **precision, **blocks, **options,
+    )  # fmt: skip
+    return gate

@@ -1,0 +1,179 @@
+"""The backend `triton`: the kernels of kernels/, on a GPU since sm_80, or on a CPU in Triton's interpreter.
+
+Nothing of Triton is imported before it can serve.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from .problem import ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
+
+NAME = "triton"
+LABEL = "Triton"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MOST = 2**31 - 1  # of what kernels count in 32 bits
+
+
+def refuse(problem: Problem) -> str | None:
+    """Why there is no kernel for a problem, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; it comes with the CUDA builds of torch"
+    if problem.device == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton's kernels run on a GPU"
+    elif problem.device != "cuda":
+        return f"Triton's kernels do not run on the device {problem.device!r}"
+    elif torch.version.hip is not None:
+        return "this build of torch is for ROCm, which the kernels were not made for"
+    elif not torch.cuda.is_available():
+        return "there is no GPU here"
+    elif torch.cuda.get_device_capability() < (8, 0):
+        return "the kernels need a GPU of compute capability 8.0 or newer"
+    if problem.dtype not in _DTYPES:
+        return f"the kernels compute in float32, float16 and bfloat16, not in {problem.dtype}"
+    if isinstance(problem, ConvProblem):
+        return _refuse_conv(problem)
+    if isinstance(problem, NormActProblem) and problem.input_shape[0] * _area(problem.input_shape) > _MOST:
+        return "more than 2^31 pixels"
+    return None
+
+
+def _area(shape: tuple[int, int, int, int]) -> int:
+    return shape[2] * shape[3]
+
+
+def _refuse_conv(problem: ConvProblem) -> str | None:
+    n, c, h, w = problem.input_shape
+    if max(c * h * w, problem.output_shape[1] * _area(problem.output_shape)) > _MOST:
+        return "an image of more than 2^31 elements"
+    if n * max(h * w, _area(problem.output_shape)) > _MOST:
+        return "more than 2^31 pixels"
+    if problem.op == "pointwise_conv":
+        return None if problem.stride[0] == problem.stride[1] else "a 1x1 convolution with two different strides"
+    if problem.gate:
+        return "only 1x1 convolutions take a gate on their input"
+    width, out_width = c // problem.groups, problem.out_channels // problem.groups
+    if problem.groups > 1 and not _depthwise(problem) and (width % 4 or out_width % 4):
+        return f"groups of {width} and {out_width} channels: rows of a group would not be aligned"
+    if _depthwise(problem) and problem.residual:
+        return "a depthwise convolution with a residual"
+    return None
+
+
+def _depthwise(problem: ConvProblem) -> bool:
+    return problem.groups > 1 and problem.groups == problem.input_shape[1] == problem.out_channels
+
+
+def _on(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+class PointwiseConv:
+    """A 1x1 convolution bound to its weights: `run(x, gate, residual, consume, into_residual)`."""
+
+    label = LABEL
+
+    def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
+        from ..kernels.pointwise_conv import pointwise_conv
+
+        self.launch = pointwise_conv
+        self.weight = weight.flatten(1).contiguous()
+        self.bias = None if bias is None else bias.float()
+        self.stride, self.activation = problem.stride[0], problem.activation
+
+    def __call__(
+        self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool
+    ) -> Tensor:
+        gate = None if gate is None else gate.to(x.dtype).contiguous()
+        with _on(x):
+            return self.launch(
+                x, self.weight, self.bias, gate, residual, stride=self.stride, activation=self.activation
+            )
+
+
+class GroupedConv:
+    """Any other convolution bound to its weights: `run(x, gate, residual, consume, into_residual)`; gate is None."""
+
+    label = LABEL
+
+    def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
+        self.geometry = (problem.kernel, problem.stride, problem.padding, problem.dilation)
+        self.bias = None if bias is None else bias.float()
+        self.groups, self.activation = problem.groups, problem.activation
+        self.depthwise = _depthwise(problem)
+        if self.depthwise:
+            from ..kernels import depthwise_conv as kernels
+
+            self.launch = kernels.depthwise_conv
+        else:
+            from ..kernels import implicit_gemm as kernels
+
+            self.launch = kernels.convolution
+        self.weight = kernels.packed_weight(weight)
+
+    def __call__(
+        self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool
+    ) -> Tensor:
+        return self._run(x, residual, False)[0]
+
+    def with_parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The result, and (N, T, K) float32 parts whose sum over T are its channel means."""
+        return self._run(x, None, True)
+
+    def _run(self, x: Tensor, residual: Tensor | None, means: bool) -> tuple[Tensor, Tensor | None]:
+        with _on(x):
+            if self.depthwise:
+                return self.launch(x, self.weight, self.bias, *self.geometry, self.activation, means)
+            return self.launch(x, self.weight, self.bias, residual, *self.geometry, self.groups, self.activation, means)
+
+
+def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+    """The convolution bound to its weights: `run(x, gate, residual, consume, into_residual)`."""
+    return (PointwiseConv if problem.op == "pointwise_conv" else GroupedConv)(problem, weight, bias)
+
+
+class SqueezeExcite:
+    """The gate bound to its float32 weights: `run(parts, dtype)`, for the means or for parts of them."""
+
+    label = LABEL
+
+    def __init__(self, problem: SqueezeExciteProblem, *weights: Tensor):
+        from ..kernels.squeeze_excite import squeeze_excite
+
+        self.launch, self.weights = squeeze_excite, [t.contiguous() for t in weights]
+        self.activation = problem.activation
+
+    def __call__(self, means: Tensor) -> Tensor:
+        return self.from_parts(means[:, None], means.dtype)
+
+    def from_parts(self, parts: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gate in a dtype, from (N, T, C) parts whose sum over T are the means."""
+        with _on(parts):
+            return self.launch(parts.float().contiguous(), *self.weights, activation=self.activation, dtype=dtype)
+
+
+def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> Callable[[Tensor], Tensor]:
+    """The gate bound to its float32 weights: `run(means)`."""
+    return SqueezeExcite(problem, *weights)
+
+
+def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Callable[..., Tensor]:
+    """The affine map and activation bound to scale and shift: `run(x, gate, consume)`."""
+    from ..kernels.norm_act import norm_act
+
+    scale, shift = scale.float().contiguous(), shift.float().contiguous()
+
+    def run(x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:
+        with _on(x):
+            return norm_act(x, scale, shift, None if gate is None else gate.contiguous(), activation=problem.activation)
+
+    run.label = LABEL
+    return run

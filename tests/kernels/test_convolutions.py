@@ -1,0 +1,228 @@
+"""The convolution kernels in the interpreter against float64, every configuration, on shapes that fill no tile."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close_to_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from regnet_fast.backends import reference
+from regnet_fast.kernels import depthwise_conv, implicit_gemm, pointwise_conv
+from regnet_fast.kernels.pointwise_conv import Shape, config_supports
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ONE = ((1, 1), (1, 1))
+GROUP_WIDTHS = (4, 8, 16, 24, 40, 48, 56, 64, 112)
+
+
+def nhwc(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def judge(y, x, weight, bias, gate, residual, stride, padding, dilation, groups, activation):
+    """Our result against float64 and against plain torch in float32, rounded."""
+    geometry = (stride, padding, dilation, groups, activation)
+    gated = x if gate is None else (x.float() * gate.float()[:, :, None, None]).to(x.dtype)
+
+    def compute(dtype):
+        operands = [None if t is None else t.to(dtype) for t in (gated, weight, bias)]
+        return reference.conv(*operands, None, None if residual is None else residual.to(dtype), *geometry)
+
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_close_to_reference(y, compute(torch.float32).to(y.dtype), compute(torch.float64), "kernel", groups)
+
+
+def pointwise(guarded, n, c, h, w, k, dtype, stride=1, activation="none", gate=True, residual=True, bias=True, **more):
+    x, weight = nhwc(n, c, h, w, dtype=dtype), (torch.randn(k, c) / c**0.5).to(dtype)
+    bias = torch.randn(k) if bias else None
+    gate = torch.rand(n, c).to(dtype) if gate else None
+    size = ((h - 1) // stride + 1, (w - 1) // stride + 1)
+    residual = nhwc(n, k, *size, dtype=dtype) if residual else None
+    y = pointwise_conv.pointwise_conv(
+        *map(guarded, (x, weight, bias, gate, residual)), stride=stride, activation=activation, **more
+    )
+    judge(y, x, weight[:, :, None, None], bias, gate, residual, (stride, stride), (0, 0), (1, 1), 1, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize(
+    ("n", "c", "h", "w", "k", "stride"),
+    [(2, 24, 5, 7, 40, 1), (3, 72, 6, 5, 24, 2), (1, 300, 3, 3, 152, 1), (2, 8, 4, 4, 7, 1), (1, 3, 9, 8, 33, 2)],
+)
+def test_pointwise_conv(guarded, n, c, h, w, k, stride, activation, dtype):
+    pointwise(guarded, n, c, h, w, k, dtype, stride, activation)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_pointwise_conv_without_its_optional_operands(guarded, gate, residual, bias):
+    pointwise(guarded, 2, 40, 5, 3, 24, torch.float32, gate=gate, residual=residual, bias=bias)
+
+
+def pointwise_shape(config, dtype) -> dict:
+    """More pixels than a tile, channels that fill no tile; two images, so that tiles cross from one to the next."""
+    c = config.block_k - 3 if config.resident else config.block_k + 13
+    return {"n": 2, "c": c, "h": config.block_m // 2 + 15, "w": 1, "k": min(config.block_n + 5, 70), "dtype": dtype}
+
+
+def pointwise_fits(config, dtype) -> bool:
+    facts = pointwise_shape(config, dtype)
+    shape = Shape(facts["n"] * facts["h"], facts["c"], facts["k"], dtype.itemsize, True, True, 90, 1)
+    return config_supports(config, shape) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [(c, dtype) for c in pointwise_conv.CONFIGS for dtype in DTYPES[:2] if pointwise_fits(c, dtype)],
+    ids=str,
+)
+def test_every_configuration_of_pointwise_conv(guarded, config, dtype):
+    pointwise(guarded, **pointwise_shape(config, dtype), config=config)
+
+
+def test_a_configuration_that_does_not_fit_is_refused():
+    shape = Shape(100, 200, 64, 4, False, False, 86, 84)
+    too_large = pointwise_conv.Config(128, 64, 256, 4, 3, True)
+    assert "shared memory, sm_86 has" in config_supports(too_large, shape)
+    assert "128 channels of weights stay" in config_supports(pointwise_conv.Config(64, 64, 128, 4, 2, True), shape)
+    for arch in (80, 86, 89, 90, 100, 120):
+        for size in (2, 4):
+            for channels in (3, 24, 232, 1512, 7392):
+                for pixels in (49, 50000):
+                    shape = Shape(pixels, channels, channels, size, True, True, arch, 132)
+                    assert config_supports(pointwise_conv.heuristic(shape), shape) is None
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_any_pointwise_conv(data):
+    draw = data.draw
+    n, c, h, w, k = (draw(st.integers(1, most)) for most in (3, 80, 9, 9, 80))
+    pointwise(
+        lambda t: t, n, c, h, w, k, draw(st.sampled_from(DTYPES)), draw(st.sampled_from([1, 2])),
+        draw(st.sampled_from(["none", "relu", "silu"])), draw(st.booleans()), draw(st.booleans()), draw(st.booleans()),
+    )  # fmt: skip
+
+
+def convolve(guarded, n, c, h, w, k, groups, dtype, size, stride, padding, dilation, activation="relu", **more):
+    x = nhwc(n, c, h, w, dtype=dtype)
+    weight = (torch.randn(k, c // groups, *size) / (c // groups * size[0] * size[1]) ** 0.5).to(dtype)
+    bias, means = torch.randn(k), more.pop("means", False)
+    geometry = (stride, padding, dilation)
+    if groups == c == k and groups > 1:
+        packed = depthwise_conv.packed_weight(weight)
+        y, parts = depthwise_conv.depthwise_conv(
+            *map(guarded, (x, packed, bias)), size, *geometry, activation, means, **more
+        )
+        residual = None
+    else:
+        shape = F.conv2d(x.float(), weight.float(), None, *geometry, groups).shape
+        residual = None if means else nhwc(*shape, dtype=dtype)
+        packed = implicit_gemm.packed_weight(weight)
+        y, parts = implicit_gemm.convolution(
+            *map(guarded, (x, packed, bias, residual)), size, *geometry, groups, activation, means, **more
+        )
+    judge(y, x, weight, bias, None, residual, *geometry, groups, activation)
+    if means:
+        assert parts.dtype == torch.float32
+        torch.testing.assert_close(parts.sum(1), y.float().mean((2, 3)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("width", GROUP_WIDTHS)
+def test_grouped_conv(guarded, width, stride, dtype):
+    channels = 3 * width if width < 64 else 2 * width
+    convolve(guarded, 2, channels, 7, 5, channels, channels // width, dtype, (3, 3), (stride, stride), *ONE, means=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("c", "k", "size", "stride", "padding", "dilation"),
+    [
+        (3, 32, (3, 3), (2, 2), (1, 1), (1, 1)),
+        (3, 24, (7, 7), (2, 2), (3, 3), (1, 1)),
+        (64, 96, (3, 3), (1, 1), (1, 1), (1, 1)),
+        (20, 7, (3, 3), (1, 1), (2, 2), (2, 2)),
+        (9, 16, (1, 3), (1, 2), (0, 1), (1, 1)),
+        (16, 8, (1, 1), (2, 1), (0, 0), (1, 1)),
+    ],
+)
+@pytest.mark.parametrize("activation", ["none", "silu"])
+def test_dense_conv(guarded, c, k, size, stride, padding, dilation, activation, dtype):
+    convolve(guarded, 2, c, 11, 9, k, 1, dtype, size, stride, padding, dilation, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_dilated_groups(guarded, dilation, dtype):
+    convolve(guarded, 1, 48, 9, 9, 48, 2, dtype, (3, 3), (1, 1), (dilation,) * 2, (dilation,) * 2, "silu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [8, 37, 150])
+def test_depthwise_conv(guarded, channels, stride, dtype):
+    convolve(guarded, 2, channels, 9, 7, channels, channels, dtype, (3, 3), (stride, stride), *ONE, "silu", means=True)
+
+
+def implicit_gemm_fits(config, dtype) -> bool:
+    shape = implicit_gemm.Shape(300, 2, 24, 24, 9, dtype.itemsize, 90, 1)
+    return implicit_gemm.config_supports(config, shape) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [(c, dtype) for c in implicit_gemm.CONFIGS for dtype in DTYPES[:2] if implicit_gemm_fits(c, dtype)],
+    ids=str,
+)
+def test_every_configuration_of_implicit_gemm(guarded, config, dtype):
+    convolve(guarded, 1, 48, 15, 10, 48, 2, dtype, (3, 3), (1, 1), *ONE, means=True, config=config)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("config", depthwise_conv.CONFIGS, ids=str)
+def test_every_configuration_of_depthwise_conv(guarded, config, dtype):
+    convolve(guarded, 2, 40, 9, 9, 40, 40, dtype, (3, 3), (1, 1), *ONE, means=True, config=config)
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_any_convolution(data):
+    draw = data.draw
+    dtype = draw(st.sampled_from(DTYPES))
+    groups = draw(st.integers(1, 4))
+    width, out_width = (draw(st.integers(1, 40)) for _ in range(2))
+    size, dilation = draw(st.sampled_from([1, 3, 5])), draw(st.integers(1, 2))
+    h, w = (draw(st.integers(dilation * (size - 1) + 1, 12)) for _ in range(2))
+    padding = draw(st.integers(0, dilation * (size // 2)))
+    convolve(
+        lambda t: t, draw(st.integers(1, 2)), groups * width, h, w, groups * out_width, groups, dtype, (size, size),
+        (draw(st.integers(1, 2)),) * 2, (padding, padding), (dilation, dilation),
+        draw(st.sampled_from(["none", "silu"])), means=draw(st.booleans()),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_stay(dtype):
+    x = torch.zeros(1, 8, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    x[0, 0, 0, 0], x[0, 1, 2, 2] = float("nan"), float("inf")
+    weight = torch.eye(8, dtype=dtype)
+    y = pointwise_conv.pointwise_conv(x, weight, activation="relu")
+    assert y[0, :, 0, 0].isnan().all() and y[0, 1, 2, 2] == float("inf")
+    y, _ = implicit_gemm.convolution(
+        x,
+        implicit_gemm.packed_weight(weight[:, :, None, None]),
+        None,
+        None,
+        (1, 1),
+        *ONE[:1],
+        (0, 0),
+        (1, 1),
+        1,
+        "relu",
+    )
+    assert y[0, :, 0, 0].isnan().all()

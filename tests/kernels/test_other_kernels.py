@@ -1,0 +1,53 @@
+"""Squeeze-excite and norm_act in the interpreter against float64, every configuration."""
+
+import pytest
+import torch
+from helpers import assert_close_to_reference
+
+from regnet_fast.backends import reference
+from regnet_fast.kernels import norm_act, squeeze_excite
+from regnet_fast.kernels.squeeze_excite import Config
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize(
+    ("n", "tiles", "c", "r", "config"),
+    [
+        (1, 1, 24, 8, None),
+        (19, 3, 152, 38, None),
+        (2, 2, 104, 26, None),
+        (3, 1, 520, 140, None),
+        (5, 4, 72, 21, Config(16, 64, 32, 4, False)),
+        (17, 1, 40, 10, Config(16, 32, 16, 4, True)),
+    ],
+)
+def test_squeeze_excite(guarded, n, tiles, c, r, config, activation, dtype):
+    parts = torch.randn(n, tiles, c) / tiles
+    weights = torch.randn(r, c) / c**0.5, torch.randn(r), torch.randn(c, r) / r**0.5, torch.randn(c)
+    gate = squeeze_excite.squeeze_excite(
+        *map(guarded, (parts, *weights)), activation=activation, dtype=dtype, config=config
+    )
+    eager = reference.squeeze_excite(parts.sum(1), *weights, activation)
+    exact = reference.squeeze_excite(parts.double().sum(1), *(t.double() for t in weights), activation)
+    assert_close_to_reference(gate, eager.to(dtype), exact, "gate")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("config", [None, *norm_act.CONFIGS[::5]], ids=str)
+def test_norm_act(guarded, config, gated, activation, dtype):
+    n, c, h, w = 3, 52, 5, 7
+    x = torch.randn(n, c, h, w).to(dtype).contiguous(memory_format=torch.channels_last)
+    scale, shift, gate = torch.rand(c) + 0.5, torch.randn(c), torch.rand(n, c).to(dtype) if gated else None
+    y = norm_act.norm_act(*map(guarded, (x, scale, shift, gate)), activation=activation, config=config)
+
+    def compute(dtype):
+        column = scale.to(dtype) if gate is None else scale.to(dtype) * gate.to(dtype)
+        column = column[None] if column.dim() == 1 else column
+        return reference.activate(x.to(dtype) * column[:, :, None, None] + shift.to(dtype)[:, None, None], activation)
+
+    assert_close_to_reference(y, compute(torch.float32).to(dtype), compute(torch.float64), "norm_act")

@@ -1,0 +1,106 @@
+"""The backend `triton` forced in the interpreter: the public operations, blocks of every group width, whole models."""
+
+import pytest
+import torch
+from helpers import assert_close_to_reference
+from torch import nn
+
+import regnet_fast
+import regnet_fast.functional as R
+from regnet_fast.backends import BackendError, backend, select, triton
+from regnet_fast.verify import verify
+
+MODELS = ("regnetx_002", "regnety_002", "repvgg_a0", "resnetv2_18")
+MORE_MODELS = ("regnetz_005", "regnetz_b16", "regnetv_040", "repvgg_b1g4", "regnety_016", "resnetv2_50")
+
+
+def check(model: str, dtype: torch.dtype) -> None:
+    with backend("triton"):
+        found = verify(model, batch=1, size=32, dtype=dtype)
+    assert found.rebuilt and not found.kept
+    assert found.ok, "\n".join(f"{one.stage}: {one.failure}" for one in found.checks if not one.ok)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model", MODELS)
+def test_whole_models(model, dtype):
+    check(model, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("model", MORE_MODELS)
+def test_more_models(model, dtype):
+    check(model, dtype)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "channels_last", "sliced", "expanded"])
+def test_the_operation_takes_any_layout(layout):
+    x = torch.randn(3, 24, 6, 5)
+    x = {
+        "NCHW": x,
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "sliced": torch.randn(5, 27, 6, 7)[1:4, 2:26, :, 1:6],
+        "expanded": x[:1, :, :, :1].expand(x.shape),
+    }[layout]
+    weight, bias = torch.randn(40, 24, 1, 1), torch.randn(40)
+    with backend("triton"):
+        y = R.pointwise_conv(x, weight, bias, activation="relu")
+        groups, means = R.grouped_conv(x, torch.randn(24, 8, 3, 3), groups=3, means=True)
+    exact = R.pointwise_conv(x.double(), weight.double(), bias.double(), activation="relu")
+    eager = torch.relu(torch.nn.functional.conv2d(x, weight, bias))
+    assert_close_to_reference(y, eager, exact, layout)
+    torch.testing.assert_close(means, groups.mean((2, 3)))
+
+
+def test_what_no_kernel_computes_is_refused_with_the_reason():
+    x = torch.randn(1, 746, 3, 3)
+    with backend("triton"), pytest.raises(BackendError, match="groups of 373 and 373 channels"):
+        R.grouped_conv(x, torch.randn(746, 373, 3, 3), groups=2)
+    with backend("triton"), pytest.raises(BackendError, match=r"not in torch\.float64"):
+        R.pointwise_conv(x.double(), torch.randn(8, 746, 1, 1).double())
+    with backend("triton"):
+        assert R.pointwise_conv(x[:0], torch.randn(8, 746, 1, 1)).shape == (0, 8, 3, 3)
+
+
+def test_a_block_asks_the_kernel_for_the_parts_of_the_means(monkeypatch):
+    """RegNetY's block is four kernels, or five with a shortcut: no pass of its own for the means or the gate."""
+    model = regnet_fast.create_model("regnety_002").eval()
+    launched = []
+    for cls in (triton.PointwiseConv, triton.GroupedConv, triton.SqueezeExcite):
+        for name in ("__call__", "with_parts", "from_parts"):
+            if name in cls.__dict__:
+                before = getattr(cls, name)
+
+                def spy(self, *args, before=before, what=f"{cls.__name__}.{name}"):
+                    launched.append(what)
+                    return before(self, *args)
+
+                monkeypatch.setattr(cls, name, spy)
+    x = torch.randn(1, 24, 8, 8)
+    with backend("triton"), torch.no_grad():
+        model.s2.b1(x)
+        first = launched[:]
+        launched.clear()
+        model.s3.b2(torch.randn(1, 152, 4, 4))
+    assert first == [
+        *("PointwiseConv.__call__", "GroupedConv.with_parts", "SqueezeExcite.from_parts"),
+        *("PointwiseConv.__call__", "PointwiseConv.__call__"),
+    ]
+    assert launched == [
+        *("PointwiseConv.__call__", "GroupedConv.with_parts", "SqueezeExcite.from_parts", "PointwiseConv.__call__")
+    ]
+
+
+def test_auto_does_not_take_the_interpreter():
+    problem = R.pack_conv(torch.randn(8, 8, 1, 1)).problem(torch.randn(1, 8, 2, 2), False, False)
+    assert select(problem).name == "aten"
+
+
+def test_a_gradient_flows_through_forced_kernels():
+    conv = nn.Conv2d(16, 16, 1)
+    x = torch.randn(1, 16, 4, 4, requires_grad=True)
+    with backend("triton"):
+        R.pointwise_conv(x, conv.weight, conv.bias, activation="silu").sum().backward()
+    expected = torch.autograd.grad(torch.nn.functional.silu(conv(x)).sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected)

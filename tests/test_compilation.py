@@ -1,0 +1,43 @@
+"""The kernels compiled ahead of time, without a GPU: no spills, within shared memory, with matrix instructions."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bench import compilation
+
+INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("arch", INSTRUCTION)
+def test_kernels_compile(arch, dtype):
+    """Some of each kernel for the operations of models: narrow and wide, grouped, strided, stems, squeeze-excite."""
+    models, share = (["regnety_002"], 2) if arch != 90 else (["regnety_032", "resnetv2_50"], 4)
+    kinds: dict[str, list] = {}
+    for job in compilation.jobs(models, [arch], [dtype]):
+        kinds.setdefault(job.kernel, []).append(job)
+    assert {"pointwise_conv.resident_kernel", "implicit_gemm.kernel", "squeeze_excite.whole_kernel"} <= set(kinds)
+    for job in (job for jobs in kinds.values() for job in jobs[::share]):
+        made = compilation.compile_job(job)
+        assert not made.fault, f"{job}: {made.fault}"
+        assert made.instruction, f"{job}: multiplies without matrix instructions"
+        rows = dict(job.constants).get("BLOCK_M", 0)
+        if INSTRUCTION[arch] == "mma.sync" or (rows >= 64 and job.warps >= 4):
+            assert made.instruction == INSTRUCTION[arch], f"{job}: multiplies with {made.instruction}"
+
+
+def test_what_is_wrong_is_told():
+    job = compilation.jobs(["regnety_002"], [86], ["bfloat16"])[0]
+    assert compilation.Compiled(job, registers=255, spilled=8).fault == "spills 8 bytes"
+    assert "needs 200000 bytes" in compilation.Compiled(job, shared=200000).fault
+    assert not compilation.Compiled(job, registers=100, shared=1000, instruction="mma.sync").fault
+    broken = compilation.Job(job.kernel, 86, job.dtype, job.warps, job.arguments[:1], job.constants, job.config)
+    assert compilation.compile_job(broken).fault
+
+
+def test_every_operation_of_the_models_has_a_job():
+    jobs = compilation.jobs(compilation.MODELS, [90], ["bfloat16"])
+    assert len(jobs) == len(set(jobs)) > 400
+    widths = {dict(job.constants)["WIDTH"] for job in jobs if job.kernel == "implicit_gemm.kernel"}
+    assert {4, 8, 16, 24, 48, 56, 64, 112, 120, 232} <= widths
