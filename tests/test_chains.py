@@ -235,6 +235,17 @@ def test_a_batch_that_a_later_block_cannot_take_raises_what_timm_raises(narrow):
 
 
 @torch.no_grad()
+def test_parts_of_a_chain_that_ends_in_a_head(narrow):
+    theirs = timm.create_model("regnetx_002").eval()
+    randomize_bn(theirs, 0)
+    theirs = nn.Sequential(theirs.s4.b1, theirs.s4.b2, theirs.head)
+    ours = regnet_fast.rebuild(copy.deepcopy(theirs)).model
+    x = torch.randn(5, 152, 6, 6)
+    narrow(ours[0], x, 2)
+    close(ours(x), theirs(x))
+
+
+@torch.no_grad()
 def test_parts_are_counted(narrow):
     ours = randomized("regnety_002")
     whole = regnet_fast.explain(ours, (4, 3, 64, 64))
