@@ -18,7 +18,7 @@ from .problem import ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
 NAME = "triton"
 LABEL = "Triton"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MOST = 2**31 - 1  # of what kernels count in 32 bits
+_MOST = 2**31 - 2**16  # of what kernels count in 32 bits, with room for the last tile
 
 
 def refuse(problem: Problem) -> str | None:
@@ -41,7 +41,7 @@ def refuse(problem: Problem) -> str | None:
     if isinstance(problem, ConvProblem):
         return _refuse_conv(problem)
     if isinstance(problem, NormActProblem) and problem.input_shape[0] * _area(problem.input_shape) > _MOST:
-        return "more than 2^31 pixels"
+        return "too many pixels to count in 32 bits"
     return None
 
 
@@ -52,9 +52,9 @@ def _area(shape: tuple[int, int, int, int]) -> int:
 def _refuse_conv(problem: ConvProblem) -> str | None:
     n, c, h, w = problem.input_shape
     if max(c * h * w, problem.output_shape[1] * _area(problem.output_shape)) > _MOST:
-        return "an image of more than 2^31 elements"
+        return "an image of too many elements to count in 32 bits"
     if n * max(h * w, _area(problem.output_shape)) > _MOST:
-        return "more than 2^31 pixels"
+        return "too many pixels to count in 32 bits"
     if problem.op == "pointwise_conv":
         return None if problem.stride[0] == problem.stride[1] else "a 1x1 convolution with two different strides"
     if problem.gate:

@@ -1,5 +1,7 @@
 """The backend `triton` forced in the interpreter: the public operations, blocks of every group width, whole models."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import assert_close_to_reference
@@ -61,6 +63,15 @@ def test_what_no_kernel_computes_is_refused_with_the_reason():
         R.pointwise_conv(x.double(), torch.randn(8, 746, 1, 1).double())
     with backend("triton"):
         assert R.pointwise_conv(x[:0], torch.randn(8, 746, 1, 1)).shape == (0, 8, 3, 3)
+
+
+def test_what_cannot_be_counted_in_32_bits_is_refused():
+    conv = R.pack_conv(torch.randn(8, 8, 1, 1)).problem(torch.randn(1, 8, 2, 2), False, False)
+    grouped = dataclasses.replace(conv, op="grouped_conv", groups=2, kernel=(3, 3), padding=(1, 1))
+    for problem in (conv, grouped):
+        assert triton.refuse(dataclasses.replace(problem, input_shape=(2**17, 8, 96, 96))) is None
+        assert "too many pixels" in triton.refuse(dataclasses.replace(problem, input_shape=(2**18, 8, 96, 96)))
+        assert "too many elements" in triton.refuse(dataclasses.replace(problem, input_shape=(1, 8, 2**15, 2**14)))
 
 
 def test_a_block_asks_the_kernel_for_the_parts_of_the_means(monkeypatch):
