@@ -34,8 +34,10 @@ def faster(problem: ConvProblem) -> bool:
     ):
         return False
     tiles = n * ((h + 1) // 2) * ((w + 1) // 2)
-    least = 5e6 if h % 2 == w % 2 == 0 else 2e7  # an odd size leaves part of its last tiles unused
-    return min(c, p.out_channels) >= 128 and max(h, w) <= 32 and tiles * c * p.out_channels >= least
+    least = 1e7 if h % 2 == w % 2 == 0 else 4e7  # an odd size leaves part of its last tiles unused
+    transformed = 16 * tiles * max(c, p.out_channels) * p.dtype.itemsize
+    cached = max(h, w) <= 16 or (max(h, w) <= 32 and transformed <= 16e6)
+    return min(c, p.out_channels) >= 256 and cached and tiles * c * p.out_channels >= least
 
 
 def transformed_weights(weight: Tensor) -> Tensor:

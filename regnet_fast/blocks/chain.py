@@ -93,5 +93,8 @@ def parts(first: Plan, x: Tensor) -> int:
     """Into how many parts to cut the batch, so that the widest map of the first block, a stage's widest, fits."""
     if not x.is_cpu or x.shape[0] == 1:
         return 1
-    images = int(_BYTES_PER_THREAD * torch.get_num_threads() / (first.unbound.widest(*x.shape[1:]) * x.element_size()))
+    room = _BYTES_PER_THREAD * torch.get_num_threads()
+    if first.unbound.dense and x.element_size() == 2:
+        room *= 2  # arithmetic and not memory is short there, and it is faster on more images
+    images = int(room / (first.unbound.widest(*x.shape[1:]) * x.element_size()))
     return -(-x.shape[0] // (1 << max(images, 1).bit_length() - 1))

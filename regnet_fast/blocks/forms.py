@@ -21,10 +21,11 @@ from .units import ConvUnit, HostNormUnit, LinearUnit, NormActUnit, SqueezeExcit
 
 class Form:
     """What a block computes. `casts_input` says that the output's dtype under autocast does not depend on the
-    input's.
+    input's; `dense`, that nearly all of its work is dense convolutions of several taps.
     """
 
     casts_input: bool = True
+    dense: bool = False
 
     def units(self) -> dict[str, Unit]:
         """The units by field."""
@@ -168,6 +169,7 @@ class RepVgg(Form):
     squeeze_excite: SqueezeExciteUnit | None = None
     activation: str = "relu"
     casts_input: bool = True
+    dense: bool = True
 
     def run(self, x: Tensor, own: bool = False) -> Tensor:
         if self.squeeze_excite is None:
