@@ -215,7 +215,7 @@ def compile_job(job: Job) -> Compiled:
         made = triton.compile(
             ASTSource(kernel, signature, constants, aligned),
             target=GPUTarget("cuda", job.arch, 32),
-            options={"num_warps": job.warps, **kernels.common.limits(job.arch)},
+            options={"num_warps": job.warps, **kernels.common.LIMITS},
         )
     except Exception as error:
         return Compiled(job, error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}")

@@ -34,9 +34,8 @@ def machine(device: torch.device) -> tuple[int, int]:
     return max(known for known in ARCHITECTURES if known <= capability), found.multi_processor_count
 
 
-def limits(arch: int) -> dict[str, int]:
-    """Compiler options of an architecture: since sm_100 ptxas would rather spill a little than use its registers."""
-    return {"maxnreg": 255} if arch >= 100 else {}
+LIMITS = {"maxnreg": 255}
+"""A compiler option: left to itself, ptxas would rather spill a few bytes than use its registers."""
 
 
 def new_output(size: tuple[int, ...], like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import SHARED_BYTES, activate, dot, interpreting, limits, machine, narrow, new_output, precision, unit
+from .common import LIMITS, SHARED_BYTES, activate, dot, interpreting, machine, narrow, new_output, precision, unit
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ def heuristic(shape: Shape) -> Config:
     while tiles() < shape.processors and max(block_m, block_n) > 32:
         block_m, block_n = (block_m // 2, block_n) if block_m >= block_n else (block_m, block_n // 2)
     block_k = min(128 // shape.itemsize, max(16, triton.next_power_of_2(shape.width * shape.taps)))
+    if block_m < 64 <= block_n:
+        block_k //= 2  # the addresses of deeper tiles do not fit in the registers
     warps = 8 if block_m * block_n >= 128 * 128 else 4
     for stages in (4, 3, 2):
         config = Config(block_m, block_n, block_k, warps, stages)
@@ -219,6 +221,6 @@ def convolution(
         tiles, pixels, size[1], height, width, channels // unit(channels), out_channels // unit(out_channels),
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, HAS_PARTIAL=means,
         **constants(config, shape, kernel_size, stride, padding, dilation, activation, x.dtype),
-        num_warps=config.warps, **limits(shape.arch),
+        num_warps=config.warps, **LIMITS,
     )  # fmt: skip
     return y, parts

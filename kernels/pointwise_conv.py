@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import SHARED_BYTES, activate, dot, interpreting, limits, machine, narrow, new_output, precision, unit
+from .common import LIMITS, SHARED_BYTES, activate, dot, interpreting, machine, narrow, new_output, precision, unit
 
 
 @dataclass(frozen=True)
@@ -268,6 +268,6 @@ def pointwise_conv(
         channels // unit(channels), out_channels // unit(out_channels),
         HAS_BIAS=bias is not None,
         **constants(config, shape, stride, activation, x.dtype),
-        num_warps=config.warps, **limits(arch),
+        num_warps=config.warps, **LIMITS,
     )  # fmt: skip
     return y

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import activate, interpreting, limits, machine, narrow
+from .common import LIMITS, activate, interpreting, narrow
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def squeeze_excite(
     gate = torch.empty((images, channels), dtype=dtype, device=parts.device)
     precision = {"PRECISION": "ieee" if interpreting() else "tf32x3"}
     blocks = {"BLOCK_I": config.block_i, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r}
-    options = {"num_warps": config.warps, **limits(machine(parts.device)[0])}
+    options = {"num_warps": config.warps, **LIMITS}
     rows = triton.cdiv(images, config.block_i)
     if config.whole:
         whole_kernel[rows,](
