@@ -101,7 +101,8 @@ def heuristic(shape: Shape) -> Config:
     for share in (2, 1):
         for stages in (3, 2):
             for m, n in sizes:
-                config = Config(m, n, block_k, 4 if m * n < 128 * 128 else 8, stages, resident)
+                large = m * n >= 128 * 128 or (m >= 64 and block_k == 256)  # four warps would lack registers
+                config = Config(m, n, block_k, 8 if large else 4, stages, resident)
                 fits = config.shared_bytes(shape.itemsize, shape.gate, shape.residual) * share
                 if fits <= SHARED_BYTES[shape.arch]:
                     return config
