@@ -1,10 +1,10 @@
 """Every kernel compiled for every architecture, without a GPU: registers, spills, shared memory, matrix instructions.
 
-    python bench/compilation.py                         all architectures and dtypes, into docs/compiled.md
-    python bench/compilation.py --arch 90 --dtype bfloat16      only these, and nothing is written
+    python -m bench.compilation                                 all architectures and dtypes
+    python -m bench.compilation --arch 90 --dtype bfloat16      only these: the table of docs/kernels.md
 
-Exit status 1 where a kernel does not compile, spills, needs more shared memory than there is, or multiplies without the
-matrix instruction of its architecture.
+Exit status 1 where a kernel does not compile, spills, needs more shared memory than there is, or multiplies without
+matrix instructions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ BATCHES = (1, 256)
 PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "compiled.md"
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Compiled:
             return f"spills {self.spilled} bytes"
         if self.shared > SHARED_BYTES[self.job.arch]:
             return f"needs {self.shared} bytes of shared memory, there are {SHARED_BYTES[self.job.arch]}"
-        return ""
+        return "" if self.instruction else "multiplies without matrix instructions"
 
 
 def jobs(models: Sequence[str], archs: Sequence[int], dtypes: Sequence[str]) -> list[Job]:
