@@ -16,7 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LIMITS, SHARED_BYTES, activate, dot, interpreting, machine, narrow, new_output, precision, unit
+from .common import (
+    LIMITS,
+    SHARED_BYTES,
+    activate,
+    check_config,
+    dot,
+    interpreting,
+    machine,
+    narrow,
+    new_output,
+    precision,
+    unit,
+)
 
 
 @dataclass(frozen=True)
@@ -214,6 +226,7 @@ def convolution(
         n * pixels, groups, channels // groups, out_channels // groups, taps, x.element_size(), *machine(x.device)
     )
     config = heuristic(shape) if config is None else config
+    check_config(config_supports(config, shape))
     tiles = triton.cdiv(pixels, config.block_m)
     parts = torch.empty((n, tiles, out_channels), dtype=torch.float32, device=x.device) if means else None
     kernel[n * tiles, groups * triton.cdiv(shape.out_width, config.block_n)](

@@ -27,11 +27,6 @@ CONFIGS = tuple(Config(p, c, w) for p in (8, 16, 32, 64) for c in (32, 64, 128, 
 """The search space of the tuner."""
 
 
-def config_supports(config: Config, channels: int) -> str | None:
-    """Why a configuration cannot serve, or None: any can."""
-    return None
-
-
 def heuristic(channels: int) -> Config:
     """A configuration that needs no measurement: 4096 elements, as many channels of a pixel as there are."""
     block_c = min(256, max(16, triton.next_power_of_2(channels)))

@@ -17,7 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LIMITS, SHARED_BYTES, activate, dot, interpreting, machine, narrow, new_output, precision, unit
+from .common import (
+    LIMITS,
+    SHARED_BYTES,
+    activate,
+    check_config,
+    dot,
+    interpreting,
+    machine,
+    narrow,
+    new_output,
+    precision,
+    unit,
+)
 
 
 @dataclass(frozen=True)
@@ -258,6 +270,7 @@ def pointwise_conv(
         pixels, channels, out_channels, x.element_size(), gate is not None, residual is not None, arch, processors
     )
     config = heuristic(shape) if config is None else config
+    check_config(config_supports(config, shape))
     across, down = triton.cdiv(out_channels, config.block_n), triton.cdiv(pixels, config.block_m)
     if config.resident:
         kernel, grid = resident_kernel, (min(down, max(1, 2 * processors // across)), across)

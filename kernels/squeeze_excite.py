@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LIMITS, activate, interpreting, narrow
+from .common import LIMITS, activate, check_config, interpreting, narrow
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ def squeeze_excite(
     images, tiles, channels = parts.shape
     hidden = fc1.shape[0]
     config = heuristic(channels, hidden) if config is None else config
+    check_config(config_supports(config, hidden))
     gate = torch.empty((images, channels), dtype=dtype, device=parts.device)
     precision = {"PRECISION": "ieee" if interpreting() else "tf32x3"}
     blocks = {"BLOCK_I": config.block_i, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r}

@@ -5,7 +5,7 @@ import torch
 from helpers import assert_close_to_reference
 
 from regnet_fast.backends import reference
-from regnet_fast.kernels import norm_act, squeeze_excite
+from regnet_fast.kernels import norm_act, pointwise_conv, squeeze_excite
 from regnet_fast.kernels.squeeze_excite import Config
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,6 +33,15 @@ def test_squeeze_excite(guarded, n, tiles, c, r, config, activation, dtype):
     eager = reference.squeeze_excite(parts.sum(1), *weights, activation)
     exact = reference.squeeze_excite(parts.double().sum(1), *(t.double() for t in weights), activation)
     assert_close_to_reference(gate, eager.to(dtype), exact, "gate")
+
+
+def test_a_configuration_that_cannot_serve_raises():
+    weights = torch.randn(40, 72), torch.randn(40), torch.randn(72, 40), torch.randn(72)
+    with pytest.raises(ValueError, match="32 hidden channels are computed at once, there are 40"):
+        squeeze_excite.squeeze_excite(torch.randn(1, 1, 72), *weights, config=Config(16, 64, 32, 4, True))
+    x = torch.randn(1, 72, 2, 2).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="64 channels of weights stay, the layer has 72"):
+        pointwise_conv.pointwise_conv(x, weights[0], config=pointwise_conv.Config(64, 32, 64, 4, 2, True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
