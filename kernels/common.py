@@ -1,6 +1,11 @@
-"""What all kernels share: activations, alignment, and what an architecture offers."""
+"""What all kernels share: how they are launched, activations, alignment, and what an architecture offers."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 import triton
@@ -61,6 +66,28 @@ def unit(channels: int) -> int:
 def precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies: float32 in full, unless torch's own convolutions may use TF32."""
     return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+_listener: ContextVar[Callable[..., bool] | None] = ContextVar("regnet_fast_launches", default=None)
+
+
+@contextmanager
+def listening(listen: Callable[..., bool]) -> Iterator[None]:
+    """Call `listen(kernel, arguments)` for each launch inside the `with` block, in this thread or task alone, with the
+    kernel's arguments by name; the kernel runs only where that returns True.
+    """
+    token = _listener.set(listen)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """`kernel[grid](*arguments, **options)`, the one way in which kernels start."""
+    listen = _listener.get()
+    if listen is None or listen(kernel, {**dict(zip(kernel.arg_names, arguments, strict=False)), **options}):
+        kernel[grid](*arguments, **options)
 
 
 @triton.jit

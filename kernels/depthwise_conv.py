@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import activate, interpreting, narrow, new_output, unit
+from .common import activate, interpreting, launch, narrow, new_output, unit
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def depthwise_conv(
     config = heuristic(channels) if config is None else config
     tiles = triton.cdiv(pixels, config.block_p)
     parts = torch.empty((n, tiles, channels), dtype=torch.float32, device=x.device) if means else None
-    kernel[n * tiles, triton.cdiv(channels, config.block_c)](
+    launch(
+        kernel, (n * tiles, triton.cdiv(channels, config.block_c)),
         x, weight, bias, y, parts, tiles, pixels, size[1], height, width, channels // unit(channels),
         UNIT=unit(channels), KH=kernel_size[0], KW=kernel_size[1], STRIDE_H=stride[0], STRIDE_W=stride[1],
         PAD_H=padding[0], PAD_W=padding[1], DILATION_H=dilation[0], DILATION_W=dilation[1],

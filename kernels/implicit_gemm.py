@@ -23,6 +23,7 @@ from .common import (
     check_config,
     dot,
     interpreting,
+    launch,
     machine,
     narrow,
     new_output,
@@ -229,7 +230,9 @@ def convolution(
     check_config(config_supports(config, shape))
     tiles = triton.cdiv(pixels, config.block_m)
     parts = torch.empty((n, tiles, out_channels), dtype=torch.float32, device=x.device) if means else None
-    kernel[n * tiles, groups * triton.cdiv(shape.out_width, config.block_n)](
+    launch(
+        kernel,
+        (n * tiles, groups * triton.cdiv(shape.out_width, config.block_n)),
         x, weight, bias, residual, y, parts,
         tiles, pixels, size[1], height, width, channels // unit(channels), out_channels // unit(out_channels),
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, HAS_PARTIAL=means,

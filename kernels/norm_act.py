@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import activate, interpreting, narrow, new_output, unit
+from .common import activate, interpreting, launch, narrow, new_output, unit
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def norm_act(
     y = new_output((n, channels, height, width), x)
     config = heuristic(channels) if config is None else config
     pixels = n * height * width
-    kernel[triton.cdiv(pixels, config.block_p), triton.cdiv(channels, config.block_c)](
+    launch(
+        kernel, (triton.cdiv(pixels, config.block_p), triton.cdiv(channels, config.block_c)),
         x, scale, shift, gate, y, pixels, height * width, channels // unit(channels),
         UNIT=unit(channels), ACTIVATION=activation, HAS_GATE=gate is not None, UPCAST=interpreting(),
         BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,

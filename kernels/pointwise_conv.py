@@ -24,6 +24,7 @@ from .common import (
     check_config,
     dot,
     interpreting,
+    launch,
     machine,
     narrow,
     new_output,
@@ -276,8 +277,8 @@ def pointwise_conv(
         kernel, grid = resident_kernel, (min(down, max(1, 2 * processors // across)), across)
     else:
         kernel, grid = streamed_kernel, (down * across,)
-    kernel[grid](
-        x, weight, bias, gate, residual, y,
+    launch(
+        kernel, grid, x, weight, bias, gate, residual, y,
         pixels, out_height * out_width, out_width, height * width, width,
         channels // unit(channels), out_channels // unit(out_channels),
         HAS_BIAS=bias is not None,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LIMITS, activate, check_config, interpreting, narrow
+from .common import LIMITS, activate, check_config, interpreting, launch, narrow
 
 
 @dataclass(frozen=True)
@@ -160,17 +160,19 @@ def squeeze_excite(
     options = {"num_warps": config.warps, **LIMITS}
     rows = triton.cdiv(images, config.block_i)
     if config.whole:
-        whole_kernel[rows,](
-            parts, fc1, bias1, fc2, bias2, gate, images, tiles, channels, hidden,
+        launch(
+            whole_kernel, (rows,), parts, fc1, bias1, fc2, bias2, gate, images, tiles, channels, hidden,
             ACTIVATION=activation, UPCAST=interpreting(), **precision, **blocks, **options,
         )  # fmt: skip
         return gate
     values = torch.empty((images, hidden), dtype=torch.float32, device=parts.device)
-    hidden_kernel[rows, triton.cdiv(hidden, config.block_r)](
+    launch(
+        hidden_kernel, (rows, triton.cdiv(hidden, config.block_r)),
         parts, fc1, bias1, values, images, tiles, channels, hidden,
         ACTIVATION=activation, **precision, **blocks, **options,
     )  # fmt: skip
-    gate_kernel[rows, triton.cdiv(channels, config.block_c)](
+    launch(
+        gate_kernel, (rows, triton.cdiv(channels, config.block_c)),
         values, fc2, bias2, gate, images, channels, hidden,
         UPCAST=interpreting(), **precision, **blocks, **options,
     )  # fmt: skip
