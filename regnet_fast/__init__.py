@@ -21,6 +21,8 @@ _HOME = {
     "rebuild": "models",
     "restore": "models",
     "freeze": "models",
+    "graphed": "graphs",
+    "ungraphed": "graphs",
     "explain": "explanation",
     "backend": "backends",
     "BackendError": "backends",

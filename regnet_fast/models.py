@@ -20,6 +20,7 @@ from .blocks.chain import Chain
 from .blocks.fused import Fused
 from .blocks.fused import freeze as freeze_block
 from .blocks.units import Refused
+from .graphs import graphed
 from .hosts import timm as host
 
 __all__ = [
@@ -147,13 +148,16 @@ def create_model(
     scriptable: bool | None = None,
     exportable: bool | None = None,
     no_jit: bool | None = None,
+    *,
+    graph: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """`timm.create_model`, with the blocks of RegNet, RepVGG and ResNetV2 rebuilt fused.
 
     Arguments, defaults and errors are timm's. Beyond timm, `checkpoint_path` and an overlay's `file` also take original
     RepVGG checkpoints, and `checkpoint_path` deployed (reparameterised) ones. A model of another family, and any model
-    built with `scriptable` or `exportable` set, is exactly timm's.
+    built with `scriptable` or `exportable` set, is exactly timm's. `graph` runs its calls in evaluation as CUDA graphs,
+    as `regnet_fast.graphed` does.
     """
     overlay = weights.pretrained_overlay(pretrained_cfg_overlay) if pretrained else pretrained_cfg_overlay
     model = _create_model(
@@ -169,7 +173,7 @@ def create_model(
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or ""
     if in_family(architecture) and not scriptable and not exportable:
         rebuild(model)
-    return model
+    return graphed(model) if graph else model
 
 
 create_model.__wrapped__ = _create_model  # by which a second import finds timm's original under ours

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .fused import Fused, Plan, hooked, recorder
+from .fused import Fused, Plan, recorder
+from .watch import hooked
 
 _BYTES_PER_THREAD = 5e6
 """How large a map may be for the maps before and after it to be still in the cache when they are needed: measured on

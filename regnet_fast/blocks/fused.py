@@ -11,19 +11,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from operator import is_, itemgetter
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
-from torch.utils.hooks import RemovableHandle
 
 from ..backends import BackendError, forced_backend
 from .forms import Form
 from .units import ConvUnit, LinearUnit, Refused
+from .watch import Watch, global_hooks
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CONFIG = ("stride", "padding", "dilation", "groups", "padding_mode", "eps")
 _STATE = "_regnet_fast_plans"
 _FROZEN = "_regnet_fast_frozen"
 
@@ -35,11 +32,8 @@ class FallbackWarning(UserWarning):
     """A block that could run fused takes the host's own forward."""
 
 
-class Plan:
+class Plan(Watch):
     """A form bound to packed weights, and the facts it rests on; or the reason why there is none.
-
-    `current()` is the whole of cache invalidation: the structure below the block, the settings of its layers, hooks,
-    training flags, and the identity, memory and version of every parameter and buffer.
 
     Attributes: `form`, bound to packed weights, and `unbound`, over the live modules; `in_channels` of the input;
     `refusal`, set where there is no form; `differentiated`, whether a gradient was ever asked for; `frozen`, whether
@@ -47,87 +41,33 @@ class Plan:
     """
 
     def __init__(self, block: Fused, dtype: torch.dtype):
-        self.frozen = _FROZEN in block.__dict__
+        super().__init__(block)
+        self.frozen = block.is_frozen
         self.refusal: str | None = None
         self.form: Form | None = None
         self.unbound: Form | None = None
         self.in_channels: int | None = None
         self.differentiated = False
-        self._modules = list(block.modules())
-        self._states = [m.__dict__ for m in self._modules]
-        self._children = [state["_modules"] for state in self._states if state["_modules"]]
-        self._settings = [
-            (state, itemgetter(*names)) for state in self._states if (names := [n for n in _CONFIG if n in state])
-        ]
-        self._hooks_seen, self._hooked = RemovableHandle.next_id, any(hooked(m) for m in self._modules[1:])
-        self._structure = self._read_structure()
-        self._kept_children = [dict(children) for children in self._children]
-        tables = [table for m in self._modules for table in (m._parameters, m._buffers) if table]
-        self._tables = tables
-        self._held = [t for table in tables for t in table.values()]
-        self._tensors = [
-            t for table in tables for name, t in table.items() if t is not None and name != "num_batches_tracked"
-        ]
-        self.parameters = [t for t in self._tensors if isinstance(t, nn.Parameter)]
-        if any(t.is_inference() for t in self._tensors):
+        if self.blind:
             self.refusal = "its weights were made in inference mode, where changes to them cannot be seen"
-            self._tensors = []
-        self._versions = [t._version for t in self._tensors]
-        self._pointers = [t.data_ptr() for t in self._tensors]
-        if self.refusal is not None:
             return
         try:
             with torch.inference_mode(False), torch.no_grad():
                 unbound = block.fused_form()
-                _check_tensors(unbound, self._tensors, dtype)
+                _check_tensors(unbound, self.tensors, dtype)
                 self.form = unbound.bind(lambda unit: unit.pack(dtype))
                 self.unbound, self.in_channels = unbound, unbound.in_channels()
         except Refused as refusal:
             self.refusal = str(refusal)
 
-    def _read_structure(self) -> tuple[list, ...]:
-        """Class, mode and settings of every module below the block, and how many attributes each has: one that was
-        added
-        may be a replaced forward. The block's own attributes hold this plan and are not counted.
-        """
-        return (
-            [m.__class__ for m in self._modules],
-            [state["training"] for state in self._states],
-            [*map(len, self._states[1:])],
-            [get(state) for state, get in self._settings],
-        )
-
     def current(self) -> bool:
         """Whether everything that the plan rests on is as it was; a frozen plan is not looked at."""
-        if self.frozen:
-            return True
-        if RemovableHandle.next_id != self._hooks_seen or self._hooked:
-            seen = RemovableHandle.next_id
-            if any(hooked(m) for m in self._modules[1:]) != self._hooked:
-                return False
-            self._hooks_seen = seen
-        return (
-            self._children == self._kept_children
-            and self._read_structure() == self._structure
-            and self.tensors_current()
-        )
+        return self.frozen or super().current()
 
-    def tensors_current(self) -> bool:
-        """Whether every parameter and buffer is the one that was packed, unchanged."""
-        held = [t for table in self._tables for t in table.values()]
-        return (
-            len(held) == len(self._held)
-            and all(map(is_, held, self._held))
-            and [t._version for t in self._tensors] == self._versions
-            and [t.data_ptr() for t in self._tensors] == self._pointers
-        )
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether somebody listens to a module."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    def pin(self) -> tuple:
+        """What keeps the memory of the packed weights in use now from being freed, as long as it is held."""
+        units = [getattr(unit, "conv", unit) for unit in vars(self.form).values()]
+        return self, [unit._runs for unit in units if hasattr(unit, "_runs")]
 
 
 def _check_tensors(form: Form, tensors: list[Tensor], dtype: torch.dtype) -> None:
@@ -143,13 +83,15 @@ def _device_type(x: Tensor) -> str:
     return "cpu" if x.is_cpu else x.device.type
 
 
-def _global_hooks() -> bool:
-    return bool(
-        module_hooks._global_forward_hooks
-        or module_hooks._global_forward_pre_hooks
-        or module_hooks._global_backward_hooks
-        or module_hooks._global_backward_pre_hooks
-    )
+def transformed() -> str | None:
+    """What stands between a call and plain computation here, or None."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a dispatch mode or a functorch transform is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if global_hooks():
+        return "a global module hook is registered"
+    return None
 
 
 class Fused:
@@ -208,13 +150,7 @@ class Fused:
             return f"{x.dtype} is computed by the host's own forward"
         if torch._C._get_tracing_state() is not None:
             return "torch.jit.trace and the ONNX exporter record the host's own forward"
-        if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-            return "a dispatch mode or a functorch transform is active"
-        if torch.autograd.forward_ad._current_level >= 0:
-            return "forward-mode differentiation runs the host's own forward"
-        if _global_hooks():
-            return "a global module hook is registered"
-        return None
+        return transformed()
 
     def _plan(self, x: Tensor) -> tuple[Plan | None, Tensor, str | None]:
         """The current plan for an input, and the input in the plan's dtype; or the reason why there is none."""
@@ -278,6 +214,15 @@ class Fused:
         if not form.casts_input and torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         return form.run(x)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the user promised that nothing changes."""
+        return _FROZEN in self.__dict__
+
+    def pin(self) -> list[tuple]:
+        """What keeps the memory of the packed weights in use now from being freed, as long as it is held."""
+        return [plan.pin() for plan in self.__dict__.get(_STATE, {}).values() if plan.form is not None]
 
     def _forget(self) -> None:
         """Drop the packed weights, and with them the promise that nothing changes."""

@@ -1,0 +1,93 @@
+"""CUDA graphs on a real device: the numbers of the same model without one, streams, two models, and memory."""
+
+import copy
+
+import pytest
+import torch
+
+import regnet_fast
+
+MODELS = ("regnetx_002", "regnety_002", "regnetz_005", "regnetv_040", "repvgg_a0", "resnetv2_18")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
+
+
+def make(name, dtype=torch.float32):
+    return regnet_fast.create_model(name).eval().to("cuda", dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("name", MODELS)
+def test_same_numbers(name, backend, dtype):
+    model = make(name, dtype)
+    plain = copy.deepcopy(model)
+    regnet_fast.graphed(model)
+    with regnet_fast.backend(backend):
+        for batch in (1, 3, 1):
+            x = torch.randn(batch, 3, 96, 96, device="cuda", dtype=dtype)
+            torch.testing.assert_close(model(x), plain(x), rtol=1e-3, atol=1e-3)
+    assert len(model._compiled_call_impl) == 2 and model._compiled_call_impl.reason is None
+
+
+@torch.no_grad()
+def test_a_changed_weight_is_seen():
+    model = make("regnety_002")
+    x = torch.randn(2, 3, 96, 96, device="cuda")
+    regnet_fast.graphed(model)
+    before = model(x)
+    model.s2.b1.conv1.conv.weight.mul_(2)
+    after = model(x)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, copy.deepcopy(model)(x), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_two_models_on_two_streams():
+    models = [make("regnety_002"), make("regnetx_002")]
+    plain = [copy.deepcopy(model) for model in models]
+    for model in models:
+        regnet_fast.graphed(model)
+    inputs = [torch.randn(4, 3, 96, 96, device="cuda") for _ in range(16)]
+    expected = [[model(x) for x in inputs] for model in plain]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    found = [[], []]
+    for i, x in enumerate(inputs):  # each model is called from every stream, without waiting in between
+        for j, model in enumerate(models):
+            with torch.cuda.stream(streams[(i + j) % len(streams)]):
+                found[j].append(model(x))
+    torch.cuda.synchronize()
+    for ours, theirs in zip(found, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_memory_is_freed():
+    model = make("regnety_002")
+    x = torch.randn(64, 3, 224, 224, device="cuda")
+    model(x)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    regnet_fast.graphed(model, x)
+    assert torch.cuda.memory_reserved() > before
+    regnet_fast.ungraphed(model)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + (2 << 20)
+
+
+@torch.no_grad()
+def test_what_no_graph_holds_runs_as_ever():
+    class Synchronises(torch.nn.Module):
+        def forward(self, x):
+            return x * x.sum().item()
+
+    model = Synchronises().cuda().eval()
+    x = torch.randn(4, device="cuda")
+    regnet_fast.graphed(model)
+    with pytest.warns(regnet_fast.FallbackWarning, match="cannot be recorded"):
+        torch.testing.assert_close(model(x), x * x.sum())
+    torch.testing.assert_close(model(x + 1), (x + 1) * (x + 1).sum())
