@@ -90,11 +90,16 @@ def jobs(models: Sequence[str], archs: Sequence[int], dtypes: Sequence[str]) -> 
 
 
 def _pointwise(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:
-    """A 1x1 convolution as it is, with a residual, and with a gate and a residual."""
+    """A 1x1 convolution as it is, with a residual, and with a gate and a residual; in pre-activation models of what it
+    normalises itself.
+    """
     from regnet_fast.kernels import pointwise_conv as kernels
 
     integers = ("pixels", "out_area", "out_width", "in_area", "in_width", "channel_units", "out_units")
-    for gate, residual in ((False, False), (False, True), (True, True)):
+    forms = [(False, False, None, None), (False, True, None, None), (True, True, None, None)]
+    if any(model.startswith(("regnetv", "resnetv2")) for model in operation["models"]):
+        forms += [(False, False, "relu", None), (False, True, None, "relu"), (True, True, "relu", "relu")]
+    for gate, residual, norm, residual_norm in forms:
         if operation["stride"] > 1 and residual:
             continue  # only shortcuts have a stride
         pixels = batch * operation["hw"] ** 2
@@ -104,15 +109,19 @@ def _pointwise(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> 
         refusal = kernels.config_supports(config, shape)
         assert refusal is None, f"{shape}: {config}: {refusal}"
         constants = kernels.constants(config, shape, operation["stride"], operation["activation"], DTYPES[dtype])
-        constants |= {"HAS_BIAS": True, "UPCAST": False}
+        constants |= {"HAS_BIAS": True, "UPCAST": False, "NORM": norm, "RESIDUAL_NORM": residual_norm}
         pointers = {"x": dtype, "weight": dtype, "bias": "float32", "y": dtype}
         pointers |= {name: dtype for name, there in (("gate", gate), ("residual", residual)) if there}
+        pointers |= dict.fromkeys(("scale", "shift"), "float32") if norm else {}
+        pointers |= dict.fromkeys(("residual_scale", "residual_shift"), "float32") if residual_norm else {}
         form = "resident" if config.resident else "streamed"
         yield _job(f"pointwise_conv.{form}_kernel", config, arch, dtype, pointers, integers, constants)
 
 
 def _convolution(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:
-    """Any other convolution: as it is, with parts of its means where it has groups, with a residual where not."""
+    """Any other convolution: as it is, with parts of its means where it has groups, with a residual where not; on
+    images in both layouts.
+    """
     size, groups = operation["kernel"], operation["groups"]
     geometry = [(size, size), (operation["stride"],) * 2, (operation["dilation"] * (size // 2),) * 2]
     geometry.append((operation["dilation"],) * 2)
@@ -129,9 +138,10 @@ def _convolution(operation: dict[str, Any], batch: int, arch: int, dtype: str) -
     config = kernels.heuristic(shape)
     refusal = kernels.config_supports(config, shape)
     assert refusal is None, f"{shape}: {config}: {refusal}"
-    for more in (False, True):
+    image = operation["in"] == 3
+    for more, channels_first in ((False, False), (True, False), *([(False, True)] if image else [])):
         constants = kernels.constants(config, shape, *geometry, operation["activation"], DTYPES[dtype])
-        constants |= {"HAS_BIAS": True, "UPCAST": False}
+        constants |= {"HAS_BIAS": True, "UPCAST": False, "CHANNELS_FIRST": channels_first}
         constants |= {"HAS_PARTIAL": more and groups > 1, "HAS_RESIDUAL": more and groups == 1}
         pointers = {"x": dtype, "weight": dtype, "bias": "float32", "y": dtype}
         pointers |= {"partial": "float32"} if constants["HAS_PARTIAL"] else {}

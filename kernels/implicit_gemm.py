@@ -108,7 +108,8 @@ def kernel(
     UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_PARTIAL: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr, ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_PARTIAL: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -119,9 +120,12 @@ def kernel(
     group, first = tl.program_id(1) // across, (tl.program_id(1) % across) * BLOCK_N
     pixels, ns = tile * BLOCK_M + tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_N)
     top, left = (pixels // out_columns) * STRIDE_H - PAD_H, (pixels % out_columns) * STRIDE_W - PAD_W
-    x += image.to(tl.int64) * height * columns * channels + group * WIDTH
+    pixel_step, channel_step = channels, 1
+    if CHANNELS_FIRST:
+        pixel_step, channel_step = 1, height * columns
+    x += image.to(tl.int64) * height * columns * channels + group * WIDTH * channel_step
     weight += (group * OUT_WIDTH).to(tl.int64) * (KH * KW * WIDTH)
-    corners = (top * columns + left) * channels
+    corners = (top * columns + left) * pixel_step
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(0, KH * KW * WIDTH, BLOCK_K, num_stages=STAGES):
         ks = start + tl.arange(0, BLOCK_K)
@@ -130,7 +134,8 @@ def kernel(
         ih, iw = top[:, None] + down[None, :], left[:, None] + right[None, :]
         inside = (ih >= 0) & (ih < height) & (iw >= 0) & (iw < columns)
         inside = inside & (pixels < image_pixels)[:, None] & (ks < KH * KW * WIDTH)[None, :]
-        a = tl.load(x + corners[:, None] + ((down * columns + right) * channels + c)[None, :], mask=inside, other=0.0)
+        steps = (down * columns + right) * pixel_step + c * channel_step
+        a = tl.load(x + corners[:, None] + steps[None, :], mask=inside, other=0.0)
         known = (ns < OUT_WIDTH)[:, None] & (ks < KH * KW * WIDTH)[None, :]
         b = tl.load(weight + ns[:, None] * (KH * KW * WIDTH) + ks[None, :], mask=known, other=0.0)
         accumulator = dot(a, tl.trans(b), accumulator, PRECISION, UPCAST)
@@ -165,7 +170,7 @@ def constants(
     activation: str,
     dtype: torch.dtype,
 ) -> dict:
-    """The compile-time arguments, but for which optional tensors are there."""
+    """The compile-time arguments, but for x's layout and which optional tensors are there."""
     return {
         "UNIT": unit(shape.groups * shape.width),
         "OUT_UNIT": unit(shape.groups * shape.out_width),
@@ -206,7 +211,7 @@ def convolution(
     """`activation(conv2d(x, weight, bias, ...) + residual)`, and parts of its channel means where they are asked.
 
     Args:
-        x: (N, C, H, W), channels_last; float32, float16 or bfloat16.
+        x: (N, C, H, W), channels_last or contiguous, as images come; float32, float16 or bfloat16.
         weight: as `packed_weight` makes it, of x's dtype.
         bias: (K), float32.
         residual: (N, K, OH, OW), channels_last, of x's dtype.
@@ -235,6 +240,7 @@ def convolution(
         (n * tiles, groups * triton.cdiv(shape.out_width, config.block_n)),
         x, weight, bias, residual, y, parts,
         tiles, pixels, size[1], height, width, channels // unit(channels), out_channels // unit(out_channels),
+        CHANNELS_FIRST=not x.is_contiguous(memory_format=torch.channels_last),
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, HAS_PARTIAL=means,
         **constants(config, shape, kernel_size, stride, padding, dilation, activation, x.dtype),
         num_warps=config.warps, **LIMITS,

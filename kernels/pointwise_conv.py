@@ -2,7 +2,8 @@
 
     y[p, k] = activation(sum_c x[q(p), c] * gate[image(p), c] * weight[k, c] + bias[k] + residual[p, k])
 
-p counts the output's pixels and q(p) is the input's pixel that a stride picks for it.
+p counts the output's pixels and q(p) is the input's pixel that a stride picks for it. x and the residual may be
+normalised as they are read: with a scale and a shift for each channel, and an activation.
 
 Two forms. *Resident*: few input channels, so that a tile of the weights has all of them; a program keeps it and walks
 over tiles of pixels. *Streamed*: a program computes one tile of the output and walks over the input channels.
@@ -31,6 +32,11 @@ from .common import (
     precision,
     unit,
 )
+
+Affine = tuple[Tensor, Tensor, str]
+"""Scale and shift of each channel, and the activation after them."""
+
+_NO_NORM = (None, None, None)
 
 
 @dataclass(frozen=True)
@@ -134,18 +140,27 @@ def _input_rows(rows, out_area, out_width, in_area, in_width, STRIDE: tl.constex
 
 @triton.jit
 def _load_x(
-    x, gate, rows, in_rows, ks, pixels, channels, out_area,
-    HAS_GATE: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr,
+    x, gate, scale, shift, rows, in_rows, ks, pixels, channels, out_area,
+    HAS_GATE: tl.constexpr, NORM: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A tile of x, gated and rounded as the host's own gated map would be."""
+    """A tile of x, gated, normalised and rounded as the host's own map would be. NORM is the activation after the
+    normalisation, or None.
+    """
     inside = (rows < pixels)[:, None]
     if not EVEN_K:
         inside = inside & (ks < channels)[None, :]
     a = tl.load(x + in_rows[:, None] * channels + ks[None, :], mask=inside, other=0.0)
     if HAS_GATE:
         image = (rows // out_area).to(tl.int64)
-        g = tl.load(gate + image[:, None] * channels + ks[None, :], mask=inside, other=0.0)
-        a = narrow(a.to(tl.float32) * g.to(tl.float32), x.dtype.element_ty, UPCAST)
+        g = tl.load(gate + image[:, None] * channels + ks[None, :], mask=inside, other=0.0).to(tl.float32)
+    if NORM is not None:
+        s = tl.load(scale + ks, mask=ks < channels, other=0.0)[None, :]
+        if HAS_GATE:
+            s = s * g
+        z = a.to(tl.float32) * s + tl.load(shift + ks, mask=ks < channels, other=0.0)[None, :]
+        a = narrow(activate(z, NORM), x.dtype.element_ty, UPCAST)
+    elif HAS_GATE:
+        a = narrow(a.to(tl.float32) * g, x.dtype.element_ty, UPCAST)
     return a
 
 
@@ -159,8 +174,9 @@ def _load_weight(weight, ns, ks, channels, out_channels, EVEN_K: tl.constexpr):
 
 @triton.jit
 def _finish(
-    accumulator, bias, residual, y, rows, ns, pixels, out_channels,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr,
+    accumulator, bias, residual, residual_scale, residual_shift, y, rows, ns, pixels, out_channels,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, RESIDUAL_NORM: tl.constexpr, ACTIVATION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Bias, residual, activation, and the tile's way to memory."""
     if HAS_BIAS:
@@ -168,16 +184,22 @@ def _finish(
     offsets = rows.to(tl.int64)[:, None] * out_channels + ns[None, :]
     inside = (rows < pixels)[:, None] & (ns < out_channels)[None, :]
     if HAS_RESIDUAL:
-        accumulator += tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
+        r = tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
+        if RESIDUAL_NORM is not None:
+            r = r * tl.load(residual_scale + ns, mask=ns < out_channels, other=0.0)[None, :]
+            r += tl.load(residual_shift + ns, mask=ns < out_channels, other=0.0)[None, :]
+            r = narrow(activate(r, RESIDUAL_NORM), y.dtype.element_ty, UPCAST).to(tl.float32)
+        accumulator += r
     tl.store(y + offsets, narrow(activate(accumulator, ACTIVATION), y.dtype.element_ty, UPCAST), mask=inside)
 
 
 @triton.jit
 def resident_kernel(
-    x, weight, bias, gate, residual, y,
+    x, weight, bias, gate, scale, shift, residual, residual_scale, residual_shift, y,
     pixels, out_area, out_width, in_area, in_width, channel_units, out_units,
     UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, RESIDUAL_NORM: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -188,19 +210,23 @@ def resident_kernel(
     for tile in tl.range(tl.program_id(0), tl.cdiv(pixels, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         in_rows = _input_rows(rows, out_area, out_width, in_area, in_width, STRIDE)
-        a = _load_x(x, gate, rows, in_rows, ks, pixels, channels, out_area, HAS_GATE, EVEN_K, UPCAST)
+        a = _load_x(
+            x, gate, scale, shift, rows, in_rows, ks, pixels, channels, out_area, HAS_GATE, NORM, EVEN_K, UPCAST
+        )
         accumulator = dot(a, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION, UPCAST)
         _finish(
-            accumulator, bias, residual, y, rows, ns, pixels, out_channels, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, UPCAST
-        )
+            accumulator, bias, residual, residual_scale, residual_shift, y, rows, ns, pixels, out_channels,
+            HAS_BIAS, HAS_RESIDUAL, RESIDUAL_NORM, ACTIVATION, UPCAST,
+        )  # fmt: skip
 
 
 @triton.jit
 def streamed_kernel(
-    x, weight, bias, gate, residual, y,
+    x, weight, bias, gate, scale, shift, residual, residual_scale, residual_shift, y,
     pixels, out_area, out_width, in_area, in_width, channel_units, out_units,
     UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, RESIDUAL_NORM: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -213,14 +239,19 @@ def streamed_kernel(
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(0, channels, BLOCK_K, num_stages=STAGES):
         ks = start + tl.arange(0, BLOCK_K)
-        a = _load_x(x, gate, rows, in_rows, ks, pixels, channels, out_area, HAS_GATE, EVEN_K, UPCAST)
+        a = _load_x(
+            x, gate, scale, shift, rows, in_rows, ks, pixels, channels, out_area, HAS_GATE, NORM, EVEN_K, UPCAST
+        )
         b = tl.trans(_load_weight(weight, ns, ks, channels, out_channels, EVEN_K))
         accumulator = dot(a, b, accumulator, PRECISION, UPCAST)
-    _finish(accumulator, bias, residual, y, rows, ns, pixels, out_channels, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, UPCAST)
+    _finish(
+        accumulator, bias, residual, residual_scale, residual_shift, y, rows, ns, pixels, out_channels,
+        HAS_BIAS, HAS_RESIDUAL, RESIDUAL_NORM, ACTIVATION, UPCAST,
+    )  # fmt: skip
 
 
 def constants(config: Config, shape: Shape, stride: int, activation: str, dtype: torch.dtype) -> dict:
-    """The compile-time arguments, but for `HAS_BIAS`."""
+    """The compile-time arguments, but for `HAS_BIAS`, `NORM` and `RESIDUAL_NORM`."""
     return {
         "HAS_GATE": shape.gate,
         "HAS_RESIDUAL": shape.residual,
@@ -245,11 +276,13 @@ def pointwise_conv(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
     *,
+    norm: Affine | None = None,
+    residual_norm: Affine | None = None,
     stride: int = 1,
     activation: str = "none",
     config: Config | None = None,
 ) -> Tensor:
-    """`activation(conv2d(x * gate, weight, bias, stride) + residual)` for a 1x1 convolution.
+    """`activation(conv2d(norm(x * gate), weight, bias, stride) + residual_norm(residual))` for a 1x1 convolution.
 
     Args:
         x: (N, C, H, W), channels_last; float32, float16 or bfloat16.
@@ -257,6 +290,8 @@ def pointwise_conv(
         bias: (K), float32.
         gate: (N, C), contiguous, of x's dtype.
         residual: (N, K, OH, OW), channels_last, of x's dtype.
+        norm, residual_norm: scale and shift, (C) or (K) and float32, and the activation after them. What they make is
+            rounded to x's dtype.
         config: by default that of `heuristic`.
 
     Returns a new (N, K, OH, OW) tensor in channels_last. Sums in float32.
@@ -278,10 +313,11 @@ def pointwise_conv(
     else:
         kernel, grid = streamed_kernel, (down * across,)
     launch(
-        kernel, grid, x, weight, bias, gate, residual, y,
+        kernel, grid,
+        x, weight, bias, gate, *(norm or _NO_NORM)[:2], residual, *(residual_norm or _NO_NORM)[:2], y,
         pixels, out_height * out_width, out_width, height * width, width,
         channels // unit(channels), out_channels // unit(out_channels),
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=bias is not None, NORM=(norm or _NO_NORM)[2], RESIDUAL_NORM=(residual_norm or _NO_NORM)[2],
         **constants(config, shape, stride, activation, x.dtype),
         num_warps=config.warps, **LIMITS,
     )  # fmt: skip

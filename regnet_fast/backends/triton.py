@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from .deferred import Deferred, computed
 from .problem import ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
 
 NAME = "triton"
@@ -77,9 +78,13 @@ def _on(x: Tensor) -> AbstractContextManager:
 
 
 class PointwiseConv:
-    """A 1x1 convolution bound to its weights: `run(x, gate, residual, consume, into_residual)`."""
+    """A 1x1 convolution bound to its weights: `run(x, gate, residual, consume, into_residual)`.
+
+    It normalises a deferred x and a deferred residual as it reads them.
+    """
 
     label = LABEL
+    takes_deferred = True
 
     def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
         from ..kernels.pointwise_conv import pointwise_conv
@@ -90,17 +95,31 @@ class PointwiseConv:
         self.stride, self.activation = problem.stride[0], problem.activation
 
     def __call__(
-        self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool
+        self,
+        x: Tensor | Deferred,
+        gate: Tensor | None,
+        residual: Tensor | Deferred | None,
+        consume: bool,
+        into_residual: bool,
     ) -> Tensor:
+        norms = {}
+        if x.__class__ is Deferred:
+            norms["norm"], x, gate = x.run.affine, x.x, x.gate
+        if residual.__class__ is Deferred:
+            if residual.gate is None:
+                norms["residual_norm"], residual = residual.run.affine, residual.x
+            residual = computed(residual)
         gate = None if gate is None else gate.to(x.dtype).contiguous()
+        options = {"stride": self.stride, "activation": self.activation, **norms}
         with _on(x):
-            return self.launch(
-                x, self.weight, self.bias, gate, residual, stride=self.stride, activation=self.activation
-            )
+            return self.launch(x, self.weight, self.bias, gate, residual, **options)
 
 
 class GroupedConv:
-    """Any other convolution bound to its weights: `run(x, gate, residual, consume, into_residual)`; gate is None."""
+    """Any other convolution bound to its weights: `run(x, gate, residual, consume, into_residual)`; gate is None.
+
+    Attributes: `any_layout`, whether x may be contiguous instead of channels_last.
+    """
 
     label = LABEL
 
@@ -109,6 +128,7 @@ class GroupedConv:
         self.bias = None if bias is None else bias.float()
         self.groups, self.activation = problem.groups, problem.activation
         self.depthwise = _depthwise(problem)
+        self.any_layout = not self.depthwise
         if self.depthwise:
             from ..kernels import depthwise_conv as kernels
 
@@ -165,15 +185,27 @@ def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> C
     return SqueezeExcite(problem, *weights)
 
 
+class NormAct:
+    """The affine map and activation bound to scale and shift: `run(x, gate, consume)`.
+
+    Attributes: `affine`, scale, shift and activation, with which convolutions compute it as they read x.
+    """
+
+    label = LABEL
+
+    def __init__(self, problem: NormActProblem, scale: Tensor, shift: Tensor):
+        from ..kernels.norm_act import norm_act
+
+        self.launch = norm_act
+        self.affine = (scale.float().contiguous(), shift.float().contiguous(), problem.activation)
+
+    def __call__(self, x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:
+        scale, shift, activation = self.affine
+        gate = None if gate is None else gate.contiguous()
+        with _on(x):
+            return self.launch(x, scale, shift, gate, activation=activation)
+
+
 def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Callable[..., Tensor]:
     """The affine map and activation bound to scale and shift: `run(x, gate, consume)`."""
-    from ..kernels.norm_act import norm_act
-
-    scale, shift = scale.float().contiguous(), shift.float().contiguous()
-
-    def run(x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:
-        with _on(x):
-            return norm_act(x, scale, shift, None if gate is None else gate.contiguous(), activation=problem.activation)
-
-    run.label = LABEL
-    return run
+    return NormAct(problem, scale, shift)

@@ -3,7 +3,8 @@
     unit  = convolution -> normalisation -> activation
     block = unit(1x1) -> unit(3x3, grouped) -> [squeeze-excite] -> unit(1x1) (+ shortcut) -> activation
 
-A form holds units, or their packed versions after `bind`; `run(x)` is the same code for both. x is channels_last.
+A form holds units, or their packed versions after `bind`; `run(x)` is the same code for both. Packed versions take x as
+`laid_out` gives it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from ..backends.deferred import computed
 from ..backends.reference import activate
 from ..ops.convolution import pixel_means
 from .units import ConvUnit, HostNormUnit, LinearUnit, NormActUnit, SqueezeExciteUnit, Unit
@@ -57,6 +60,10 @@ class Form:
                 widest = max(widest, unit.conv.weight.shape[0] * area)
         return widest
 
+    def laid_out(self, x: Tensor) -> Tensor:
+        """The input in the layout that `run` reads, once the form is bound."""
+        return x.contiguous(memory_format=torch.channels_last)
+
     def run(self, x: Tensor, own: bool = False) -> Tensor:
         """The block's output; x may be overwritten where it is the block's `own`."""
         raise NotImplementedError
@@ -67,6 +74,9 @@ class Single(Form):
     """One convolution unit: stems, a final convolution, a stand-alone layer."""
 
     unit: ConvUnit
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        return self.unit.laid_out(x)
 
     def run(self, x: Tensor, own: bool = False) -> Tensor:
         return self.unit(x)
@@ -141,9 +151,9 @@ class PreAct(Form):
 
     def run(self, x: Tensor, own: bool = False) -> Tensor:
         owned = self.shortcut is not None
-        normalised = self.norm1(x, consume=own and (owned or self.identity_after_norm))
+        normalised = self.norm1(x, consume=own and (owned or self.identity_after_norm), defer=self.conv3 is not None)
         if owned:
-            residual = self.shortcut(normalised if self.pool is None else self.pool(normalised))
+            residual = self.shortcut(normalised if self.pool is None else self.pool(computed(normalised)))
         elif self.identity:
             owned = self.owns_norm if self.identity_after_norm else own
             residual = normalised if self.identity_after_norm else x
@@ -154,10 +164,10 @@ class PreAct(Form):
             return self.conv2(y, None, residual, into_residual=owned)
         if self.squeeze_excite is not None:
             y, means = self.conv2(y, means=True)
-            y = self.norm3(y, self.squeeze_excite(means, y.dtype), consume=True)
+            y = self.norm3(y, self.squeeze_excite(means, y.dtype), consume=True, defer=True)
         else:
             y = self.conv2(y)
-            y = y if self.norm3 is None else self.norm3(y, consume=True)
+            y = y if self.norm3 is None else self.norm3(y, consume=True, defer=True)
         return self.conv3(y, None, residual, into_residual=owned)
 
 
@@ -170,6 +180,9 @@ class RepVgg(Form):
     activation: str = "relu"
     casts_input: bool = True
     dense: bool = True
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        return self.conv.laid_out(x)
 
     def run(self, x: Tensor, own: bool = False) -> Tensor:
         if self.squeeze_excite is None:

@@ -129,12 +129,11 @@ class Fused:
         return self._run(plan, x, own), True
 
     def _run(self, plan: Plan, x: Tensor, own: bool = False) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
         device = _device_type(x)
         if not torch.is_autocast_enabled(device):
-            return plan.form.run(x, own)
+            return plan.form.run(plan.form.laid_out(x), own)
         with torch.autocast(device, enabled=False):
-            return plan.form.run(x, own)
+            return plan.form.run(plan.form.laid_out(x), own)
 
     def _unfit(self, x: Tensor) -> str | None:
         """Why this call cannot be fused, from what is known without looking at the weights."""

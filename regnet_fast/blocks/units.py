@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backends.deferred import computed
 from ..backends.reference import activate, channel_means
 from ..functional import (
     BatchNorm,
@@ -152,6 +153,7 @@ class PackedConvThenNorm:
 
     def __init__(self, conv: PackedConv, norm: nn.Module, activation: str):
         self.conv, self.norm, self.activation = conv, norm, activation
+        self.laid_out = conv.laid_out
 
     def __call__(
         self,
@@ -164,7 +166,7 @@ class PackedConvThenNorm:
         into_residual: bool = False,
     ):
         y = self.norm(self.conv(x, gate, consume=consume))
-        y = activate(y if residual is None else y + residual, self.activation)
+        y = activate(y if residual is None else y + computed(residual), self.activation)
         return (y, pixel_means(y)) if means else y
 
 
@@ -249,7 +251,7 @@ class NormActUnit(Unit):
     norm: nn.Module
     activation: str = "none"
 
-    def __call__(self, x: Tensor, gate: Tensor | None = None, *, consume: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, gate: Tensor | None = None, *, consume: bool = False, defer: bool = False) -> Tensor:
         return norm_act(x, batch_norm(self.norm), activation=self.activation, gate=gate)
 
     def pack(self, dtype: torch.dtype) -> Callable:
@@ -264,7 +266,7 @@ class HostNormUnit(Unit):
     path: str
     norm: nn.Module
 
-    def __call__(self, x: Tensor, gate: Tensor | None = None, *, consume: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, gate: Tensor | None = None, *, consume: bool = False, defer: bool = False) -> Tensor:
         return self.norm(x if gate is None else x * gate[:, :, None, None])
 
     def pack(self, dtype: torch.dtype) -> Callable:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import ConvProblem, forced_backend, select
+from ..backends.deferred import Deferred, computed
 from . import checks
 from .fold import BatchNorm, fold_to
 
@@ -89,6 +90,15 @@ class PackedConv:
         """The weight and bias to pack for another input shape."""
         return self.weight, self.bias
 
+    def laid_out(self, x: Tensor) -> Tensor:
+        """x in a layout that the backend reads: channels_last, or as it is where a kernel reads images as they come."""
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return x
+        key = (x.shape, True, True, forced_backend())
+        run = self._runs.get(key) or self._prepare(key, x, False, False)
+        any_layout = getattr(run, "any_layout", False) and x.is_contiguous()
+        return x if any_layout else x.contiguous(memory_format=torch.channels_last)
+
     def _prepare(self, key: tuple, x: Tensor, gate: bool, residual: bool):
         problem = self.problem(x, gate, residual)
         run = select(problem).module.prepare_conv(problem, *self.folded())
@@ -97,9 +107,9 @@ class PackedConv:
 
     def __call__(
         self,
-        x: Tensor,
+        x: Tensor | Deferred,
         gate: Tensor | None = None,
-        residual: Tensor | None = None,
+        residual: Tensor | Deferred | None = None,
         *,
         means: bool = False,
         consume: bool = False,
@@ -110,12 +120,15 @@ class PackedConv:
         They are (N, K), or (N, T, K) parts whose sum over T they are where the backend computes these on the way.
 
         `consume` allows the backend to overwrite x, `into_residual` the residual. x and the residual are channels_last.
-        No argument is checked and autocast is off: the callers saw to that.
+        Deferred ones are computed first where the backend cannot normalise what it reads. No argument is checked and
+        autocast is off: the callers saw to that.
         """
         key = (x.shape, gate is None, residual is None, forced_backend())
         run = self._runs.get(key)
         if run is None:
             run = self._prepare(key, x, gate is not None, residual is not None)
+        if (x.__class__ is Deferred or residual.__class__ is Deferred) and not hasattr(run, "takes_deferred"):
+            x, residual = computed(x), computed(residual)
         if means and hasattr(run, "with_parts"):
             return run.with_parts(x)
         y = run(x, gate, residual, consume, into_residual)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import NormActProblem, forced_backend, select
+from ..backends.deferred import Deferred
 from .checks import check_activation, check_input, check_vectors
 from .convolution import activation_gradient, channels_last, with_run, without_autocast
 from .fold import BatchNorm
@@ -45,7 +46,10 @@ def norm_act(
 
 
 class PackedNormAct:
-    """Scale, shift and activation packed by the chosen backend on first use for each input shape: `packed(x, gate)`."""
+    """Scale, shift and activation packed by the chosen backend on first use for each input shape: `packed(x, gate)`.
+
+    `consume` allows the backend to overwrite x, `defer` to leave the map to the convolutions that read it.
+    """
 
     def __init__(self, scale: Tensor, shift: Tensor, activation: str):
         self.scale, self.shift, self.activation = scale, shift, activation
@@ -59,14 +63,16 @@ class PackedNormAct:
         """The problem that the last such call posed, and what served it."""
         return self.problem(x, gate is not None), self._runs[x.shape, gate is None, forced_backend()].label
 
-    def __call__(self, x: Tensor, gate: Tensor | None = None, *, consume: bool = False) -> Tensor:
+    def __call__(
+        self, x: Tensor, gate: Tensor | None = None, *, consume: bool = False, defer: bool = False
+    ) -> Tensor | Deferred:
         key = (x.shape, gate is None, forced_backend())
         run = self._runs.get(key)
         if run is None:
             problem = self.problem(x, gate is not None)
             run = select(problem).module.prepare_norm_act(problem, self.scale, self.shift)
             self._runs = with_run(self._runs, key, run)
-        return run(x, gate, consume)
+        return Deferred(run, x, gate) if defer and hasattr(run, "affine") else run(x, gate, consume)
 
 
 @torch.library.custom_op("regnet_fast::norm_act", mutates_args=())

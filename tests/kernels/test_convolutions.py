@@ -33,15 +33,42 @@ def judge(y, x, weight, bias, gate, residual, stride, padding, dilation, groups,
     assert_close_to_reference(y, compute(torch.float32).to(y.dtype), compute(torch.float64), "kernel", groups)
 
 
-def pointwise(guarded, n, c, h, w, k, dtype, stride=1, activation="none", gate=True, residual=True, bias=True, **more):
+def affine(channels: int, activation: str | None) -> tuple | None:
+    """Scale, shift and activation, or None for None."""
+    return None if activation is None else (torch.randn(channels), torch.randn(channels), activation)
+
+
+def normalised(x: torch.Tensor, gate: torch.Tensor | None, norm: tuple | None) -> torch.Tensor:
+    """`activation(x * scale * gate + shift)` in float32, rounded to x's dtype."""
+    if norm is None:
+        return x
+    scale, shift, activation = norm
+    column = scale[None] if gate is None else scale * gate.float()
+    z = x.float() * column[:, :, None, None] + shift[:, None, None]
+    return reference.activate(z, activation).to(x.dtype)
+
+
+def pointwise(
+    guarded, n, c, h, w, k, dtype, stride=1, activation="none", gate=True, residual=True, bias=True,
+    norm=None, residual_norm=None, **more,
+):  # fmt: skip
     x, weight = nhwc(n, c, h, w, dtype=dtype), (torch.randn(k, c) / c**0.5).to(dtype)
     bias = torch.randn(k) if bias else None
     gate = torch.rand(n, c).to(dtype) if gate else None
     size = ((h - 1) // stride + 1, (w - 1) // stride + 1)
     residual = nhwc(n, k, *size, dtype=dtype) if residual else None
+    norm, residual_norm = affine(c, norm), affine(k, residual_norm if residual is not None else None)
+    norms = {
+        name: None if one is None else (guarded(one[0]), guarded(one[1]), one[2])
+        for name, one in (("norm", norm), ("residual_norm", residual_norm))
+    }
     y = pointwise_conv.pointwise_conv(
-        *map(guarded, (x, weight, bias, gate, residual)), stride=stride, activation=activation, **more
+        *map(guarded, (x, weight, bias, gate, residual)), **norms, stride=stride, activation=activation, **more
     )
+    if norm is not None:
+        x, gate = normalised(x, gate, norm), None
+    if residual_norm is not None:
+        residual = normalised(residual, None, residual_norm)
     judge(y, x, weight[:, :, None, None], bias, gate, residual, (stride, stride), (0, 0), (1, 1), 1, activation)
 
 
@@ -60,6 +87,16 @@ def test_pointwise_conv(guarded, n, c, h, w, k, stride, activation, dtype):
 @pytest.mark.parametrize("bias", [False, True])
 def test_pointwise_conv_without_its_optional_operands(guarded, gate, residual, bias):
     pointwise(guarded, 2, 40, 5, 3, 24, torch.float32, gate=gate, residual=residual, bias=bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize(
+    ("norm", "residual_norm"), [("relu", None), ("silu", "relu"), (None, "silu"), ("none", "none")]
+)
+@pytest.mark.parametrize(("c", "k", "stride"), [(24, 40, 1), (300, 72, 2)])
+def test_pointwise_conv_of_maps_that_it_normalises(guarded, c, k, stride, norm, residual_norm, gate, dtype):
+    pointwise(guarded, 2, c, 5, 4, k, dtype, stride, gate=gate, norm=norm, residual_norm=residual_norm)
 
 
 def pointwise_shape(config, dtype) -> dict:
@@ -104,15 +141,18 @@ def test_any_pointwise_conv(data):
     pointwise(
         lambda t: t, n, c, h, w, k, draw(st.sampled_from(DTYPES)), draw(st.sampled_from([1, 2])),
         draw(st.sampled_from(["none", "relu", "silu"])), draw(st.booleans()), draw(st.booleans()), draw(st.booleans()),
+        draw(st.sampled_from([None, "relu"])), draw(st.sampled_from([None, "silu"])),
     )  # fmt: skip
 
 
 def convolve(guarded, n, c, h, w, k, groups, dtype, size, stride, padding, dilation, activation="relu", **more):
     x = nhwc(n, c, h, w, dtype=dtype)
+    depthwise = groups == c == k and groups > 1
+    x = x.contiguous() if more.pop("channels_first", False) and not depthwise else x
     weight = (torch.randn(k, c // groups, *size) / (c // groups * size[0] * size[1]) ** 0.5).to(dtype)
     bias, means = torch.randn(k), more.pop("means", False)
     geometry = (stride, padding, dilation)
-    if groups == c == k and groups > 1:
+    if depthwise:
         packed = depthwise_conv.packed_weight(weight)
         y, parts = depthwise_conv.depthwise_conv(
             *map(guarded, (x, packed, bias)), size, *geometry, activation, means, **more
@@ -154,6 +194,15 @@ def test_grouped_conv(guarded, width, stride, dtype):
 @pytest.mark.parametrize("activation", ["none", "silu"])
 def test_dense_conv(guarded, c, k, size, stride, padding, dilation, activation, dtype):
     convolve(guarded, 2, c, 11, 9, k, 1, dtype, size, stride, padding, dilation, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("c", "k", "size", "groups"), [(3, 32, 3, 1), (3, 24, 7, 1), (24, 24, 3, 3), (1, 8, 3, 1)])
+def test_images_as_they_come(guarded, c, k, size, groups, dtype):
+    convolve(
+        guarded, 2, c, 11, 9, k, groups, dtype, (size, size), (2, 2), (size // 2,) * 2, (1, 1), "relu",
+        means=groups > 1, channels_first=True,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -202,7 +251,7 @@ def test_any_convolution(data):
     convolve(
         lambda t: t, draw(st.integers(1, 2)), groups * width, h, w, groups * out_width, groups, dtype, (size, size),
         (draw(st.integers(1, 2)),) * 2, (padding, padding), (dilation, dilation),
-        draw(st.sampled_from(["none", "silu"])), means=draw(st.booleans()),
+        draw(st.sampled_from(["none", "silu"])), means=draw(st.booleans()), channels_first=draw(st.booleans()),
     )  # fmt: skip
 
 
