@@ -108,7 +108,12 @@ class ConvUnit(Unit):
         if op == "pointwise_conv":
             y = pointwise_conv(x, weight, bias, stride=stride, activation=after, gate=gate, residual=fused)
         elif op == "grouped_conv":
-            y = grouped_conv(x, weight, bias, groups=groups, stride=stride, dilation=dilation, activation=after)
+            with_means = means and self.then is None
+            y = grouped_conv(
+                x, weight, bias, groups=groups, stride=stride, dilation=dilation, activation=after, means=with_means
+            )
+            if with_means:
+                return y
         else:
             y = dense_conv(
                 x,

@@ -183,8 +183,19 @@ def call_packed(
     if x.numel() == 0:
         y = empty_output(x, packed.weight, packed.stride, packed.padding, packed.dilation)
         return (y, pixel_means(y)) if means else y
-    y = channels_last(without_autocast(packed, x.contiguous(memory_format=torch.channels_last), gate, residual))
-    return (y, pixel_means(y)) if means else y
+    y, found = _run_packed(packed, x, gate, residual, means)
+    return (y, found) if means else y
+
+
+def _run_packed(
+    packed: PackedConv, x: Tensor, gate: Tensor | None, residual: Tensor | None, means: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The result and its channel means, or None where they are not asked."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    if not means:
+        return channels_last(without_autocast(packed, x, gate, residual)), None
+    y, found = without_autocast(packed, x, gate, residual, means=True)
+    return channels_last(y), found.sum(1) if found.dim() == 3 else found
 
 
 def in_compute_dtype(
@@ -224,15 +235,19 @@ def run_operator(
     dilation,
     groups: int,
     activation: str,
-) -> Tensor:
-    """What the registered operators do: choose a backend for plain weights and run it once."""
+    means: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """What the registered operators do: choose a backend for plain weights and run it once, with the channel means
+    where they are asked.
+    """
     stride, padding, dilation = tuple(stride), tuple(padding), tuple(dilation)
     if x.numel() == 0 or weight.shape[0] == 0:
-        return empty_output(x, weight, stride, padding, dilation)
+        y = empty_output(x, weight, stride, padding, dilation)
+        return y, pixel_means(y) if means else None
     packed = PackedConv(
         op, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups, activation=activation
     )
-    return channels_last(without_autocast(packed, x.contiguous(memory_format=torch.channels_last), gate, residual))
+    return _run_packed(packed, x, gate, residual, means)
 
 
 def activation_gradient(dy: Tensor, y: Tensor, before: Tensor | None, activation: str) -> Tensor:

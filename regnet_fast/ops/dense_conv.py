@@ -82,7 +82,7 @@ def _operator(
 ) -> Tensor:
     return convolution.run_operator(
         "dense_conv", x, weight, bias, None, residual, stride, padding, dilation, groups, activation
-    )
+    )[0]
 
 
 @_operator.register_fake

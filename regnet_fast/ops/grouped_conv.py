@@ -85,10 +85,10 @@ def _operator(
     activation: str,
     means: bool,
 ) -> tuple[Tensor, Tensor]:
-    y = convolution.run_operator(
-        "grouped_conv", x, weight, bias, None, None, stride, dilation, dilation, groups, activation
+    y, found = convolution.run_operator(
+        "grouped_conv", x, weight, bias, None, None, stride, dilation, dilation, groups, activation, means
     )
-    return y, convolution.pixel_means(y) if means else y.new_empty(0, dtype=_means_dtype(y))
+    return y, found if means else y.new_empty(0, dtype=_means_dtype(y))
 
 
 @_operator.register_fake

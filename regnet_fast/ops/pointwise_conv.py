@@ -89,7 +89,7 @@ def _operator(
 ) -> Tensor:
     return convolution.run_operator(
         "pointwise_conv", x, weight, bias, gate, residual, stride, (0, 0), (1, 1), 1, activation
-    )
+    )[0]
 
 
 @_operator.register_fake
