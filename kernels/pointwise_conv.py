@@ -221,20 +221,16 @@ def resident_kernel(
 
 
 @triton.jit
-def streamed_kernel(
-    x, weight, bias, gate, scale, shift, residual, residual_scale, residual_shift, y,
-    pixels, out_area, out_width, in_area, in_width, channel_units, out_units,
-    UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, NORM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, RESIDUAL_NORM: tl.constexpr, EVEN_K: tl.constexpr,
+def streamed_tile(
+    x, weight, bias, gate, scale, shift, residual, residual_scale, residual_shift, y, first_row, first_column,
+    pixels, out_area, out_width, in_area, in_width, channels, out_channels,
+    STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr,
+    NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, RESIDUAL_NORM: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y for each program; neighbours share their pixels, whose tiles of channels are then in the cache."""
-    channels, out_channels = channel_units * UNIT, out_units * OUT_UNIT
-    across = tl.cdiv(out_channels, BLOCK_N)
-    rows = (tl.program_id(0) // across) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ns = (tl.program_id(0) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """The tile of y that begins in a row and a column."""
+    rows, ns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     in_rows = _input_rows(rows, out_area, out_width, in_area, in_width, STRIDE)
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(0, channels, BLOCK_K, num_stages=STAGES):
@@ -247,6 +243,28 @@ def streamed_kernel(
     _finish(
         accumulator, bias, residual, residual_scale, residual_shift, y, rows, ns, pixels, out_channels,
         HAS_BIAS, HAS_RESIDUAL, RESIDUAL_NORM, ACTIVATION, UPCAST,
+    )  # fmt: skip
+
+
+@triton.jit
+def streamed_kernel(
+    x, weight, bias, gate, scale, shift, residual, residual_scale, residual_shift, y,
+    pixels, out_area, out_width, in_area, in_width, channel_units, out_units,
+    UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, RESIDUAL_NORM: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile of y for each program; neighbours share their pixels, whose tiles of channels are then in the cache."""
+    channels, out_channels = channel_units * UNIT, out_units * OUT_UNIT
+    across = tl.cdiv(out_channels, BLOCK_N)
+    row, column = (tl.program_id(0) // across) * BLOCK_M, (tl.program_id(0) % across) * BLOCK_N
+    streamed_tile(
+        x, weight, bias, gate, scale, shift, residual, residual_scale, residual_shift, y, row, column,
+        pixels, out_area, out_width, in_area, in_width, channels, out_channels, STRIDE, ACTIVATION,
+        HAS_BIAS, HAS_GATE, NORM, HAS_RESIDUAL, RESIDUAL_NORM, EVEN_K, PRECISION, UPCAST,
+        BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
     )  # fmt: skip
 
 

@@ -114,6 +114,21 @@ class PointwiseConv:
         with _on(x):
             return self.launch(x, self.weight, self.bias, gate, residual, **options)
 
+    def beside(self, other: PointwiseConv, x: Tensor | Deferred) -> tuple[Tensor, Tensor] | None:
+        """This result and the other's, from one read of x; None where there is no kernel for the two."""
+        if self.stride != 1 or other.activation != "none":
+            return None
+        from ..kernels.pointwise_pair import pointwise_pair
+
+        norm = None
+        if x.__class__ is Deferred:
+            if x.gate is not None:
+                return None
+            norm, x = x.run.affine, x.x
+        options = {"norm": norm, "stride": other.stride, "activation": self.activation}
+        with _on(x):
+            return pointwise_pair(x, self.weight, self.bias, other.weight, other.bias, **options)
+
 
 class GroupedConv:
     """Any other convolution bound to its weights: `run(x, gate, residual, consume, into_residual)`; gate is None.

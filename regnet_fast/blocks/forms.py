@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..backends.deferred import computed
+from ..backends.deferred import Deferred, computed
 from ..backends.reference import activate
 from ..ops.convolution import pixel_means
 from .units import ConvUnit, HostNormUnit, LinearUnit, NormActUnit, SqueezeExciteUnit, Unit
@@ -69,6 +69,17 @@ class Form:
         raise NotImplementedError
 
 
+def _with_shortcut(
+    conv1: Callable, shortcut: Callable | None, pool: nn.Module | None, x: Tensor | Deferred
+) -> tuple[Tensor, Tensor | None]:
+    """conv1's result, and the shortcut's where the backend computes both from one read of x."""
+    if shortcut is not None and pool is None and hasattr(conv1, "beside"):
+        both = conv1.beside(shortcut, x)
+        if both is not None:
+            return both
+    return conv1(x), None
+
+
 @dataclass(eq=False)
 class Single(Form):
     """One convolution unit: stems, a final convolution, a stand-alone layer."""
@@ -113,7 +124,7 @@ class Bottleneck(Form):
         return not self.identity
 
     def run(self, x: Tensor, own: bool = False) -> Tensor:
-        y = self.conv1(x)
+        y, shortcut = _with_shortcut(self.conv1, self.shortcut, self.pool, x)
         gate = None
         if self.squeeze_excite is None:
             y = self.conv2(y)
@@ -122,7 +133,8 @@ class Bottleneck(Form):
             gate = self.squeeze_excite(means, y.dtype)
         if self.shortcut is None:
             return self.conv3(y, gate, x if self.identity else None, consume=True, into_residual=own and self.identity)
-        shortcut = self.shortcut(x if self.pool is None else self.pool(x))
+        if shortcut is None:
+            shortcut = self.shortcut(x if self.pool is None else self.pool(x))
         return self.conv3(y, gate, shortcut, consume=True, into_residual=True)
 
 
@@ -152,14 +164,12 @@ class PreAct(Form):
     def run(self, x: Tensor, own: bool = False) -> Tensor:
         owned = self.shortcut is not None
         normalised = self.norm1(x, consume=own and (owned or self.identity_after_norm), defer=self.conv3 is not None)
-        if owned:
+        y, residual = _with_shortcut(self.conv1, self.shortcut, self.pool, normalised)
+        if owned and residual is None:
             residual = self.shortcut(normalised if self.pool is None else self.pool(computed(normalised)))
-        elif self.identity:
+        elif self.shortcut is None and self.identity:
             owned = self.owns_norm if self.identity_after_norm else own
             residual = normalised if self.identity_after_norm else x
-        else:
-            residual = None
-        y = self.conv1(normalised)
         if self.conv3 is None:
             return self.conv2(y, None, residual, into_residual=owned)
         if self.squeeze_excite is not None:

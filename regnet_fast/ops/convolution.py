@@ -94,10 +94,21 @@ class PackedConv:
         """x in a layout that the backend reads: channels_last, or as it is where a kernel reads images as they come."""
         if x.is_contiguous(memory_format=torch.channels_last):
             return x
-        key = (x.shape, True, True, forced_backend())
-        run = self._runs.get(key) or self._prepare(key, x, False, False)
-        any_layout = getattr(run, "any_layout", False) and x.is_contiguous()
+        any_layout = getattr(self._plain_run(x), "any_layout", False) and x.is_contiguous()
         return x if any_layout else x.contiguous(memory_format=torch.channels_last)
+
+    def beside(self, other: Callable, x: Tensor | Deferred) -> tuple[Tensor, Tensor] | None:
+        """`self(x)` and `other(x)` where the backend computes both from one read of x, else None."""
+        run = self._plain_run(x)
+        if not hasattr(run, "beside") or not isinstance(other, PackedConv):
+            return None
+        partner = other._plain_run(x)
+        return run.beside(partner, x) if type(partner) is type(run) else None
+
+    def _plain_run(self, x: Tensor | Deferred) -> Callable:
+        """What the backend prepared for x alone."""
+        key = (x.shape, True, True, forced_backend())
+        return self._runs.get(key) or self._prepare(key, x, False, False)
 
     def _prepare(self, key: tuple, x: Tensor, gate: bool, residual: bool):
         problem = self.problem(x, gate, residual)

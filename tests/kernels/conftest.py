@@ -15,7 +15,7 @@ def guarded(monkeypatch):
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield None
         return
-    from regnet_fast.kernels import common, depthwise_conv, implicit_gemm, norm_act, pointwise_conv
+    from regnet_fast.kernels import common, depthwise_conv, implicit_gemm, norm_act, pointwise_conv, pointwise_pair
 
     guards = []
 
@@ -30,7 +30,7 @@ def guarded(monkeypatch):
     def new_output(size, like):
         return between(common.new_output(size, like).zero_(), 7.0)
 
-    for module in (pointwise_conv, implicit_gemm, depthwise_conv, norm_act):
+    for module in (pointwise_conv, pointwise_pair, implicit_gemm, depthwise_conv, norm_act):
         monkeypatch.setattr(module, "new_output", new_output)
     yield lambda tensor: None if tensor is None else between(tensor, float("nan"))
     for flat, value in guards:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regnet_fast.backends import reference
-from regnet_fast.kernels import depthwise_conv, implicit_gemm, pointwise_conv
+from regnet_fast.kernels import depthwise_conv, implicit_gemm, pointwise_conv, pointwise_pair
 from regnet_fast.kernels.pointwise_conv import Shape, config_supports
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -97,6 +97,57 @@ def test_pointwise_conv_without_its_optional_operands(guarded, gate, residual, b
 @pytest.mark.parametrize(("c", "k", "stride"), [(24, 40, 1), (300, 72, 2)])
 def test_pointwise_conv_of_maps_that_it_normalises(guarded, c, k, stride, norm, residual_norm, gate, dtype):
     pointwise(guarded, 2, c, 5, 4, k, dtype, stride, gate=gate, norm=norm, residual_norm=residual_norm)
+
+
+def pair(guarded, n, c, h, w, k, k2, dtype, stride=2, activation="relu", bias=True, norm=None, **more):
+    x = nhwc(n, c, h, w, dtype=dtype)
+    weights = [(torch.randn(k, c) / c**0.5).to(dtype) for k in (k, k2)]
+    biases = [torch.randn(k) if bias else None for k in (k, k2)]
+    norm = affine(c, norm)
+    found = pointwise_pair.pointwise_pair(
+        *map(guarded, (x, weights[0], biases[0], weights[1], biases[1])),
+        norm=None if norm is None else (guarded(norm[0]), guarded(norm[1]), norm[2]),
+        stride=stride, activation=activation, **more,
+    )  # fmt: skip
+    x = normalised(x, None, norm)
+    for y, weight, b, step, after in zip(found, weights, biases, (1, stride), (activation, "none"), strict=True):
+        judge(y, x, weight[:, :, None, None], b, None, None, (step, step), (0, 0), (1, 1), 1, after)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [None, "relu"])
+@pytest.mark.parametrize(
+    ("n", "c", "h", "w", "k", "k2", "stride"),
+    [(3, 24, 7, 5, 40, 72, 2), (1, 200, 3, 3, 17, 300, 2), (2, 32, 12, 11, 16, 24, 1), (2, 8, 1, 1, 8, 8, 2)],
+)
+def test_pointwise_pair(guarded, n, c, h, w, k, k2, stride, norm, dtype):
+    pair(guarded, n, c, h, w, k, k2, dtype, stride, norm=norm)
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_any_pointwise_pair(data):
+    draw = data.draw
+    n, c, h, w, k, k2 = (draw(st.integers(1, most)) for most in (3, 80, 15, 15, 80, 80))
+    pair(
+        lambda t: t, n, c, h, w, k, k2, draw(st.sampled_from(DTYPES)), draw(st.sampled_from([1, 2])),
+        draw(st.sampled_from(["none", "relu", "silu"])), draw(st.booleans()), draw(st.sampled_from([None, "relu"])),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("config", [c for c in pointwise_conv.CONFIGS if not c.resident], ids=str)
+def test_every_configuration_of_pointwise_pair(guarded, config, dtype):
+    shape = Shape(400, config.block_k + 13, 70, dtype.itemsize, False, False, 90, 1)
+    if config_supports(config, shape):
+        pytest.skip("it does not fit")
+    pair(guarded, 2, config.block_k + 13, 23, 9, 70, 40, dtype, config=config)
+
+
+def test_a_pair_has_no_resident_weights():
+    resident = next(c for c in pointwise_conv.CONFIGS if c.resident and c.block_k >= 24)
+    with pytest.raises(ValueError, match="its weights would stay"):
+        pair(lambda t: t, 1, 24, 3, 3, 8, 8, torch.float16, config=resident)
 
 
 def pointwise_shape(config, dtype) -> dict:

@@ -10,6 +10,7 @@ from torch import nn
 import regnet_fast
 import regnet_fast.functional as R
 from regnet_fast.backends import BackendError, backend, select, triton
+from regnet_fast.kernels import common
 from regnet_fast.verify import verify
 
 MODELS = ("regnetx_002", "regnety_002", "repvgg_a0", "resnetv2_18")
@@ -75,11 +76,11 @@ def test_what_cannot_be_counted_in_32_bits_is_refused():
 
 
 def test_a_block_asks_the_kernel_for_the_parts_of_the_means(monkeypatch):
-    """RegNetY's block is four kernels, or five with a shortcut: no pass of its own for the means or the gate."""
+    """RegNetY's block is four kernels, with its shortcut or without: no pass of its own for the means or the gate."""
     model = regnet_fast.create_model("regnety_002").eval()
     launched = []
     for cls in (triton.PointwiseConv, triton.GroupedConv, triton.SqueezeExcite):
-        for name in ("__call__", "with_parts", "from_parts"):
+        for name in ("__call__", "with_parts", "from_parts", "beside"):
             if name in cls.__dict__:
                 before = getattr(cls, name)
 
@@ -95,12 +96,27 @@ def test_a_block_asks_the_kernel_for_the_parts_of_the_means(monkeypatch):
         launched.clear()
         model.s3.b2(torch.randn(1, 152, 4, 4))
     assert first == [
-        *("PointwiseConv.__call__", "GroupedConv.with_parts", "SqueezeExcite.from_parts"),
-        *("PointwiseConv.__call__", "PointwiseConv.__call__"),
+        *("PointwiseConv.beside", "GroupedConv.with_parts", "SqueezeExcite.from_parts", "PointwiseConv.__call__")
     ]
     assert launched == [
         *("PointwiseConv.__call__", "GroupedConv.with_parts", "SqueezeExcite.from_parts", "PointwiseConv.__call__")
     ]
+
+
+@pytest.mark.parametrize(("model", "passes"), [("resnetv2_50", 1), ("regnetv_040", 0), ("resnetv2_18", 9)])
+def test_norms_are_computed_where_they_are_read(model, passes, monkeypatch):
+    """Bottlenecks have no pass for a norm. What is left: ResNetV2's last norm, and one for each of its basic blocks."""
+    model = regnet_fast.create_model(model).eval()
+    launched = []
+
+    def listen(kernel, arguments):
+        launched.append(kernel.fn.__module__.rpartition(".")[2])
+        return False
+
+    with backend("triton"), torch.no_grad(), common.listening(listen):
+        model(torch.randn(1, 3, 64, 64))
+    assert launched.count("norm_act") == passes
+    assert "pointwise_pair" in launched or model == "resnetv2_18"
 
 
 def test_auto_does_not_take_the_interpreter():

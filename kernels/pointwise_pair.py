@@ -1,0 +1,124 @@
+"""Two 1x1 convolutions of one map in one launch: a block's first convolution and its shortcut, with its stride.
+
+    y[p] = activation(x[p] @ weight + bias)        other[p] = x[q(p)] @ other_weight + other_bias
+
+Programs that follow each other compute both for the same pixels, so that x comes from memory once and from the cache
+from then on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import pointwise_conv
+from .common import LIMITS, check_config, interpreting, launch, machine, new_output, precision, unit
+from .pointwise_conv import Affine, Config, Shape, config_supports, streamed_tile
+
+
+def heuristic(shape: Shape) -> Config:
+    """A configuration that needs no measurement: that of the first convolution, streamed."""
+    config = pointwise_conv.heuristic(shape)
+    return dataclasses.replace(config, resident=False, block_k=min(config.block_k, 128 // shape.itemsize))
+
+
+@triton.jit
+def kernel(
+    x, scale, shift, weight, bias, y, other_weight, other_bias, other,
+    pixels, other_pixels, out_area, out_width, in_area, in_width, channel_units, out_units, other_units,
+    UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, OTHER_UNIT: tl.constexpr, STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, OTHER_BIAS: tl.constexpr, NORM: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Every so many programs have a tile of the other's pixels, and before it the tiles of y in the same rows of x."""
+    channels, out_channels, other_channels = channel_units * UNIT, out_units * OUT_UNIT, other_units * OTHER_UNIT
+    across, other_across = tl.cdiv(out_channels, BLOCK_N), tl.cdiv(other_channels, BLOCK_N)
+    first = STRIDE * STRIDE * across
+    share, place = tl.program_id(0) // (first + other_across), tl.program_id(0) % (first + other_across)
+    if place < first:
+        row, column = (share * STRIDE * STRIDE + place // across) * BLOCK_M, (place % across) * BLOCK_N
+        streamed_tile(
+            x, weight, bias, None, scale, shift, None, None, None, y, row, column,
+            pixels, in_area, in_width, in_area, in_width, channels, out_channels, 1, ACTIVATION,
+            HAS_BIAS, False, NORM, False, None, EVEN_K, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+        )  # fmt: skip
+    else:
+        streamed_tile(
+            x, other_weight, other_bias, None, scale, shift, None, None, None, other,
+            share * BLOCK_M, (place - first) * BLOCK_N,
+            other_pixels, out_area, out_width, in_area, in_width, channels, other_channels, STRIDE, "none",
+            OTHER_BIAS, False, NORM, False, None, EVEN_K, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+        )  # fmt: skip
+
+
+def constants(
+    config: Config, shape: Shape, other_channels: int, stride: int, activation: str, dtype: torch.dtype
+) -> dict:
+    """The compile-time arguments, but for the biases and `NORM`."""
+    return {
+        "UNIT": unit(shape.channels),
+        "OUT_UNIT": unit(shape.out_channels),
+        "OTHER_UNIT": unit(other_channels),
+        "STRIDE": stride,
+        "ACTIVATION": activation,
+        "EVEN_K": shape.channels % config.block_k == 0,
+        "PRECISION": precision(dtype),
+        "UPCAST": interpreting(),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "STAGES": config.stages,
+    }
+
+
+def pointwise_pair(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    other_weight: Tensor,
+    other_bias: Tensor | None,
+    *,
+    norm: Affine | None = None,
+    stride: int = 1,
+    activation: str = "none",
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`activation(conv2d(norm(x), weight, bias))` and `conv2d(norm(x), other_weight, other_bias, stride)`, both 1x1.
+
+    Args:
+        x: (N, C, H, W), channels_last; float32, float16 or bfloat16.
+        weight, other_weight: (K, C) and (K', C), contiguous, of x's dtype.
+        bias, other_bias: (K) and (K'), float32.
+        norm: as `pointwise_conv` takes it.
+        stride: of the other one.
+        config: by default that of `heuristic`; not resident.
+
+    Returns two new tensors in channels_last. Sums in float32.
+    """
+    n, channels, height, width = x.shape
+    out_channels, other_channels = weight.shape[0], other_weight.shape[0]
+    other_height, other_width = (height - 1) // stride + 1, (width - 1) // stride + 1
+    pixels, other_pixels = n * height * width, n * other_height * other_width
+    y = new_output((n, out_channels, height, width), x)
+    other = new_output((n, other_channels, other_height, other_width), x)
+    shape = Shape(pixels, channels, out_channels, x.element_size(), False, False, *machine(x.device))
+    config = heuristic(shape) if config is None else config
+    check_config(config_supports(config, shape) or ("its weights would stay" if config.resident else None))
+    shares = max(triton.cdiv(pixels, stride * stride * config.block_m), triton.cdiv(other_pixels, config.block_m))
+    across, other_across = triton.cdiv(out_channels, config.block_n), triton.cdiv(other_channels, config.block_n)
+    scale, shift, after = norm or (None, None, None)
+    launch(
+        kernel, (shares * (stride * stride * across + other_across),),
+        x, scale, shift, weight, bias, y, other_weight, other_bias, other,
+        pixels, other_pixels, other_height * other_width, other_width, height * width, width,
+        channels // unit(channels), out_channels // unit(out_channels), other_channels // unit(other_channels),
+        HAS_BIAS=bias is not None, OTHER_BIAS=other_bias is not None, NORM=after,
+        **constants(config, shape, other_channels, stride, activation, x.dtype),
+        num_warps=config.warps, **LIMITS,
+    )  # fmt: skip
+    return y, other

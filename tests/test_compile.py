@@ -1,0 +1,77 @@
+"""torch.compile and torch.export of rebuilt models: through the operators, at any batch, here and for a GPU."""
+
+import pytest
+import torch
+from helpers import randomize_bn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import regnet_fast
+
+MODELS = ("regnetx_002", "regnety_002", "regnetz_005", "regnetv_040", "repvgg_a0", "resnetv2_18")
+OPERATORS = {
+    "regnetx_002": {"pointwise_conv", "grouped_conv", "dense_conv"},
+    "regnety_002": {"pointwise_conv", "grouped_conv", "dense_conv", "squeeze_excite"},
+    "regnetz_005": {"pointwise_conv", "grouped_conv", "dense_conv", "squeeze_excite"},
+    "regnetv_040": {"pointwise_conv", "grouped_conv", "dense_conv", "squeeze_excite", "norm_act"},
+    "repvgg_a0": {"dense_conv"},
+    "resnetv2_18": {"dense_conv", "pointwise_conv", "norm_act"},
+}
+
+
+def make(name):
+    model = regnet_fast.create_model(name).eval()
+    randomize_bn(model, 0)
+    return model
+
+
+def operators(graph) -> list[str]:
+    names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    return [name.split(".")[1] for name in names if name.startswith("regnet_fast.")]
+
+
+def foreign_convolutions(graph) -> list[str]:
+    return [str(node.target) for node in graph.nodes if "aten.conv" in str(node.target)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exported_with_any_batch(name, seed):
+    model = make(name)
+    x = torch.randn(2, 3, 64, 64)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    assert set(operators(exported.graph)) == OPERATORS[name]
+    assert not foreign_convolutions(exported.graph)
+    for n in (1, 2, 5):
+        x = torch.randn(n, 3, 64, 64)
+        with torch.no_grad():
+            torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["regnety_002", "resnetv2_18"])
+def test_compiled_once_for_any_batch(name, mode, seed, fresh_compiler):
+    model = make(name)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    with mode():
+        for n in (2, 3, 5):
+            x = torch.randn(n, 3, 64, 64)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_exported_for_a_gpu_without_one(name, dtype):
+    """The fakes promise what a GPU would give: the operators are in the graph, and every result is where it should be."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = regnet_fast.create_model(name).eval().to("cuda", dtype)
+        x = torch.empty(2, 3, 64, 64, device="cuda", dtype=dtype)
+        exported = torch.export.export(model, (x,))
+    assert set(operators(exported.graph)) == OPERATORS[name]
+    assert not foreign_convolutions(exported.graph)
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if str(node.target).startswith("regnet_fast.") and isinstance(value, torch.Tensor):
+            assert value.device.type == "cuda"
+            if value.dim() == 4:
+                assert value.dtype == dtype and value.is_contiguous(memory_format=torch.channels_last)
