@@ -86,7 +86,40 @@ def jobs(models: Sequence[str], archs: Sequence[int], dtypes: Sequence[str]) -> 
             for batch in BATCHES:
                 for operation in operations:
                     found.update(dict.fromkeys(_KINDS[operation["op"]](operation, batch, arch, dtype)))
+                for conv1, shortcut in _pairs(operations):
+                    found.update(dict.fromkeys(_pair(conv1, shortcut, batch, arch, dtype)))
     return list(found)
+
+
+def _pairs(operations: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """A 1x1 convolution and a shortcut that may read the same map."""
+    narrow = [one for one in operations if one["op"] == "pointwise_conv"]
+    for shortcut in narrow:
+        for conv1 in narrow if shortcut["activation"] == "none" else ():
+            same = conv1["in"] == shortcut["in"] and conv1["hw"] == shortcut["hw"] * shortcut["stride"]
+            if same and conv1["activation"] != "none" and conv1["models"].keys() & shortcut["models"].keys():
+                yield conv1, shortcut
+
+
+def _pair(conv1: dict[str, Any], shortcut: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:
+    """Both in one launch; in pre-activation models of a map that they normalise."""
+    from regnet_fast.kernels import pointwise_conv, pointwise_pair as kernels
+
+    size, channels = DTYPES[dtype].itemsize, (conv1["in"], conv1["out"])
+    shape = pointwise_conv.Shape(batch * conv1["hw"] ** 2, *channels, size, False, False, arch, PROCESSORS[arch])
+    config = kernels.heuristic(shape)
+    refusal = pointwise_conv.config_supports(config, shape)
+    assert refusal is None, f"{shape}: {config}: {refusal}"
+    constants = kernels.constants(
+        config, shape, shortcut["out"], shortcut["stride"], conv1["activation"], DTYPES[dtype]
+    )
+    before = any(model.startswith(("regnetv", "resnetv2")) for model in conv1["models"])
+    constants |= {"HAS_BIAS": True, "OTHER_BIAS": not before, "UPCAST": False, "NORM": "relu" if before else None}
+    pointers = dict.fromkeys(("x", "weight", "y", "other_weight", "other"), dtype) | {"bias": "float32"}
+    pointers |= {"scale": "float32", "shift": "float32"} if before else {"other_bias": "float32"}
+    integers = ("pixels", "other_pixels", "out_area", "out_width", "in_area", "in_width")
+    integers += ("channel_units", "out_units", "other_units")
+    yield _job("pointwise_pair.kernel", config, arch, dtype, pointers, integers, constants)
 
 
 def _pointwise(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:

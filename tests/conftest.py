@@ -83,3 +83,10 @@ def no_silent_fallback():
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)
         yield
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

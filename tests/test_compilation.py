@@ -17,7 +17,8 @@ def test_kernels_compile(arch, dtype):
     kinds: dict[str, list] = {}
     for job in compilation.jobs(models, [arch], [dtype]):
         kinds.setdefault(job.kernel, []).append(job)
-    assert {"pointwise_conv.resident_kernel", "implicit_gemm.kernel", "squeeze_excite.whole_kernel"} <= set(kinds)
+    expected = ("pointwise_conv.resident_kernel", "pointwise_pair.kernel", "implicit_gemm.kernel")
+    assert {*expected, "squeeze_excite.whole_kernel"} <= set(kinds)
     for job in (job for jobs in kinds.values() for job in jobs[::share]):
         made = compilation.compile_job(job)
         assert not made.fault, f"{job}: {made.fault}"

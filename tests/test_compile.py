@@ -62,7 +62,7 @@ def test_compiled_once_for_any_batch(name, mode, seed, fresh_compiler):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
 def test_exported_for_a_gpu_without_one(name, dtype):
-    """The fakes promise what a GPU would give: the operators are in the graph, and every result is where it should be."""
+    """The operators are in the graph, and the fakes promise every result on the GPU, in its dtype and layout."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = regnet_fast.create_model(name).eval().to("cuda", dtype)
         x = torch.empty(2, 3, 64, 64, device="cuda", dtype=dtype)
