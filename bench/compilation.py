@@ -103,7 +103,8 @@ def _pairs(operations: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any
 
 def _pair(conv1: dict[str, Any], shortcut: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:
     """Both in one launch; in pre-activation models of a map that they normalise."""
-    from regnet_fast.kernels import pointwise_conv, pointwise_pair as kernels
+    from regnet_fast.kernels import pointwise_conv
+    from regnet_fast.kernels import pointwise_pair as kernels
 
     size, channels = DTYPES[dtype].itemsize, (conv1["in"], conv1["out"])
     shape = pointwise_conv.Shape(batch * conv1["hw"] ** 2, *channels, size, False, False, arch, PROCESSORS[arch])
