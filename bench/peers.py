@@ -33,7 +33,7 @@ class Peer:
         group: "eager", "compile" or "ours"; the ratios are against the fastest of a group.
         channels_last: the memory format of weights and input.
         compile: a mode of torch.compile.
-        graph: replay a CUDA graph.
+        graph: replay a CUDA graph; ours is `regnet_fast.graphed`, which also copies inputs and results.
         backend: forced on ours.
         frozen: ours with the promise that no weight changes, which a compiled model with frozen weights takes as given.
         devices: the device types where it makes sense.
@@ -66,6 +66,16 @@ PEERS = (
     Peer("compile max-autotune channels_last", "compile", True, compile="max-autotune", extra=("cpu",)),
     Peer("regnet_fast aten", "ours", backend="aten", extra=("cpu", "cuda")),
     Peer("regnet_fast triton", "ours", backend="triton", devices=("cuda",), kinds=("ops", "blocks", "models")),
+    Peer(
+        "regnet_fast triton graph",
+        "ours",
+        graph=True,
+        backend="triton",
+        frozen=True,
+        devices=("cuda",),
+        kinds=("models",),
+    ),
+    Peer("regnet_fast graph", "ours", graph=True, frozen=True, devices=("cuda",), kinds=("models",)),
     Peer("regnet_fast reference", "ours", backend="reference", extra=("cpu", "cuda")),
     Peer(f"{OURS} frozen", "ours", frozen=True, kinds=("blocks", "models")),
     Peer(OURS, "ours"),
@@ -128,6 +138,8 @@ def make(peer: Peer, subject: Subject, name: str) -> tuple[Timed, nn.Module]:
         inputs = tuple(t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in inputs)
     module = subject.fuse(module) if peer.group == "ours" else module
     module = regnet_fast.freeze(module) if peer.frozen else module
+    own_graph = peer.graph and peer.group == "ours"
+    module = regnet_fast.graphed(module) if own_graph else module
     runs = module if peer.compile is None else torch.compile(module, dynamic=False, mode=peer.compile)
     around = partial(regnet_fast.backend, peer.backend) if peer.group == "ours" else nullcontext
     call: Callable[[], Any] = partial(runs, *inputs)
@@ -135,7 +147,7 @@ def make(peer: Peer, subject: Subject, name: str) -> tuple[Timed, nn.Module]:
         call = Step(runs, *inputs, subject.autocast)
     elif subject.copies > 1:
         call = _Rotating(runs, inputs, subject.copies)
-    return Timed(name, _Graphed(call) if peer.graph else call, subject.device, around), module
+    return Timed(name, _Graphed(call) if peer.graph and not own_graph else call, subject.device, around), module
 
 
 class _Rotating:

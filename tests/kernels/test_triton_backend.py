@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import assert_close_to_reference
+from helpers import assert_close_to_reference, randomize_bn
+from timm.models.regnet import RegNet, RegNetCfg
 from torch import nn
 
 import regnet_fast
@@ -35,6 +36,22 @@ def test_whole_models(model, dtype):
 @pytest.mark.parametrize("model", MORE_MODELS)
 def test_more_models(model, dtype):
     check(model, dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 4, 8, 16, 24, 40, 48, 56, 64, 112])
+def test_whole_models_of_every_group_width(width, dtype):
+    first = -(-max(width, 24) // 8) * 8
+    config = RegNetCfg(depth=3, w0=first, wa=float(first), wm=2.0, group_size=width, se_ratio=0.25)
+    host = RegNet(config, num_classes=10).eval()
+    randomize_bn(host, 0)
+    x, host = torch.randn(2, 3, 32, 32).to(dtype), host.to(dtype)
+    model = regnet_fast.rebuild(host, inplace=False).model
+    assert {m.in_channels // m.groups for m in host.modules() if getattr(m, "kernel_size", 0) == (3, 3)} == {3, width}
+    with backend("triton"):
+        y = model(x)
+    assert_close_to_reference(y, host(x), host.double()(x.double()), f"group width {width}")
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "channels_last", "sliced", "expanded"])
