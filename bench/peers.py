@@ -135,6 +135,7 @@ def make(peer: Peer, subject: Subject, name: str) -> tuple[Timed, nn.Module]:
     module, inputs = copy.deepcopy(subject.base), subject.inputs
     if peer.channels_last:
         module = module.to(memory_format=torch.channels_last)
+    if peer.channels_last or (subject.inner and peer.group == "ours"):
         inputs = tuple(t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in inputs)
     module = subject.fuse(module) if peer.group == "ours" else module
     module = regnet_fast.freeze(module) if peer.frozen else module

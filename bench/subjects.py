@@ -30,7 +30,7 @@ class Subject:
 
     `fuse` makes ours of a copy. `checked` are the methods whose results are held to float64. In `training` the module
     is in float32 and runs under autocast to `autocast`, where that is another dtype. The calls take turns on so many
-    `copies` of the inputs.
+    `copies` of the inputs. `inner` says that these are maps from the inside of a network, where ours are channels_last.
     """
 
     base: nn.Module
@@ -40,6 +40,7 @@ class Subject:
     training: bool = False
     autocast: torch.dtype | None = None
     copies: int = 1
+    inner: bool = False
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -147,7 +148,8 @@ def _operation(case: Case, device: str) -> Subject:
         return Subject(HostSqueezeExcite(details).to(device).requires_grad_(False), (means,), FusedSqueezeExcite)
     hw = _scaled(details["hw"], case.size) * details["stride"]
     x = torch.randn(case.batch, details["in"], hw, hw).to(device, dtype)
-    return Subject(HostConv(details).to(device, dtype).requires_grad_(False), (x,), FusedConv, copies=_copies(x))
+    base = HostConv(details).to(device, dtype).requires_grad_(False)
+    return Subject(base, (x,), FusedConv, copies=_copies(x), inner=details["in"] > 3)
 
 
 def _host(case: Case, name: str) -> nn.Module:
@@ -166,7 +168,8 @@ def _block(case: Case, device: str) -> Subject:
     shape = (case.batch, *seen[0][1:])
     x = torch.randn(shape).to(device, DTYPES[case.dtype])
     base = block.to(device, x.dtype)
-    return Subject(base, (x,), lambda module: regnet_fast.rebuild(module).model, details={"input": list(shape)})
+    fuse, details = (lambda module: regnet_fast.rebuild(module).model), {"input": list(shape)}
+    return Subject(base, (x,), fuse, inner=shape[1] > 3, details=details)
 
 
 def _model(case: Case, device: str) -> Subject:

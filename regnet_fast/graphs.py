@@ -128,7 +128,12 @@ class Graphs:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
-        if model.training or recorder.get() is not None or torch._C._get_tracing_state() is not None:
+        if (
+            torch.compiler.is_compiling()
+            or model.training
+            or recorder.get() is not None
+            or torch._C._get_tracing_state() is not None
+        ):
             return model._call_impl(*args, **kwargs)
         reason = _unfit(model, args, kwargs)
         if reason is None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import randomize_bn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import regnet_fast
@@ -51,6 +52,7 @@ def test_exported_with_any_batch(name, seed):
 @pytest.mark.parametrize("name", ["regnety_002", "resnetv2_18"])
 def test_compiled_once_for_any_batch(name, mode, seed, fresh_compiler):
     model = make(name)
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     with mode():
         for n in (2, 3, 5):
@@ -63,8 +65,12 @@ def test_compiled_once_for_any_batch(name, mode, seed, fresh_compiler):
 @pytest.mark.parametrize("name", MODELS)
 def test_exported_for_a_gpu_without_one(name, dtype):
     """The operators are in the graph, and the fakes promise every result on the GPU, in its dtype and layout."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = regnet_fast.create_model(name).eval().to("cuda", dtype)
+    model = regnet_fast.create_model(name).eval()
+    with FakeTensorMode() as mode:
+        for table in (table for m in model.modules() for table in (m._parameters, m._buffers)):
+            for key, t in table.items():
+                fake = None if t is None else mode.from_tensor(t).detach().to("cuda", dtype)
+                table[key] = nn.Parameter(fake, requires_grad=False) if isinstance(t, nn.Parameter) else fake
         x = torch.empty(2, 3, 64, 64, device="cuda", dtype=dtype)
         exported = torch.export.export(model, (x,))
     assert set(operators(exported.graph)) == OPERATORS[name]
