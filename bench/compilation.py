@@ -99,7 +99,8 @@ def _pointwise(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> 
             continue  # only shortcuts have a stride
         pixels = batch * operation["hw"] ** 2
         size = DTYPES[dtype].itemsize
-        shape = kernels.Shape(pixels, operation["in"], operation["out"], size, gate, residual, arch, PROCESSORS[arch])
+        operands = (size, gate, residual, operation["stride"], dtype == "float32")
+        shape = kernels.Shape(pixels, operation["in"], operation["out"], *operands, arch, PROCESSORS[arch])
         config = kernels.heuristic(shape)
         refusal = kernels.config_supports(config, shape)
         assert refusal is None, f"{shape}: {config}: {refusal}"
@@ -122,8 +123,10 @@ def _convolution(operation: dict[str, Any], batch: int, arch: int, dtype: str) -
     from regnet_fast.kernels import implicit_gemm as kernels
 
     widths = operation["in"] // groups, operation["out"] // groups
-    pixels = batch * operation["hw"] ** 2
-    shape = kernels.Shape(pixels, groups, *widths, size * size, DTYPES[dtype].itemsize, arch, PROCESSORS[arch])
+    pixels, steps = operation["hw"] ** 2, operation["stride"] ** 2
+    operands = (DTYPES[dtype].itemsize, False, False, dtype == "float32")
+    machine = (arch, PROCESSORS[arch])
+    shape = kernels.Shape(batch * pixels, pixels, groups, *widths, size * size, steps, *operands, *machine)
     if groups > 1 and (widths[0] % 4 or widths[1] % 4):
         return  # refused
     config = kernels.heuristic(shape)
@@ -142,7 +145,7 @@ def _convolution(operation: dict[str, Any], batch: int, arch: int, dtype: str) -
 def _squeeze_excite(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:
     from regnet_fast.kernels import squeeze_excite as kernels
 
-    config = kernels.heuristic(operation["in"], operation["out"])
+    config = kernels.heuristic(kernels.Shape(batch, 1, operation["in"], operation["out"], arch))
     blocks = {"BLOCK_I": config.block_i, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r, "PRECISION": "tf32x3"}
     act, narrow = {"ACTIVATION": operation["activation"]}, {"UPCAST": False}
     first = dict.fromkeys(("parts", "fc1", "bias1"), "float32")

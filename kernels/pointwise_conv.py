@@ -21,7 +21,6 @@ from .common import (
     LIMITS,
     SHARED_BYTES,
     activate,
-    check_config,
     dot,
     interpreting,
     launch,
@@ -31,6 +30,7 @@ from .common import (
     precision,
     unit,
 )
+from .tables import choose
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides on a configuration: the product, its operands, the architecture and its number of processors."""
+    """What decides on a configuration: the product, its operands, and the machine."""
 
     pixels: int
     channels: int
@@ -63,6 +63,8 @@ class Shape:
     itemsize: int
     gate: bool
     residual: bool
+    stride: int
+    tf32: bool
     arch: int
     processors: int
 
@@ -83,6 +85,8 @@ CONFIGS = tuple(
     ]
 )
 """The search space of the tuner."""
+
+EXTENTS = ("pixels",)
 
 
 def config_supports(config: Config, shape: Shape) -> str | None:
@@ -257,7 +261,7 @@ def pointwise_conv(
         bias: (K), float32.
         gate: (N, C), contiguous, of x's dtype.
         residual: (N, K, OH, OW), channels_last, of x's dtype.
-        config: by default that of `heuristic`.
+        config: by default a tuned one, or that of `heuristic`.
 
     Returns a new (N, K, OH, OW) tensor in channels_last. Sums in float32.
     """
@@ -266,12 +270,14 @@ def pointwise_conv(
     out_height, out_width = (height - 1) // stride + 1, (width - 1) // stride + 1
     pixels = n * out_height * out_width
     y = new_output((n, out_channels, out_height, out_width), x)
-    arch, processors = machine(x.device)
-    shape = Shape(
-        pixels, channels, out_channels, x.element_size(), gate is not None, residual is not None, arch, processors
-    )
-    config = heuristic(shape) if config is None else config
-    check_config(config_supports(config, shape))
+    operands = (x.element_size(), gate is not None, residual is not None)
+    tf32, (arch, processors) = precision(x.dtype) == "tf32", machine(x.device)
+    shape = Shape(pixels, channels, out_channels, *operands, stride, tf32, arch, processors)
+
+    def run(config: Config) -> Tensor:
+        return pointwise_conv(x, weight, bias, gate, residual, stride=stride, activation=activation, config=config)
+
+    config = choose(__name__, shape, x.device, config, run)
     across, down = triton.cdiv(out_channels, config.block_n), triton.cdiv(pixels, config.block_m)
     if config.resident:
         kernel, grid = resident_kernel, (min(down, max(1, 2 * processors // across)), across)

@@ -70,7 +70,8 @@ def pointwise_shape(config, dtype) -> dict:
 
 def pointwise_fits(config, dtype) -> bool:
     facts = pointwise_shape(config, dtype)
-    shape = Shape(facts["n"] * facts["h"], facts["c"], facts["k"], dtype.itemsize, True, True, 90, 1)
+    operands = (dtype.itemsize, True, True, 1, dtype == torch.float32)
+    shape = Shape(facts["n"] * facts["h"], facts["c"], facts["k"], *operands, 90, 1)
     return config_supports(config, shape) is None
 
 
@@ -84,7 +85,7 @@ def test_every_configuration_of_pointwise_conv(guarded, config, dtype):
 
 
 def test_a_configuration_that_does_not_fit_is_refused():
-    shape = Shape(100, 200, 64, 4, False, False, 86, 84)
+    shape = Shape(100, 200, 64, 4, False, False, 1, True, 86, 84)
     too_large = pointwise_conv.Config(128, 64, 256, 4, 3, True)
     assert "shared memory, sm_86 has" in config_supports(too_large, shape)
     assert "128 channels of weights stay" in config_supports(pointwise_conv.Config(64, 64, 128, 4, 2, True), shape)
@@ -92,7 +93,7 @@ def test_a_configuration_that_does_not_fit_is_refused():
         for size in (2, 4):
             for channels in (3, 24, 232, 1512, 7392):
                 for pixels in (49, 50000):
-                    shape = Shape(pixels, channels, channels, size, True, True, arch, 132)
+                    shape = Shape(pixels, channels, channels, size, True, True, 1, size == 4, arch, 132)
                     assert config_supports(pointwise_conv.heuristic(shape), shape) is None
 
 
@@ -170,7 +171,8 @@ def test_depthwise_conv(guarded, channels, stride, dtype):
 
 
 def implicit_gemm_fits(config, dtype) -> bool:
-    shape = implicit_gemm.Shape(300, 2, 24, 24, 9, dtype.itemsize, 90, 1)
+    operands = (dtype.itemsize, False, True, dtype == torch.float32)
+    shape = implicit_gemm.Shape(150, 150, 2, 24, 24, 9, 1, *operands, 90, 1)
     return implicit_gemm.config_supports(config, shape) is None
 
 
