@@ -103,18 +103,16 @@ def _pairs(operations: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any
 
 def _pair(conv1: dict[str, Any], shortcut: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:
     """Both in one launch; in pre-activation models of a map that they normalise."""
-    from regnet_fast.kernels import pointwise_conv
     from regnet_fast.kernels import pointwise_pair as kernels
 
-    size, channels = DTYPES[dtype].itemsize, (conv1["in"], conv1["out"])
-    shape = pointwise_conv.Shape(batch * conv1["hw"] ** 2, *channels, size, False, False, arch, PROCESSORS[arch])
-    config = kernels.heuristic(shape)
-    refusal = pointwise_conv.config_supports(config, shape)
-    assert refusal is None, f"{shape}: {config}: {refusal}"
-    constants = kernels.constants(
-        config, shape, shortcut["out"], shortcut["stride"], conv1["activation"], DTYPES[dtype]
-    )
     before = any(model.startswith(("regnetv", "resnetv2")) for model in conv1["models"])
+    widths = (conv1["in"], conv1["out"], shortcut["out"])
+    operands = (DTYPES[dtype].itemsize, shortcut["stride"], dtype == "float32", before)
+    shape = kernels.Shape(batch * conv1["hw"] ** 2, *widths, *operands, arch, PROCESSORS[arch])
+    config = kernels.heuristic(shape)
+    refusal = kernels.config_supports(config, shape)
+    assert refusal is None, f"{shape}: {config}: {refusal}"
+    constants = kernels.constants(config, shape, conv1["activation"], DTYPES[dtype])
     constants |= {"HAS_BIAS": True, "OTHER_BIAS": not before, "UPCAST": False, "NORM": "relu" if before else None}
     pointers = dict.fromkeys(("x", "weight", "y", "other_weight", "other"), dtype) | {"bias": "float32"}
     pointers |= {"scale": "float32", "shift": "float32"} if before else {"other_bias": "float32"}
@@ -138,7 +136,9 @@ def _pointwise(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> 
             continue  # only shortcuts have a stride
         pixels = batch * operation["hw"] ** 2
         size = DTYPES[dtype].itemsize
-        shape = kernels.Shape(pixels, operation["in"], operation["out"], size, gate, residual, arch, PROCESSORS[arch])
+        operands = (size, gate, residual, operation["stride"], dtype == "float32")
+        norms = (norm is not None, residual_norm is not None)
+        shape = kernels.Shape(pixels, operation["in"], operation["out"], *operands, arch, PROCESSORS[arch], *norms)
         config = kernels.heuristic(shape)
         refusal = kernels.config_supports(config, shape)
         assert refusal is None, f"{shape}: {config}: {refusal}"
@@ -165,8 +165,10 @@ def _convolution(operation: dict[str, Any], batch: int, arch: int, dtype: str) -
     from regnet_fast.kernels import implicit_gemm as kernels
 
     widths = operation["in"] // groups, operation["out"] // groups
-    pixels = batch * operation["hw"] ** 2
-    shape = kernels.Shape(pixels, groups, *widths, size * size, DTYPES[dtype].itemsize, arch, PROCESSORS[arch])
+    pixels, steps = operation["hw"] ** 2, operation["stride"] ** 2
+    operands = (DTYPES[dtype].itemsize, False, False, dtype == "float32")
+    machine = (arch, PROCESSORS[arch])
+    shape = kernels.Shape(batch * pixels, pixels, groups, *widths, size * size, steps, *operands, *machine)
     if groups > 1 and (widths[0] % 4 or widths[1] % 4):
         return  # refused
     config = kernels.heuristic(shape)
@@ -186,7 +188,7 @@ def _convolution(operation: dict[str, Any], batch: int, arch: int, dtype: str) -
 def _squeeze_excite(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:
     from regnet_fast.kernels import squeeze_excite as kernels
 
-    config = kernels.heuristic(operation["in"], operation["out"])
+    config = kernels.heuristic(kernels.Shape(batch, 1, operation["in"], operation["out"], arch))
     blocks = {"BLOCK_I": config.block_i, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r, "PRECISION": "tf32x3"}
     act, narrow = {"ACTIVATION": operation["activation"]}, {"UPCAST": False}
     first = dict.fromkeys(("parts", "fc1", "bias1"), "float32")

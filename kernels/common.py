@@ -43,12 +43,6 @@ LIMITS = {"maxnreg": 255}
 """A compiler option: left to itself, ptxas would rather spill a few bytes than use its registers."""
 
 
-def check_config(refusal: str | None) -> None:
-    """Raise ValueError with the reason why a given configuration cannot serve."""
-    if refusal is not None:
-        raise ValueError(f"this configuration cannot serve: {refusal}")
-
-
 def new_output(size: tuple[int, ...], like: Tensor) -> Tensor:
     """An uninitialised channels_last tensor for a kernel to write."""
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import activate, interpreting, launch, narrow, new_output, unit
+from .tables import choose
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,35 @@ class Config:
     warps: int
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What decides on a configuration: output pixels, of all images and of one, channels, taps, strides multiplied, and
+    the operands.
+    """
+
+    pixels: int
+    image_pixels: int
+    channels: int
+    taps: int
+    stride: int
+    itemsize: int
+    means: bool
+
+
 CONFIGS = tuple(Config(p, c, w) for p in (16, 32, 64) for c in (32, 64, 128) for w in (4, 8))
 """The search space of the tuner."""
 
+EXTENTS = ("pixels", "image_pixels")
 
-def heuristic(channels: int) -> Config:
+
+def config_supports(config: Config, shape: Shape) -> str | None:
+    """Why a configuration cannot serve, or None: each can."""
+    return None
+
+
+def heuristic(shape: Shape) -> Config:
     """A configuration that needs no measurement: 2048 elements."""
-    block_c = min(128, max(16, triton.next_power_of_2(channels)))
+    block_c = min(128, max(16, triton.next_power_of_2(shape.channels)))
     return Config(2048 // block_c, block_c, 4)
 
 
@@ -96,7 +119,13 @@ def depthwise_conv(
     ]
     pixels = size[0] * size[1]
     y = new_output((n, channels, *size), x)
-    config = heuristic(channels) if config is None else config
+    taps, steps = kernel_size[0] * kernel_size[1], stride[0] * stride[1]
+    shape = Shape(n * pixels, pixels, channels, taps, steps, x.element_size(), means)
+
+    def run(config: Config) -> tuple[Tensor, Tensor | None]:
+        return depthwise_conv(x, weight, bias, kernel_size, stride, padding, dilation, activation, means, config)
+
+    config = choose(__name__, shape, x.device, config, run)
     tiles = triton.cdiv(pixels, config.block_p)
     parts = torch.empty((n, tiles, channels), dtype=torch.float32, device=x.device) if means else None
     launch(

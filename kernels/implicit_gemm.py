@@ -20,7 +20,6 @@ from .common import (
     LIMITS,
     SHARED_BYTES,
     activate,
-    check_config,
     dot,
     interpreting,
     launch,
@@ -30,6 +29,7 @@ from .common import (
     precision,
     unit,
 )
+from .tables import choose
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,21 @@ class Config:
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides on a configuration: output pixels, groups and their widths, taps, and the machine."""
+    """What decides on a configuration: output pixels, of all images and of one, groups and their widths, taps, strides
+    multiplied, the operands, and the machine.
+    """
 
     pixels: int
+    image_pixels: int
     groups: int
     width: int
     out_width: int
     taps: int
+    stride: int
     itemsize: int
+    residual: bool
+    means: bool
+    tf32: bool
     arch: int
     processors: int
 
@@ -69,6 +76,8 @@ CONFIGS = tuple(
     for stages in (2, 3, 4)
 )
 """The search space of the tuner."""
+
+EXTENTS = ("pixels", "image_pixels")
 
 
 def config_supports(config: Config, shape: Shape) -> str | None:
@@ -216,7 +225,7 @@ def convolution(
         bias: (K), float32.
         residual: (N, K, OH, OW), channels_last, of x's dtype.
         means: whether to return (N, T, K) float32 parts, whose sum over T are the means over the pixels.
-        config: by default that of `heuristic`.
+        config: by default a tuned one, or that of `heuristic`.
 
     Returns a new (N, K, OH, OW) tensor in channels_last, and the parts or None. Sums in float32; the parts are sums of
     rounded results.
@@ -228,11 +237,15 @@ def convolution(
     ]
     pixels = size[0] * size[1]
     y = new_output((n, out_channels, *size), x)
-    shape = Shape(
-        n * pixels, groups, channels // groups, out_channels // groups, taps, x.element_size(), *machine(x.device)
-    )
-    config = heuristic(shape) if config is None else config
-    check_config(config_supports(config, shape))
+    widths, steps = (channels // groups, out_channels // groups), stride[0] * stride[1]
+    operands = (x.element_size(), residual is not None, means, precision(x.dtype) == "tf32")
+    shape = Shape(n * pixels, pixels, groups, *widths, taps, steps, *operands, *machine(x.device))
+    geometry = (kernel_size, stride, padding, dilation)
+
+    def run(config: Config) -> tuple[Tensor, Tensor | None]:
+        return convolution(x, weight, bias, residual, *geometry, groups, activation, means, config)
+
+    config = choose(__name__, shape, x.device, config, run)
     tiles = triton.cdiv(pixels, config.block_m)
     parts = torch.empty((n, tiles, out_channels), dtype=torch.float32, device=x.device) if means else None
     launch(
@@ -242,7 +255,7 @@ def convolution(
         tiles, pixels, size[1], height, width, channels // unit(channels), out_channels // unit(out_channels),
         CHANNELS_FIRST=not x.is_contiguous(memory_format=torch.channels_last),
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, HAS_PARTIAL=means,
-        **constants(config, shape, kernel_size, stride, padding, dilation, activation, x.dtype),
+        **constants(config, shape, *geometry, activation, x.dtype),
         num_warps=config.warps, **LIMITS,
     )  # fmt: skip
     return y, parts

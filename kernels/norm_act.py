@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import activate, interpreting, launch, narrow, new_output, unit
+from .tables import choose
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,30 @@ class Config:
     warps: int
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What decides on a configuration: pixels, channels, and the operands."""
+
+    pixels: int
+    channels: int
+    itemsize: int
+    gate: bool
+
+
 CONFIGS = tuple(Config(p, c, w) for p in (8, 16, 32, 64) for c in (32, 64, 128, 256) for w in (4, 8))
 """The search space of the tuner."""
 
+EXTENTS = ("pixels",)
 
-def heuristic(channels: int) -> Config:
+
+def config_supports(config: Config, shape: Shape) -> str | None:
+    """Why a configuration cannot serve, or None: each can."""
+    return None
+
+
+def heuristic(shape: Shape) -> Config:
     """A configuration that needs no measurement: 4096 elements, as many channels of a pixel as there are."""
-    block_c = min(256, max(16, triton.next_power_of_2(channels)))
+    block_c = min(256, max(16, triton.next_power_of_2(shape.channels)))
     return Config(4096 // block_c, block_c, 4)
 
 
@@ -69,14 +87,18 @@ def norm_act(
         x: (N, C, H, W), channels_last; float32, float16 or bfloat16.
         scale, shift: (C), float32.
         gate: (N, C), contiguous, of any float dtype.
-        config: by default that of `heuristic`.
+        config: by default a tuned one, or that of `heuristic`.
 
     Returns a new tensor of x's dtype in channels_last. Computes in float32.
     """
     n, channels, height, width = x.shape
     y = new_output((n, channels, height, width), x)
-    config = heuristic(channels) if config is None else config
     pixels = n * height * width
+
+    def run(config: Config) -> Tensor:
+        return norm_act(x, scale, shift, gate, activation=activation, config=config)
+
+    config = choose(__name__, Shape(pixels, channels, x.element_size(), gate is not None), x.device, config, run)
     launch(
         kernel, (triton.cdiv(pixels, config.block_p), triton.cdiv(channels, config.block_c)),
         x, scale, shift, gate, y, pixels, height * width, channels // unit(channels),

@@ -22,7 +22,6 @@ from .common import (
     LIMITS,
     SHARED_BYTES,
     activate,
-    check_config,
     dot,
     interpreting,
     launch,
@@ -32,6 +31,7 @@ from .common import (
     precision,
     unit,
 )
+from .tables import choose
 
 Affine = tuple[Tensor, Tensor, str]
 """Scale and shift of each channel, and the activation after them."""
@@ -61,7 +61,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides on a configuration: the product, its operands, the architecture and its number of processors."""
+    """What decides on a configuration: the product, its operands, the machine, and what is normalised as it is read."""
 
     pixels: int
     channels: int
@@ -69,8 +69,12 @@ class Shape:
     itemsize: int
     gate: bool
     residual: bool
+    stride: int
+    tf32: bool
     arch: int
     processors: int
+    norm: bool = False
+    residual_norm: bool = False
 
 
 CONFIGS = tuple(
@@ -89,6 +93,8 @@ CONFIGS = tuple(
     ]
 )
 """The search space of the tuner."""
+
+EXTENTS = ("pixels",)
 
 
 def config_supports(config: Config, shape: Shape) -> str | None:
@@ -120,7 +126,8 @@ def heuristic(shape: Shape) -> Config:
     for share in (2, 1):
         for stages in (3, 2):
             for m, n in sizes:
-                large = m * n >= 128 * 128 or (m >= 64 and block_k == 256)  # four warps would lack registers
+                deep = block_k >= 128 if shape.gate and shape.norm else m >= 64 and block_k == 256
+                large = m * n >= 128 * 128 or deep  # four warps would lack registers
                 config = Config(m, n, block_k, 8 if large else 4, stages, resident)
                 fits = config.shared_bytes(shape.itemsize, shape.gate, shape.residual) * share
                 if fits <= SHARED_BYTES[shape.arch]:
@@ -310,7 +317,7 @@ def pointwise_conv(
         residual: (N, K, OH, OW), channels_last, of x's dtype.
         norm, residual_norm: scale and shift, (C) or (K) and float32, and the activation after them. What they make is
             rounded to x's dtype.
-        config: by default that of `heuristic`.
+        config: by default a tuned one, or that of `heuristic`.
 
     Returns a new (N, K, OH, OW) tensor in channels_last. Sums in float32.
     """
@@ -319,12 +326,17 @@ def pointwise_conv(
     out_height, out_width = (height - 1) // stride + 1, (width - 1) // stride + 1
     pixels = n * out_height * out_width
     y = new_output((n, out_channels, out_height, out_width), x)
-    arch, processors = machine(x.device)
-    shape = Shape(
-        pixels, channels, out_channels, x.element_size(), gate is not None, residual is not None, arch, processors
-    )
-    config = heuristic(shape) if config is None else config
-    check_config(config_supports(config, shape))
+    operands = (x.element_size(), gate is not None, residual is not None)
+    tf32, (arch, processors) = precision(x.dtype) == "tf32", machine(x.device)
+    norms = {"norm": norm, "residual_norm": residual_norm}
+    given = {name: one is not None for name, one in norms.items()}
+    shape = Shape(pixels, channels, out_channels, *operands, stride, tf32, arch, processors, **given)
+
+    def run(config: Config) -> Tensor:
+        options = {**norms, "stride": stride, "activation": activation, "config": config}
+        return pointwise_conv(x, weight, bias, gate, residual, **options)
+
+    config = choose(__name__, shape, x.device, config, run)
     across, down = triton.cdiv(out_channels, config.block_n), triton.cdiv(pixels, config.block_m)
     if config.resident:
         kernel, grid = resident_kernel, (min(down, max(1, 2 * processors // across)), across)

@@ -8,7 +8,7 @@ from then on.
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -16,14 +16,54 @@ import triton.language as tl
 from torch import Tensor
 
 from . import pointwise_conv
-from .common import LIMITS, check_config, interpreting, launch, machine, new_output, precision, unit
-from .pointwise_conv import Affine, Config, Shape, config_supports, streamed_tile
+from .common import LIMITS, interpreting, launch, machine, new_output, precision, unit
+from .pointwise_conv import Affine, Config, streamed_tile
+from .tables import choose
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides on a configuration: the first product, the other's width and stride, and the machine; `norm` says
+    that x is normalised as it is read.
+    """
+
+    pixels: int
+    channels: int
+    out_channels: int
+    other_channels: int
+    itemsize: int
+    stride: int
+    tf32: bool
+    norm: bool
+    arch: int
+    processors: int
+
+    @property
+    def first(self) -> pointwise_conv.Shape:
+        """The shape of the first product alone."""
+        return pointwise_conv.Shape(
+            self.pixels, self.channels, self.out_channels, self.itemsize, False, False, 1, self.tf32, self.arch,
+            self.processors, self.norm,
+        )  # fmt: skip
+
+
+CONFIGS = tuple(config for config in pointwise_conv.CONFIGS if not config.resident)
+"""The search space of the tuner."""
+
+EXTENTS = ("pixels",)
+
+
+def config_supports(config: Config, shape: Shape) -> str | None:
+    """Why a configuration cannot serve, or None."""
+    if config.resident:
+        return "the weights of two convolutions do not stay"
+    return pointwise_conv.config_supports(config, shape.first)
 
 
 def heuristic(shape: Shape) -> Config:
     """A configuration that needs no measurement: that of the first convolution, streamed."""
-    config = pointwise_conv.heuristic(shape)
-    return dataclasses.replace(config, resident=False, block_k=min(config.block_k, 128 // shape.itemsize))
+    config = pointwise_conv.heuristic(shape.first)
+    return replace(config, resident=False, block_k=min(config.block_k, 128 // shape.itemsize))
 
 
 @triton.jit
@@ -56,15 +96,13 @@ def kernel(
         )  # fmt: skip
 
 
-def constants(
-    config: Config, shape: Shape, other_channels: int, stride: int, activation: str, dtype: torch.dtype
-) -> dict:
+def constants(config: Config, shape: Shape, activation: str, dtype: torch.dtype) -> dict:
     """The compile-time arguments, but for the biases and `NORM`."""
     return {
         "UNIT": unit(shape.channels),
         "OUT_UNIT": unit(shape.out_channels),
-        "OTHER_UNIT": unit(other_channels),
-        "STRIDE": stride,
+        "OTHER_UNIT": unit(shape.other_channels),
+        "STRIDE": shape.stride,
         "ACTIVATION": activation,
         "EVEN_K": shape.channels % config.block_k == 0,
         "PRECISION": precision(dtype),
@@ -96,7 +134,7 @@ def pointwise_pair(
         bias, other_bias: (K) and (K'), float32.
         norm: as `pointwise_conv` takes it.
         stride: of the other one.
-        config: by default that of `heuristic`; not resident.
+        config: by default a tuned one, or that of `heuristic`.
 
     Returns two new tensors in channels_last. Sums in float32.
     """
@@ -106,9 +144,15 @@ def pointwise_pair(
     pixels, other_pixels = n * height * width, n * other_height * other_width
     y = new_output((n, out_channels, height, width), x)
     other = new_output((n, other_channels, other_height, other_width), x)
-    shape = Shape(pixels, channels, out_channels, x.element_size(), False, False, *machine(x.device))
-    config = heuristic(shape) if config is None else config
-    check_config(config_supports(config, shape) or ("its weights would stay" if config.resident else None))
+    tf32 = precision(x.dtype) == "tf32"
+    widths = (channels, out_channels, other_channels)
+    shape = Shape(pixels, *widths, x.element_size(), stride, tf32, norm is not None, *machine(x.device))
+
+    def run(config: Config) -> tuple[Tensor, Tensor]:
+        options = {"norm": norm, "stride": stride, "activation": activation, "config": config}
+        return pointwise_pair(x, weight, bias, other_weight, other_bias, **options)
+
+    config = choose(__name__, shape, x.device, config, run)
     shares = max(triton.cdiv(pixels, stride * stride * config.block_m), triton.cdiv(other_pixels, config.block_m))
     across, other_across = triton.cdiv(out_channels, config.block_n), triton.cdiv(other_channels, config.block_n)
     scale, shift, after = norm or (None, None, None)
@@ -118,7 +162,7 @@ def pointwise_pair(
         pixels, other_pixels, other_height * other_width, other_width, height * width, width,
         channels // unit(channels), out_channels // unit(out_channels), other_channels // unit(other_channels),
         HAS_BIAS=bias is not None, OTHER_BIAS=other_bias is not None, NORM=after,
-        **constants(config, shape, other_channels, stride, activation, x.dtype),
+        **constants(config, shape, activation, x.dtype),
         num_warps=config.warps, **LIMITS,
     )  # fmt: skip
     return y, other

@@ -8,14 +8,15 @@ programs share them. Everything is float32; the gate leaves in the dtype of the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LIMITS, activate, check_config, interpreting, launch, narrow
+from .common import LIMITS, SHARED_BYTES, activate, interpreting, launch, machine, narrow
+from .tables import choose
 
 
 @dataclass(frozen=True)
@@ -28,19 +29,47 @@ class Config:
     warps: int
     whole: bool
 
-
-def heuristic(channels: int, hidden: int) -> Config:
-    """A configuration that needs no measurement: one kernel up to 64 K weights a product."""
-    whole = channels * hidden <= 1 << 16 and hidden <= 256
-    block_r = max(16, triton.next_power_of_2(hidden)) if whole else 32
-    return Config(16, 64, block_r, 4 if block_r <= 64 else 8, whole)
+    def shared_bytes(self) -> int:
+        """Shared memory at most: two tiles of weights in flight, the hidden channels in two halves, and the means."""
+        return 4 * (2 * self.block_r * (self.block_c + self.block_i) + self.block_i * self.block_c)
 
 
-def config_supports(config: Config, hidden: int) -> str | None:
+@dataclass(frozen=True)
+class Shape:
+    """What decides on a configuration: images, parts of each mean, channels, hidden channels and the architecture."""
+
+    images: int
+    tiles: int
+    channels: int
+    hidden: int
+    arch: int
+
+
+CONFIGS = tuple(
+    [Config(16, c, r, warps, True) for c in (32, 64) for r in (16, 32, 64, 128, 256) for warps in (4, 8)]
+    + [Config(16, c, r, warps, False) for c in (32, 64) for r in (32, 64) for warps in (4, 8)]
+)
+"""The search space of the tuner."""
+
+EXTENTS = ("images", "tiles")
+
+
+def config_supports(config: Config, shape: Shape) -> str | None:
     """Why a configuration cannot serve, or None."""
-    if config.whole and config.block_r < hidden:
-        return f"{config.block_r} hidden channels are computed at once, there are {hidden}"
+    if config.whole and config.block_r < shape.hidden:
+        return f"{config.block_r} hidden channels are computed at once, there are {shape.hidden}"
+    needed = config.shared_bytes()
+    if needed > SHARED_BYTES[shape.arch]:
+        return f"it needs {needed} bytes of shared memory, sm_{shape.arch} has {SHARED_BYTES[shape.arch]}"
     return None
+
+
+def heuristic(shape: Shape) -> Config:
+    """A configuration that needs no measurement: one kernel up to 64 K weights a product."""
+    whole = shape.channels * shape.hidden <= 1 << 16 and shape.hidden <= 256
+    block_r = max(16, triton.next_power_of_2(shape.hidden)) if whole else 32
+    large = Config(16, 64, block_r, 4 if block_r <= 64 else 8, whole)
+    return large if config_supports(large, shape) is None else replace(large, block_c=32)
 
 
 @triton.jit
@@ -146,14 +175,18 @@ def squeeze_excite(
         parts: (N, T, C), contiguous, whose sum over T are the means.
         fc1, bias1: (R, C) and (R).
         fc2, bias2: (C, R) and (C); all of them float32 and contiguous.
-        config: by default that of `heuristic`.
+        config: by default a tuned one, or that of `heuristic`.
 
     Returns a new (N, C) tensor. Products in three TF32 steps, which keep float32's precision.
     """
     images, tiles, channels = parts.shape
     hidden = fc1.shape[0]
-    config = heuristic(channels, hidden) if config is None else config
-    check_config(config_supports(config, hidden))
+
+    def run(config: Config) -> Tensor:
+        return squeeze_excite(parts, fc1, bias1, fc2, bias2, activation=activation, dtype=dtype, config=config)
+
+    shape = Shape(images, tiles, channels, hidden, machine(parts.device)[0])
+    config = choose(__name__, shape, parts.device, config, run)
     gate = torch.empty((images, channels), dtype=dtype, device=parts.device)
     precision = {"PRECISION": "ieee" if interpreting() else "tf32x3"}
     blocks = {"BLOCK_I": config.block_i, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r}

@@ -1,8 +1,8 @@
-"""The command line: `regnet-fast info | classify | explain | verify | compare | demo`.
+"""The command line: `regnet-fast info | classify | explain | verify | compare | tune | demo`.
 
 Exit status: 0 done; 1 the check that was asked for failed; 2 the request is wrong (an unknown model, an option);
-3 an image, a checkpoint or pretrained weights cannot be read. With `--json` standard output holds JSON alone; progress
-and messages go to standard error.
+3 an image, a checkpoint, pretrained weights or a table cannot be read. With `--json` standard output holds JSON alone;
+progress and messages go to standard error.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +60,8 @@ def _reported_errors() -> Iterator[None]:
     from .blocks.fused import FallbackWarning
     from .classify import UnreadableImageError, WeightsUnavailableError
     from .demo import PhotographMissingError
+    from .kernels.tables import TableError, TableWarning
+    from .tune import TuneError
     from .verify import UnknownModelError
     from .weights import CheckpointError
 
@@ -66,13 +70,16 @@ def _reported_errors() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("once", FallbackWarning)
+            for category in (FallbackWarning, TableWarning):
+                warnings.simplefilter("once", category)
             warnings.showwarning = lambda message, *_, **__: _complain(str(message))
             yield
-    except (UnreadableImageError, WeightsUnavailableError, CheckpointError, PhotographMissingError, OSError) as error:
+    except (
+        UnreadableImageError, WeightsUnavailableError, CheckpointError, PhotographMissingError, TableError, OSError
+    ) as error:  # fmt: skip
         _complain(str(error))
         raise typer.Exit(UNREADABLE) from None
-    except (UnknownModelError, BackendError, _UsageError) as error:
+    except (UnknownModelError, BackendError, TuneError, _UsageError) as error:
         _complain(str(error))
         raise typer.Exit(USAGE) from None
     except torch.OutOfMemoryError as error:
@@ -149,6 +156,9 @@ def info(as_json: JsonOption = False) -> None:
         answer = "yes" if row["available"] else f"no: {row['reason']}"
         rows.add_row(row["device"], row["backend"], row["dtype"], answer)
     show(rows)
+    for row in facts["tuned"]:
+        known = f"{row['shapes']} tuned shapes for {row['gpu']}" if row["shapes"] else "heuristics only"
+        line(f"Triton kernels on {row['device']}: {known}; `regnet-fast tune MODEL` measures.")
     if facts["forced_backend"]:
         line(f"REGNET_FAST_BACKEND forces {facts['forced_backend']}.")
 
@@ -224,6 +234,10 @@ def explain(
     work = f"{totals['flops'] / 1e9:.2f} GFLOP, {totals['bytes'] / 1e6:.1f} MB at least"
     line(f"{len(found['layers'])} layers ({served}), {work}")
     line(_executions(found["layers"]))
+    untuned = sum(row["label"] == "Triton" for row in found["layers"])
+    if untuned and device.startswith("cuda"):
+        command = f"regnet-fast tune {model} --batch {batch} --dtype {dtype}"
+        line(f"{untuned} layers run in heuristic configurations; `{command}` measures which are faster")
     for path, kind, reason in found["kept"]:
         line(f"kept as timm makes it: {path} ({kind}): {reason}")
 
@@ -330,6 +344,66 @@ def compare(
             line(text)
     if not all(case["correct"] for case in cases):
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def tune(
+    models: Annotated[list[str], typer.Argument(help="timm model names.")],
+    batch: BatchesOption = [1],  # noqa: B006
+    dtype: DtypesOption = ["float32"],  # noqa: B006
+    size: SizeOption = None,
+    device: DeviceOption = "cuda",
+    budget: Annotated[float | None, typer.Option(min=0, help="Seconds after which no further shape is begun.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure what the table has as well.")] = False,
+    commit: Annotated[bool, typer.Option("--commit", help="Write into the checkout, to be shipped.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The fastest configurations of the Triton kernels for a model, into a table. Goes on where it was interrupted."""
+    found, left = [], 0
+    with _reported_errors(), progress() as announce:
+        from . import tune as tuning
+        from .kernels import tables
+        from .verify import check_name
+
+        tuning.check_device(device)
+        _check_environment(device)
+        folder = tuning.checkout_folder() if commit else tables.user_folder()
+        computes = [_dtype(name) for name in dtype]
+        for model in models:
+            check_name(model)
+        deadline = math.inf if budget is None else time.monotonic() + budget
+        for model, images, compute in itertools.product(models, batch, computes):
+            announce(f"{model}: building and running")
+            network, x = tuning.subject(model, images, size, compute, device)
+            shapes = tuning.missing(network, x, folder, again)
+            announce.expect(len(shapes))
+            left += len(shapes)
+            for result in tuning.tune(network, x, shapes, folder, deadline, announce=announce):
+                found.append(result)
+                announce.advance()
+                left -= 1
+    wrong = sum(result.skipped.get(tuning.WRONG, 0) for result in found)
+    if wrong:
+        _complain(f"{wrong} configurations are left out whose results are wrong: not the heuristic's within rounding")
+    if as_json:
+        return _print_json({"folder": folder, "left": left, "results": [result.as_dict() for result in found]})
+    _show_tuning(found)
+    faster = sum(result.entry.config is not None for result in found)
+    line(f"{len(found)} shapes measured, {faster} of them faster than in the heuristic configuration; tables: {folder}")
+    if left:
+        line(f"{left} shapes are left: the same command goes on")
+    elif not found:
+        line("the tables have every shape that is launched; --again measures them once more")
+
+
+def _show_tuning(found: list[Any]) -> None:
+    rows = table("", "kernel", "shape", "heuristic, us", "best, us", "gain", "tried", "left out", flexible="shape")
+    for result in found:
+        shape = ", ".join(f"{field} {value}" for field, value in result.shape.items())
+        times = (result.entry.heuristic_microseconds, result.entry.microseconds)
+        skipped = ", ".join(f"{count} {reason}" for reason, count in result.skipped.items())
+        rows.add_row(result.kernel, shape, *map(str, times), f"{result.gain:.2f}x", str(result.tried), skipped)
+    show(rows)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from .backends import ConvProblem, Problem, select
 from .blocks.fused import Fused, Plan, listening
 from .blocks.units import LinearUnit, PackedConvThenNorm, Unit
 from .hosts import timm as host
+from .kernels import tables
 from .models import why_not
 from .recording import Kernel, launches
 from .roofline import Count, count, kernels, record
@@ -235,13 +236,15 @@ class _Recorded:
         self.unit, self.packed, self.rows, self.counter = unit, unit.pack(dtype), rows, counter
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        y = self.packed(*args, **kwargs)
+        tuned: list[bool] = []
+        with tables.listening(lambda choice: tuned.append(choice.tuned)):
+            y = self.packed(*args, **kwargs)
         launched = self.counter.take()
-        first, *others = self._rows(args, kwargs, y)
+        first, *others = self._rows(args, kwargs, y, any(tuned))
         self.rows += [replace(first, launches=launched), *(replace(row, launches=0) for row in others)]
         return y
 
-    def _rows(self, args: tuple, kwargs: dict, y: Any) -> list[Row]:
+    def _rows(self, args: tuple, kwargs: dict, y: Any, tuned: bool) -> list[Row]:
         packed, norm = self.packed, None
         if isinstance(packed, PackedConvThenNorm):
             packed, norm = packed.conv, packed.norm
@@ -254,6 +257,7 @@ class _Recorded:
             return [_host_row(self.layer, packed.norm, (args[0],), y, _norm_reason(packed.norm))]
         residual = None if norm is not None else kwargs.get("residual", args[2] if len(args) > 2 else None)
         problem, label = packed.explain(args[0], None if len(args) < 2 else args[1], residual)
+        label += ", tuned" if tuned else ""
         selection = select(problem)
         reason = "; ".join(f"{name}: {why}" for name, why in selection.refused.items())
         row = Row(self.layer, problem.op, _shape(problem), selection.name, label, reason, problem.flops, problem.bytes)

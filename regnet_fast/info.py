@@ -17,6 +17,7 @@ import torch
 
 from . import backends
 from .backends import ConvProblem
+from .kernels import tables
 
 DTYPES = ("float32", "bfloat16", "float16")
 BUSY = 0.5  # load average per core from which on times are called noisy
@@ -137,6 +138,18 @@ def support() -> list[dict[str, Any]]:
     return rows
 
 
+def tuned() -> list[dict[str, Any]]:
+    """One row for each device that runs Triton's kernels: how many shapes the tables of its model of GPU have."""
+    rows = []
+    for device in devices()[1:]:
+        with torch.cuda.device(device["device"]):
+            if backends.triton.refuse(probe(device["device"], "float32")) is None:
+                gpu = tables.slug(device["name"])
+                shapes = sum(len(tables.entries(kernel, gpu)) for kernel in tables.KERNELS)
+                rows.append({"device": device["device"], "gpu": gpu, "shapes": shapes})
+    return rows
+
+
 def collect() -> dict[str, Any]:
     """Everything that `regnet-fast info` shows. Raises ValueError where REGNET_FAST_BACKEND names no backend."""
     return {
@@ -144,6 +157,7 @@ def collect() -> dict[str, Any]:
         "devices": devices(),
         "forced_backend": backends.forced_backend(),
         "backends": support(),
+        "tuned": tuned(),
     }
 
 
@@ -186,14 +200,17 @@ def _driver() -> str:
 
 
 def _commit() -> dict[str, Any]:
-    """The commit that the package was imported from, where that is a git checkout; results make it no dirtier."""
+    """The commit that the package was imported from, where that is a git checkout; results and tables make it no
+    dirtier.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return {}
     commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
     if not commit:
         return {}
-    changes = _output(["git", "-C", str(root), "status", "--porcelain", "--", ".", ":!bench/results"])
+    ours = (".", ":!bench/results", ":!kernels/tuned")
+    changes = _output(["git", "-C", str(root), "status", "--porcelain", "--", *ours])
     return {"commit": commit, "dirty": bool(changes)}
 
 

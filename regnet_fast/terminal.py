@@ -46,6 +46,10 @@ class Announcer:
     def __call__(self, text: str) -> None:
         self._progress.update(self._task, description=escape(text), refresh=True)
 
+    def expect(self, steps: int) -> None:
+        """So many steps there are, of which none is done."""
+        self._progress.reset(self._task, total=steps)
+
     def advance(self) -> None:
         """One of the steps is done."""
         self._progress.update(self._task, advance=1, refresh=True)

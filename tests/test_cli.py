@@ -4,14 +4,15 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import timm
 import torch
 from typer.testing import CliRunner
 
-from regnet_fast import classify, compare, verify
-from regnet_fast.backends import aten
+from regnet_fast import classify, cli, compare, info, verify
+from regnet_fast.backends import aten, triton
 from regnet_fast.cli import app
 
 MODEL, OTHER = "resnetv2_18", "resnet10t"  # one of our families, and one that is not
@@ -70,7 +71,8 @@ def test_help_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
     result = run("--help")
     assert result.exit_code == 0
-    assert all(command in result.output for command in ("info", "classify", "explain", "verify", "compare", "demo"))
+    commands = ("info", "classify", "explain", "verify", "compare", "tune", "demo")
+    assert all(command in result.output for command in commands)
 
 
 def test_version():
@@ -90,6 +92,37 @@ def test_info():
     assert run("info").exit_code == 0
 
 
+def test_info_says_where_tuning_would_help(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    from regnet_fast.kernels import pointwise_conv, tables
+
+    gpu = {"device": "cuda:0", "name": "Test GPU"}
+    monkeypatch.setattr(info, "devices", lambda: [{"device": "cpu", "name": "a CPU"}, gpu])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(triton, "refuse", lambda problem: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tables.forget()
+    assert "Triton kernels on cuda:0: heuristics only; `regnet-fast tune MODEL` measures" in run("info").output
+    shape, config = pointwise_conv.Shape(9, 8, 8, 2, False, False, 1, False, 90, 132), pointwise_conv.CONFIGS[0]
+    known = {tables.key(shape): tables.Entry(config, 1.0, config, 2.0, {})}
+    tables.write(tables.user_folder() / "test-gpu" / "pointwise_conv.json", pointwise_conv, known)
+    tables.forget()
+    assert run_json("info")["tuned"] == [{"device": "cuda:0", "gpu": "test-gpu", "shapes": 1}]
+    assert "1 tuned shapes for test-gpu" in run("info").output
+    tables.forget()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_tuning_takes_a_gpu(device, tmp_path, monkeypatch):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    result = run("tune", MODEL, "--device", device)
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+    assert f"on the device '{device}', but" in result.stderr and "compute capability 8.0" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_explain():
     found = run_json("explain", MODEL, *SMALL, "--batch", 2)
     assert found["input_shape"] == [2, 3, 32, 32]
@@ -97,6 +130,16 @@ def test_explain():
     assert sum(found["totals"]["layers_by_backend"].values()) == len(found["layers"])
     table = run("explain", MODEL, *SMALL).output
     assert all(row["layer"] in table for row in found["layers"])
+
+
+@pytest.mark.parametrize(("label", "advised"), [("Triton", True), ("Triton, tuned", False)])
+def test_explain_says_where_tuning_would_help(monkeypatch, label, advised):
+    found = info.explain_model(MODEL, 2, 32, torch.float32, "cpu")
+    found["layers"][0]["label"] = label
+    monkeypatch.setattr(info, "explain_model", lambda *options: found)
+    monkeypatch.setattr(cli, "_check_environment", lambda device: None)
+    output = run("explain", MODEL, "--batch", 2, "--device", "cuda").output
+    assert (f"1 layers run in heuristic configurations; `regnet-fast tune {MODEL} --batch 2" in output) == advised
 
 
 def test_explain_says_that_another_family_is_passed_through():

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from regnet_fast import backends, info
+from regnet_fast import backends, explain, info, tune
 from regnet_fast.verify import DTYPES, verify
 
 pytestmark = pytest.mark.gpu
@@ -33,3 +33,24 @@ def test_model(model, backend, dtype):
 def test_automatic_choice(model):
     found = verify(model, batch=1, size=224, dtype=torch.float32, device=DEVICE)
     assert found.ok, "\n".join(f"{check.stage}: {check.failure}" for check in found.checks if not check.ok)
+
+
+def test_tuning(tmp_path, monkeypatch):
+    if not DEVICE.startswith("cuda"):
+        pytest.skip("tuning takes a GPU")
+    monkeypatch.setattr(tune.tables, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tune.tables.forget()
+    folder = tune.tables.user_folder()
+    block = tune.subject("regnety_002", 1, 64, torch.bfloat16, DEVICE)[0].s1.b1
+    x = torch.randn(8, 32, 32, 32, device=DEVICE, dtype=torch.bfloat16)
+    for kernel in {kernel for kernel, _ in tune.missing(block, x, folder)}:
+        monkeypatch.setattr(kernel, "CONFIGS", kernel.CONFIGS[::16])
+    try:
+        results = list(tune.tune(block, x, tune.missing(block, x, folder), folder))
+        assert results and all(tune.WRONG not in result.skipped for result in results)
+        assert all(result.entry.microseconds <= result.entry.heuristic_microseconds for result in results)
+        with backends.backend("triton"):
+            assert {row.label for row in explain(block, tuple(x.shape))} == {"Triton, tuned"}
+    finally:
+        tune.tables.forget()

@@ -136,17 +136,17 @@ def test_any_pointwise_pair(data):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize("config", [c for c in pointwise_conv.CONFIGS if not c.resident], ids=str)
+@pytest.mark.parametrize("config", pointwise_pair.CONFIGS, ids=str)
 def test_every_configuration_of_pointwise_pair(guarded, config, dtype):
-    shape = Shape(400, config.block_k + 13, 70, dtype.itemsize, False, False, 90, 1)
-    if config_supports(config, shape):
+    shape = pointwise_pair.Shape(414, config.block_k + 13, 70, 40, dtype.itemsize, 2, False, False, 90, 1)
+    if pointwise_pair.config_supports(config, shape):
         pytest.skip("it does not fit")
     pair(guarded, 2, config.block_k + 13, 23, 9, 70, 40, dtype, config=config)
 
 
 def test_a_pair_has_no_resident_weights():
     resident = next(c for c in pointwise_conv.CONFIGS if c.resident and c.block_k >= 24)
-    with pytest.raises(ValueError, match="its weights would stay"):
+    with pytest.raises(ValueError, match="of two convolutions do not stay"):
         pair(lambda t: t, 1, 24, 3, 3, 8, 8, torch.float16, config=resident)
 
 
@@ -158,7 +158,8 @@ def pointwise_shape(config, dtype) -> dict:
 
 def pointwise_fits(config, dtype) -> bool:
     facts = pointwise_shape(config, dtype)
-    shape = Shape(facts["n"] * facts["h"], facts["c"], facts["k"], dtype.itemsize, True, True, 90, 1)
+    operands = (dtype.itemsize, True, True, 1, dtype == torch.float32)
+    shape = Shape(facts["n"] * facts["h"], facts["c"], facts["k"], *operands, 90, 1)
     return config_supports(config, shape) is None
 
 
@@ -172,7 +173,7 @@ def test_every_configuration_of_pointwise_conv(guarded, config, dtype):
 
 
 def test_a_configuration_that_does_not_fit_is_refused():
-    shape = Shape(100, 200, 64, 4, False, False, 86, 84)
+    shape = Shape(100, 200, 64, 4, False, False, 1, True, 86, 84)
     too_large = pointwise_conv.Config(128, 64, 256, 4, 3, True)
     assert "shared memory, sm_86 has" in config_supports(too_large, shape)
     assert "128 channels of weights stay" in config_supports(pointwise_conv.Config(64, 64, 128, 4, 2, True), shape)
@@ -180,7 +181,7 @@ def test_a_configuration_that_does_not_fit_is_refused():
         for size in (2, 4):
             for channels in (3, 24, 232, 1512, 7392):
                 for pixels in (49, 50000):
-                    shape = Shape(pixels, channels, channels, size, True, True, arch, 132)
+                    shape = Shape(pixels, channels, channels, size, True, True, 1, size == 4, arch, 132)
                     assert config_supports(pointwise_conv.heuristic(shape), shape) is None
 
 
@@ -270,7 +271,8 @@ def test_depthwise_conv(guarded, channels, stride, dtype):
 
 
 def implicit_gemm_fits(config, dtype) -> bool:
-    shape = implicit_gemm.Shape(300, 2, 24, 24, 9, dtype.itemsize, 90, 1)
+    operands = (dtype.itemsize, False, True, dtype == torch.float32)
+    shape = implicit_gemm.Shape(150, 150, 2, 24, 24, 9, 1, *operands, 90, 1)
     return implicit_gemm.config_supports(config, shape) is None
 
 

@@ -1,14 +1,27 @@
 """Squeeze-excite and norm_act in the interpreter against float64, every configuration."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import assert_close_to_reference
 
 from regnet_fast.backends import reference
-from regnet_fast.kernels import norm_act, pointwise_conv, squeeze_excite
-from regnet_fast.kernels.squeeze_excite import Config
+from regnet_fast.kernels import common, norm_act, pointwise_conv, squeeze_excite
+from regnet_fast.kernels.squeeze_excite import Config, Shape
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def gate(guarded, n, tiles, c, r, dtype, activation="relu", config=None):
+    parts = torch.randn(n, tiles, c) / tiles
+    weights = torch.randn(r, c) / c**0.5, torch.randn(r), torch.randn(c, r) / r**0.5, torch.randn(c)
+    found = squeeze_excite.squeeze_excite(
+        *map(guarded, (parts, *weights)), activation=activation, dtype=dtype, config=config
+    )
+    eager = reference.squeeze_excite(parts.sum(1), *weights, activation)
+    exact = reference.squeeze_excite(parts.double().sum(1), *(t.double() for t in weights), activation)
+    assert_close_to_reference(found, eager.to(dtype), exact, "gate")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -25,14 +38,24 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
     ],
 )
 def test_squeeze_excite(guarded, n, tiles, c, r, config, activation, dtype):
-    parts = torch.randn(n, tiles, c) / tiles
-    weights = torch.randn(r, c) / c**0.5, torch.randn(r), torch.randn(c, r) / r**0.5, torch.randn(c)
-    gate = squeeze_excite.squeeze_excite(
-        *map(guarded, (parts, *weights)), activation=activation, dtype=dtype, config=config
-    )
-    eager = reference.squeeze_excite(parts.sum(1), *weights, activation)
-    exact = reference.squeeze_excite(parts.double().sum(1), *(t.double() for t in weights), activation)
-    assert_close_to_reference(gate, eager.to(dtype), exact, "gate")
+    gate(guarded, n, tiles, c, r, dtype, activation, config)
+
+
+@pytest.mark.parametrize("config", squeeze_excite.CONFIGS, ids=str)
+def test_every_configuration_of_squeeze_excite(guarded, config):
+    gate(guarded, 17, 2, 72, config.block_r - 5 if config.whole else 75, torch.float32, config=config)
+
+
+def test_squeeze_excite_fits_in_shared_memory():
+    wide = Shape(1, 1, 256, 256, 90)
+    assert squeeze_excite.heuristic(wide) == Config(16, 64, 256, 8, True)
+    assert squeeze_excite.heuristic(replace(wide, arch=86)) == Config(16, 32, 256, 8, True)
+    assert "sm_86 has" in squeeze_excite.config_supports(squeeze_excite.heuristic(wide), replace(wide, arch=86))
+    for arch in common.ARCHITECTURES:
+        for hidden in (1, 8, 16, 40, 100, 200, 256, 1000):
+            for channels in (8, 256, 1000, 8000):
+                shape = Shape(2, 1, channels, hidden, arch)
+                assert squeeze_excite.config_supports(squeeze_excite.heuristic(shape), shape) is None
 
 
 def test_a_configuration_that_cannot_serve_raises():
