@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import shlex
 import sys
 import time
@@ -145,13 +146,13 @@ def info(as_json: JsonOption = False) -> None:
     for name, version in facts["versions"].items():
         rows.add_row(name, version or "not found")
     show(rows)
-    rows = table("Devices", "device", "facts", flexible="facts")
+    rows = table("Devices", "device", "facts", flexible=("facts",))
     for device in facts["devices"]:
         described = (f"{key} {value}" for key, value in device.items() if key not in ("device", "name"))
         rows.add_row(device["device"], f"{device['name']}: {', '.join(described)}")
     show(rows)
     title = "Backends, asked for a grouped 3x3 convolution"
-    rows = table(title, "device", "backend", "dtype", "available", flexible="available")
+    rows = table(title, "device", "backend", "dtype", "available", flexible=("available",))
     for row in facts["backends"]:
         answer = "yes" if row["available"] else f"no: {row['reason']}"
         rows.add_row(row["device"], row["backend"], row["dtype"], answer)
@@ -204,51 +205,79 @@ def explain(
     size: SizeOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
+    bandwidth: Annotated[float | None, typer.Option(help="GB/s that a machine reaches, for modelled times.")] = None,
+    peak: Annotated[float | None, typer.Option(help="TFLOP/s that it reaches in this dtype.")] = None,
+    launch: Annotated[float | None, typer.Option(help="Microseconds that each kernel costs it.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What runs for each layer of a model, on which backend, and why not another."""
+    """What runs for each layer of a model, on which backend, why not another, and what timm eager takes for it."""
     with _reported_errors(), progress() as announce:
         from .info import explain_model
 
         _check_environment(device)
-        compute = _dtype(dtype)
+        compute, ceilings = _dtype(dtype), _ceilings(bandwidth, peak, launch)
         announce(f"{model}: building and running")
-        found = explain_model(model, batch, size, compute, device)
+        found = explain_model(model, batch, size, compute, device, ceilings)
     if as_json:
         return _print_json(found)
     if not found["layers"]:
         return line(f"{model} is no RegNet, RepVGG or ResNetV2: it is passed through as timm makes it.")
+    _show_layers(found)
+
+
+def _ceilings(bandwidth: float | None, peak: float | None, launch: float | None) -> Any:
+    """The ceilings in bytes, operations and seconds; None where they are not given."""
+    from .roofline import Ceilings
+
+    given = (bandwidth, peak, launch)
+    if given == (None, None, None):
+        return None
+    if None in given or min(given) <= 0:
+        raise _UsageError("a modelled time needs --bandwidth, --peak and --launch together, all of them positive")
+    return Ceilings(bandwidth * 1e9, peak * 1e12, launch * 1e-6)
+
+
+def _show_layers(found: dict[str, Any]) -> None:
+    """A line for each layer, the reasons below, and the totals. "timm" and "ideal" stand right of what they are of."""
     shape = "x".join(map(str, found["input_shape"]))
-    title = f"{model}, {shape}, {dtype}, {device}"
-    work = ("MFLOP", "MB", "timm MB", "launches", "timm launches")
-    rows = table(title, "layer", "operation", "shape", "runs on", *work, "why", flexible="why")
+    title = f"{found['model']}, {shape}, {found['dtype']}, {found['device']}: ours beside timm eager"
+    work = ("MFLOP", "launches", "timm", "MB", "timm")
+    times = ("us", "timm", "ideal") if found["ceilings"] else ()
+    rows = table(title, "layer", "shape", "runs on", *work, *times, flexible=("shape", "runs on"), tight=True)
+    reasons: dict[str, list[str]] = {}
     for row in found["layers"]:
-        runs_on = f"{row['backend']}: {row['label']}".rstrip(": ")
-        memory = (f"{row['bytes'] / 1e6:.2f}", f"{row['eager']['bytes'] / 1e6:.2f}")
-        work = (f"{row['flops'] / 1e6:.1f}", *memory, str(row["launches"]), str(row["eager"]["kernels"]))
-        shape = row["shape"] if row["times"] == 1 else f"{row['times']} times {row['shape']}"
-        rows.add_row(row["layer"], row["operation"], shape, runs_on, *work, row["reason"])
+        ours, eager = row["ours"], row["eager"]
+        launches, sizes = ([one[key] for one in (ours, eager)] for key in ("kernels", "bytes"))
+        work = (f"{row['flops'] / 1e6:.1f}", *map(str, launches), *(f"{size / 1e6:.2f}" for size in sizes))
+        times = [f"{1e6 * one['seconds']:.1f}" for one in (ours, eager, row["ideal"]) if found["ceilings"]]
+        shape = re.sub(rf"(?<!\S){found['input_shape'][0]}x(?=\d+x)", "", row["shape"])  # the title has the batch
+        shape = shape if row["times"] == 1 else f"{row['times']} times {shape}"
+        rows.add_row(row["layer"], shape, row["label"], *work, *times)
+        if row["reason"]:
+            reasons.setdefault(f"{row['backend']}, because {row['reason']}", []).append(row["layer"])
     show(rows)
-    totals = found["totals"]
-    served = ", ".join(f"{name} {count}" for name, count in totals["layers_by_backend"].items())
-    work = f"{totals['flops'] / 1e9:.2f} GFLOP, {totals['bytes'] / 1e6:.1f} MB at least"
-    line(f"{len(found['layers'])} layers ({served}), {work}")
-    line(_executions(found["layers"]))
-    untuned = sum(row["label"] == "Triton" for row in found["layers"])
-    if untuned and device.startswith("cuda"):
-        command = f"regnet-fast tune {model} --batch {batch} --dtype {dtype}"
-        line(f"{untuned} layers run in heuristic configurations; `{command}` measures which are faster")
+    for reason, layers in reasons.items():
+        more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+        line(f"{layers[0]}{more}: {reason}")
     for path, kind, reason in found["kept"]:
         line(f"kept as timm makes it: {path} ({kind}): {reason}")
+    totals = found["totals"]
+    served = ", ".join(f"{name} {count}" for name, count in totals["layers_by_backend"].items())
+    line(f"{len(found['layers'])} layers ({served}), {totals['flops'] / 1e9:.2f} GFLOP")
+    line("; ".join(_execution(title, totals[what]) for title, what in _EXECUTIONS.items()))
+    untuned = sum(row["label"] == "Triton" for row in found["layers"])
+    if untuned and found["device"].startswith("cuda"):
+        command = f"regnet-fast tune {found['model']} --batch {found['input_shape'][0]} --dtype {found['dtype']}"
+        line(f"{untuned} layers run in heuristic configurations; `{command}` measures which are faster")
 
 
-def _executions(layers: list[dict[str, Any]]) -> str:
-    """The launches of all layers beside those of timm eager and of the ideal execution, with their memory traffic."""
-    text = f"{sum(row['launches'] for row in layers)} launches"
-    for title, execution in (("timm eager", "eager"), ("ideal", "ideal")):
-        kernels, size = (sum(row[execution][key] for row in layers) for key in ("kernels", "bytes"))
-        text += f"; {title}: {kernels} launches, {size / 1e6:.1f} MB"
-    return text
+_EXECUTIONS = {"ours": "ours", "timm eager": "eager", "ideal": "ideal"}
+
+
+def _execution(title: str, found: dict[str, Any]) -> str:
+    """The sums of all layers: launches, memory traffic and, where it is modelled, time."""
+    time = "" if found["seconds"] is None else f", {1e6 * found['seconds']:.1f} us"
+    return f"{title}: {found['kernels']} launches, {found['bytes'] / 1e6:.1f} MB{time}"
 
 
 @app.command()

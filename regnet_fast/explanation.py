@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -9,34 +10,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from .backends import ConvProblem, Problem, select
+from .backends import ConvProblem, Problem, select, triton
 from .blocks.fused import Fused, Plan, listening
 from .blocks.units import LinearUnit, PackedConvThenNorm, Unit
+from .counting import KernelCounter
+from .functional import PackedConv
 from .hosts import timm as host
 from .kernels import tables
 from .models import why_not
-from .recording import Kernel, launches
-from .roofline import Count, count, kernels, record
+from .recording import Kernel
+from .roofline import Ceilings, Count, count, kernels, record
 
 _SILENT = (nn.Identity, nn.Dropout, nn.Flatten)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer: what it computes, what computes it, the least work that is, and what it is elsewhere.
+    """One layer: what it computes, what computes it, what that takes, and what it takes elsewhere.
 
     A stage may take a large batch in parts, on a CPU: `shape` is then that of a part and `times` says how many there
     were; the counts are of all of them.
 
     `flops` counts two per multiply-accumulate; `bytes` reads inputs and weights and writes outputs once. Where
-    `operation` is "timm", the host's own module runs and `reason` says why. `launches` are the kernels that ATen runs
-    for the layer; a norm that runs inside a unit stands with its convolution.
+    `operation` is "timm", the host's own module runs and `reason` says why. `launched` are the kernels that ran for the
+    layer, as `regnet_fast.counting` counts them; a norm that runs inside a unit stands with its convolution. It is None
+    for the host's own modules.
 
-    `eager` and `ideal` count the layer, with its norm and activation, under these executions of `regnet_fast.roofline`:
-    timm's own forward (RepVGG reparameterised), and the least there can be. They are None where the model does not run
-    on meta tensors, and so are the launches of the host's own modules.
+    `ours` sums them up. `eager` and `ideal` count the layer, with its norm and activation, under these executions of
+    `regnet_fast.roofline`: timm's own forward (RepVGG reparameterised), and the least there can be. They are None where
+    the model does not run on meta tensors. For the host's own modules `ours` is `eager`.
     """
 
     layer: str
@@ -47,18 +50,26 @@ class Row:
     reason: str
     flops: int
     bytes: int
-    launches: int | None = None
+    launched: tuple[Kernel, ...] | None = None
+    ours: Count | None = None
     eager: Count | None = None
     ideal: Count | None = None
     times: int = 1
 
 
-def explain(model: nn.Module, input_size: tuple[int, int, int, int] = (1, 3, 224, 224)) -> list[Row]:
+def explain(
+    model: nn.Module,
+    input_size: tuple[int, int, int, int] = (1, 3, 224, 224),
+    ceilings: Ceilings | None = None,
+) -> list[Row]:
     """Run a model once in evaluation on random data and report every layer in the order of execution.
 
     Args:
         model: any module. Outside the families that are known here every layer is the host's own.
         input_size: (N, C, H, W) of the input, in the model's own dtype and on its device.
+        ceilings: what the machine reaches at most; the counts then have a modelled time.
+
+    Triton's kernels are launched as ever but left out, since only the sizes of what they compute matter here.
 
     The model's mode is restored. Raises what the model itself raises for such an input.
     """
@@ -66,56 +77,62 @@ def explain(model: nn.Module, input_size: tuple[int, int, int, int] = (1, 3, 224
     paths = {id(module): path for path, module in model.named_modules()}
     first = next(model.parameters(), torch.empty(0))
     training = {module: module.training for module in model.modules()}
+    counter = KernelCounter()
 
     def hear_block(block: Fused, x: Tensor, plan: Plan | None, reason: str | None) -> None:
         path = paths.get(id(block), "")
         if reason is not None:
             rows.append(_host_row(path, block, (x,), None, reason))
             return
-        counter, start, x = _Launches(), len(rows), x.contiguous(memory_format=torch.channels_last)
-        form = plan.unbound.bind(lambda unit: _Recorded(path, unit, x.dtype, rows, counter))
+        start, counted = len(rows), copy.copy(plan)
+        counted.form = plan.unbound.bind(lambda unit: _Recorded(path, unit, x.dtype, rows, counter))
         with torch.no_grad():
-            form.run(x)  # which packs the weights
+            block._run(counted, x)  # which packs the weights
             del rows[start:]
+            counter.take()
             with counter:
-                form.run(x)
-        if rows and rows[-1].launches is not None:  # a pooling head without a classifier has no row of its own
-            rows[-1] = replace(rows[-1], launches=rows[-1].launches + counter.take())
+                block._run(counted, x)
+        if rows and rows[-1].launched is not None:  # a pooling head without a classifier has no row of its own
+            last = rows[-1]
+            rows[-1] = replace(last, launched=last.launched + counter.take(last.layer))
 
     hooks = [
         module.register_forward_hook(_hear_module(path, reason, rows)) for path, module, reason in _host_modules(model)
     ]
     try:
         model.eval()
-        with torch.no_grad(), listening(hear_block):
+        with torch.no_grad(), listening(hear_block), triton.listening(first.device.type, counter.hear):
             model(torch.rand(input_size, dtype=first.dtype, device=first.device))
     finally:
         for hook in hooks:
             hook.remove()
         for module, mode in training.items():
             module.training = mode
-    return _compared(_summed(rows), model, input_size, first.dtype)
+    return _compared(_summed(rows), model, input_size, first.dtype, ceilings)
 
 
 def _summed(rows: list[Row]) -> list[Row]:
     """One row for the same layer on every part of a batch of the same size."""
     found: dict[Row, list[Row]] = {}
     for row in rows:
-        found.setdefault(replace(row, launches=None), []).append(row)
+        found.setdefault(replace(row, launched=None), []).append(row)
     return [
         replace(
             row,
             times=len(same),
             flops=sum(one.flops for one in same),
             bytes=sum(one.bytes for one in same),
-            launches=None if same[0].launches is None else sum(one.launches for one in same),
+            launched=None if same[0].launched is None else tuple(k for one in same for k in one.launched),
         )
         for row, same in found.items()
     ]
 
 
-def _compared(rows: list[Row], model: nn.Module, input_size: tuple, dtype: torch.dtype) -> list[Row]:
-    """The rows with the counts of timm eager and of the ideal execution."""
+def _compared(
+    rows: list[Row], model: nn.Module, input_size: tuple, dtype: torch.dtype, ceilings: Ceilings | None
+) -> list[Row]:
+    """The rows with the counts of what ran, of timm eager and of the ideal execution."""
+    rows = [row if row.launched is None else replace(row, ours=count(row.launched, ceilings)) for row in rows]
     if not rows:
         return rows
     try:
@@ -124,13 +141,14 @@ def _compared(rows: list[Row], model: nn.Module, input_size: tuple, dtype: torch
         return rows
     shares = [_shares(rows, kernels(recording, execution)) for execution in ("eager", "ideal")]
     found = []
-    for row, eager, ideal in zip(rows, *shares, strict=True):
-        row = replace(row, eager=eager, ideal=ideal, flops=eager.flops if row.operation == "timm" else row.flops)
-        found.append(row if row.launches is not None else replace(row, launches=eager.kernels))
+    for row, *share in zip(rows, *shares, strict=True):
+        eager, ideal = (count(some, ceilings) for some in share)
+        flops = eager.flops if row.operation == "timm" else row.flops
+        found.append(replace(row, ours=row.ours or eager, eager=eager, ideal=ideal, flops=flops))
     return found
 
 
-def _shares(rows: list[Row], found: list[Kernel]) -> list[Count]:
+def _shares(rows: list[Row], found: list[Kernel]) -> list[list[Kernel]]:
     """What each row has of some kernels. A kernel belongs to the layer whose path is most like its own; of several, to
     the one that the kernel before it belongs to.
     """
@@ -143,7 +161,7 @@ def _shares(rows: list[Row], found: list[Kernel]) -> list[Count]:
         candidates = [i for i, length in enumerate(alike) if length == max(alike)]
         last = last if last in candidates else candidates[0]
         shares[last].append(kernel)
-    return [count(share) for share in shares]
+    return shares
 
 
 def _common(path: list[str], other: list[str]) -> int:
@@ -211,27 +229,10 @@ def _shape(problem: Problem) -> str:
     return _size(problem.input_shape)
 
 
-class _Launches(TorchDispatchMode):
-    """Counts the kernels that ATen runs while it is active."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self._count += launches(func)
-        return func(*args, **(kwargs or {}))
-
-    def take(self) -> int:
-        """How many there were since this was last asked."""
-        taken, self._count = self._count, 0
-        return taken
-
-
 class _Recorded:
     """A unit that appends a row for what it is asked and then runs packed."""
 
-    def __init__(self, block: str, unit: Unit, dtype: torch.dtype, rows: list[Row], counter: _Launches):
+    def __init__(self, block: str, unit: Unit, dtype: torch.dtype, rows: list[Row], counter: KernelCounter):
         self.layer = ".".join(part for part in (block, unit.path) if part)
         self.unit, self.packed, self.rows, self.counter = unit, unit.pack(dtype), rows, counter
 
@@ -239,10 +240,23 @@ class _Recorded:
         tuned: list[bool] = []
         with tables.listening(lambda choice: tuned.append(choice.tuned)):
             y = self.packed(*args, **kwargs)
-        launched = self.counter.take()
         first, *others = self._rows(args, kwargs, y, any(tuned))
-        self.rows += [replace(first, launches=launched), *(replace(row, launches=0) for row in others)]
+        launched = self.counter.take(self.layer, first.flops)
+        self.rows += [replace(first, launched=launched), *(replace(row, launched=()) for row in others)]
         return y
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        return self.packed.laid_out(x)
+
+    def beside(self, other: _Recorded, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        tuned: list[bool] = []
+        with tables.listening(lambda choice: tuned.append(choice.tuned)):
+            both = self.packed.beside(other.packed, x) if isinstance(self.packed, PackedConv) else None
+        if both is not None:
+            rows = [unit._rows((x,), {}, None, any(tuned))[0] for unit in (self, other)]
+            launched = self.counter.take(self.layer, sum(row.flops for row in rows))
+            self.rows += [replace(rows[0], launched=launched), replace(rows[1], launched=())]
+        return both
 
     def _rows(self, args: tuple, kwargs: dict, y: Any, tuned: bool) -> list[Row]:
         packed, norm = self.packed, None

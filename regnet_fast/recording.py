@@ -132,12 +132,20 @@ def record(
 
 def launches(func: Any) -> bool:
     """Whether an ATen operator runs a kernel: it is no view, no allocation, and has a tensor as its result."""
-    if func.is_view or _name(func) in _FREE:
+    if func.is_view or name(func) in _FREE:
         return False
     return any("Tensor" in str(result.type) for result in func._schema.returns)
 
 
-def _name(func: Any) -> str:
+def operands(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors that an ATen operator reads, each once: none that is given for its shape, or as `out` to write."""
+    given = [a for i, a in enumerate(args) if _UNREAD.get(name(func)) != i]
+    given += [a for key, a in kwargs.items() if key != "out"]
+    return list({id(t): t for t in tree_leaves(given) if isinstance(t, Tensor)}.values())
+
+
+def name(func: Any) -> str:
+    """The name of an ATen operator, the same in place."""
     return func._schema.name.partition("::")[2].rstrip("_")
 
 
@@ -230,15 +238,15 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        self._path, name = self._caller(), _name(func)
-        reads = self.values(tree_leaves([a for i, a in enumerate(args) if _UNREAD.get(name) != i] + [kwargs]))
+        self._path, called = self._caller(), name(func)
+        reads = self.values(operands(func, args, kwargs))
         out = func(*args, **kwargs)
-        if name in self._parts:
-            self._parts[name](out, *args)
+        if called in self._parts:
+            self._parts[called](out, *args)
         elif launches(func):
             slots = zip(func._schema.arguments, args, strict=False)
             self._overwrite(a for slot, a in slots if slot.alias_info is not None and slot.alias_info.is_write)
-            self._append(name, reads, self.values(tree_leaves(out)), _product_flops(name, out, args))
+            self._append(called, reads, self.values(tree_leaves(out)), _product_flops(called, out, args))
         return out
 
     def _append(

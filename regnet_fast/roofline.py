@@ -24,16 +24,17 @@ from torch import nn
 from .ideal import ideal
 from .recording import LIBRARY, REDUCTIONS, Kernel, Op, Recording, Value, record
 
-__all__ = ["EXECUTIONS", "Ceilings", "Count", "Kernel", "count", "kernels", "record", "work"]
+__all__ = ["EXECUTIONS", "Ceilings", "Count", "Kernel", "count", "kernels", "record", "total", "work"]
 
 
 @dataclass(frozen=True)
 class Count:
-    """Sums over kernels."""
+    """Sums over kernels, with their modelled time where a machine's ceilings are given."""
 
     flops: int
     bytes: int
     kernels: int
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,17 @@ def kernels(recording: Recording, execution: str) -> list[Kernel]:
     return EXECUTIONS[execution](recording)
 
 
-def count(some: Collection[Kernel]) -> Count:
+def count(some: Collection[Kernel], ceilings: Ceilings | None = None) -> Count:
     """The sums over some kernels."""
-    return Count(sum(k.flops for k in some), sum(k.bytes for k in some), len(some))
+    seconds = None if ceilings is None else ceilings.seconds(some)
+    return Count(sum(k.flops for k in some), sum(k.bytes for k in some), len(some), seconds)
+
+
+def total(counts: Collection[Count]) -> Count:
+    """The sum of some counts, with a time where all of them have one."""
+    flops, size, number = (sum(getattr(one, what) for one in counts) for what in ("flops", "bytes", "kernels"))
+    times = [one.seconds for one in counts]
+    return Count(flops, size, number, None if None in times else sum(times))
 
 
 def work(

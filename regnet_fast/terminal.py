@@ -18,11 +18,14 @@ def line(text: str = "") -> None:
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def table(title: str, *columns: str, flexible: str = "") -> Table:
-    """A table whose columns keep their width, except for one that may be folded."""
-    rows = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+def table(title: str, *columns: str, flexible: tuple[str, ...] = (), tight: bool = False) -> Table:
+    """A table whose columns keep their width, except for those that may be folded; `tight` saves room between them."""
+    padding = (0, 0 if tight else 1, 0, 0)
+    rows = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, show_edge=not tight
+    )
     for column in columns:
-        rows.add_column(column, no_wrap=column != flexible, overflow="fold")
+        rows.add_column(column, no_wrap=column not in flexible, overflow="fold")
     return rows
 
 

@@ -234,7 +234,7 @@ def _measure(
 
 
 def _outputs(result: Tensor | tuple[Tensor, Tensor | None]) -> list[Tensor]:
-    """What a launch returns, with (N, T, C) parts of means added up: how many there are depends on the configuration."""
+    """What a launch returns, with parts of means added up: how many (N, T, C) has depends on the configuration."""
     found = [t for t in (result if isinstance(result, tuple) else (result,)) if t is not None]
     return [t.sum(1) if t.dim() == 3 else t for t in found]
 

@@ -256,5 +256,6 @@ def test_parts_are_counted(narrow):
     assert {row.times for row in parts if row.layer.startswith("s1.")} == {2}
     assert [row.flops for row in parts] == [row.flops for row in whole]
     one, two = (next(row for row in rows if row.layer == "s1.b1.conv1.conv") for rows in (part, parts))
-    assert (two.shape, two.launches, two.bytes) == (one.shape, 2 * one.launches, 2 * one.bytes)
+    assert (two.shape, two.launched, two.bytes) == (one.shape, 2 * one.launched, 2 * one.bytes)
+    assert (two.ours.kernels, two.ours.bytes) == (2 * one.ours.kernels, 2 * one.ours.bytes)
     assert sum(row.eager.kernels for row in parts) == sum(row.eager.kernels for row in whole)

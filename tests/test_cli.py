@@ -128,8 +128,32 @@ def test_explain():
     assert found["input_shape"] == [2, 3, 32, 32]
     assert found["totals"]["flops"] == sum(row["flops"] for row in found["layers"]) > 0
     assert sum(found["totals"]["layers_by_backend"].values()) == len(found["layers"])
+    for execution in ("ours", "eager", "ideal"):
+        for what in ("kernels", "bytes"):
+            parts = [row[execution][what] for row in found["layers"]]
+            assert found["totals"][execution][what] == sum(parts) > 0
     table = run("explain", MODEL, *SMALL).output
     assert all(row["layer"] in table for row in found["layers"])
+    assert "stem.pool: host, because MaxPool2d is no part of a fused block" in table
+    assert found["ceilings"] is found["totals"]["ours"]["seconds"] is None and " us" not in table
+
+
+def test_explain_models_times_where_ceilings_are_given():
+    given = ["--bandwidth", 4300, "--peak", 790, "--launch", 1.5]
+    found = run_json("explain", MODEL, *SMALL, *given)
+    assert found["ceilings"] == {"bytes_per_s": 4.3e12, "flops_per_s": 7.9e14, "launch_s": pytest.approx(1.5e-6)}
+    for execution in ("ours", "eager", "ideal"):
+        seconds = sum(row[execution]["seconds"] for row in found["layers"])
+        assert found["totals"][execution]["seconds"] == pytest.approx(seconds) != 0
+    *lines, last = run("explain", MODEL, *SMALL, *given).output.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert f"{1e6 * found['totals']['eager']['seconds']:.1f} us; ideal: " in last
+
+
+@pytest.mark.parametrize("given", [["--peak", 1], ["--bandwidth", 1, "--peak", 1, "--launch", 0]])
+def test_half_a_machine_has_no_modelled_times(given):
+    result = run("explain", MODEL, *given)
+    assert result.exit_code == 2 and "--bandwidth, --peak and --launch together" in result.stderr
 
 
 @pytest.mark.parametrize(("label", "advised"), [("Triton", True), ("Triton, tuned", False)])

@@ -24,19 +24,9 @@ _MOST = 2**31 - 2**16  # of what kernels count in 32 bits, with room for the las
 
 def refuse(problem: Problem) -> str | None:
     """Why there is no kernel for a problem, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; it comes with the CUDA builds of torch"
-    if problem.device == "cpu":
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            return "Triton's kernels run on a GPU"
-    elif problem.device != "cuda":
-        return f"Triton's kernels do not run on the device {problem.device!r}"
-    elif torch.version.hip is not None:
-        return "this build of torch is for ROCm, which the kernels were not made for"
-    elif not torch.cuda.is_available():
-        return "there is no GPU here"
-    elif torch.cuda.get_device_capability() < (8, 0):
-        return "the kernels need a GPU of compute capability 8.0 or newer"
+    reason = _refuse_device(problem.device)
+    if reason is not None:
+        return reason
     if problem.dtype not in _DTYPES:
         return f"the kernels compute in float32, float16 and bfloat16, not in {problem.dtype}"
     if isinstance(problem, ConvProblem):
@@ -44,6 +34,31 @@ def refuse(problem: Problem) -> str | None:
     if isinstance(problem, NormActProblem) and problem.input_shape[0] * _area(problem.input_shape) > _MOST:
         return "too many pixels to count in 32 bits"
     return None
+
+
+def _refuse_device(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; it comes with the CUDA builds of torch"
+    if device == "cpu":
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "Triton's kernels run on a GPU"
+    if device != "cuda":
+        return f"Triton's kernels do not run on the device {device!r}"
+    if torch.version.hip is not None:
+        return "this build of torch is for ROCm, which the kernels were not made for"
+    if not torch.cuda.is_available():
+        return "there is no GPU here"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the kernels need a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def listening(device: str, listen: Callable[..., bool]) -> AbstractContextManager:
+    """`kernels.common.listening(listen)`, or nothing where no kernel can be launched on such a device."""
+    if _refuse_device(device) is not None:
+        return nullcontext()
+    from ..kernels import common
+
+    return common.listening(listen)
 
 
 def _area(shape: tuple[int, int, int, int]) -> int:

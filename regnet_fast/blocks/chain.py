@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..backends import forced_backend
 from .fused import Fused, Plan, recorder
 from .watch import hooked
 
@@ -91,8 +92,11 @@ class Chain:
 
 
 def parts(first: Plan, x: Tensor) -> int:
-    """Into how many parts to cut the batch, so that the widest map of the first block, a stage's widest, fits."""
-    if not x.is_cpu or x.shape[0] == 1:
+    """Into how many parts to cut the batch, so that the widest map of the first block, a stage's widest, fits.
+
+    Triton's interpreter stands in for a GPU, which takes a batch whole.
+    """
+    if not x.is_cpu or x.shape[0] == 1 or forced_backend() == "triton":
         return 1
     room = _BYTES_PER_THREAD * torch.get_num_threads()
     if first.unbound.dense and x.element_size() == 2:
