@@ -159,26 +159,28 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     root = argparse.ArgumentParser(prog="python -m bench.roofline", description="Networks under three executions.")
     root.add_argument("models", nargs="+", metavar="MODEL", help="a timm model name")
-    root.add_argument("--batch", type=_positive(int), default=256, metavar="N", help="images [256]")
-    root.add_argument("--size", type=_positive(int), default=224, metavar="N", help="height and width [224]")
+    root.add_argument("--batch", type=positive(int), default=256, metavar="N", help="images [256]")
+    root.add_argument("--size", type=positive(int), default=224, metavar="N", help="height and width [224]")
     root.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     root.add_argument("--train", action="store_true", help="forward and backward, instead of inference")
     root.add_argument("--blocks", action="store_true", help="a table for each model, with a row for each block")
     root.add_argument("--device", default="cpu", help="whose ceilings are measured: cpu, cuda or cuda:1 [cpu]")
-    given = _positive(float)
+    given = positive(float)
     root.add_argument("--bandwidth", type=given, metavar="B/S", help="bytes per second, instead of measuring")
     root.add_argument("--peak", type=given, metavar="FLOP/S", help="operations per second, instead of measuring")
     root.add_argument("--launch", type=given, metavar="S", help="seconds that each kernel costs, instead of measuring")
     return root
 
 
-def _positive(kind: type) -> Callable[[str], Any]:
-    def positive(text: str) -> Any:
+def positive(kind: type) -> Callable[[str], Any]:
+    """What reads a positive number from the command line."""
+
+    def number_of(text: str) -> Any:
         if not 0 < kind(text) < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not positive")
         return kind(text)
 
-    return positive
+    return number_of
 
 
 def main(arguments: list[str] | None = None) -> int:
