@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.deferred import Deferred, computed
-from ..backends.reference import activate
 from ..ops.convolution import pixel_means
-from .units import ConvUnit, HostNormUnit, LinearUnit, NormActUnit, SqueezeExciteUnit, Unit
+from .units import ConvUnit, GateUnit, HostNormUnit, LinearUnit, NormActUnit, SqueezeExciteUnit, Unit
 
 
 class Form:
@@ -187,7 +186,7 @@ class RepVgg(Form):
 
     conv: ConvUnit
     squeeze_excite: SqueezeExciteUnit | None = None
-    activation: str = "relu"
+    gate: GateUnit | None = None
     casts_input: bool = True
     dense: bool = True
 
@@ -198,7 +197,7 @@ class RepVgg(Form):
         if self.squeeze_excite is None:
             return self.conv(x)
         y, means = self.conv(x, means=True)
-        return activate(y * self.squeeze_excite(means, y.dtype)[:, :, None, None], self.activation)
+        return self.gate(y, self.squeeze_excite(means, y.dtype))
 
 
 @dataclass(eq=False)

@@ -265,6 +265,23 @@ class NormActUnit(Unit):
 
 
 @dataclass(eq=False)
+class GateUnit(Unit):
+    """`activation(x * gate)` for the result x of `conv`: a norm that scales by one."""
+
+    path: str
+    conv: nn.Conv2d
+    activation: str
+
+    def __call__(self, x: Tensor, gate: Tensor) -> Tensor:
+        return activate(x * gate[:, :, None, None], self.activation)
+
+    def pack(self, dtype: torch.dtype) -> Callable:
+        weight = self.conv.weight
+        ones, zeros = (value(weight.shape[0], device=weight.device) for value in (torch.ones, torch.zeros))
+        return PackedNormAct(ones, zeros, self.activation)
+
+
+@dataclass(eq=False)
 class HostNormUnit(Unit):
     """A norm without an affine form, run as the host's own module: `norm(x * gate)`."""
 

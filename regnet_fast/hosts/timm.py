@@ -29,7 +29,16 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from ..blocks import forms
 from ..blocks.chain import Chain
 from ..blocks.fused import Fused
-from ..blocks.units import ConvUnit, HostNormUnit, LinearUnit, NormActUnit, Refused, RepVggUnit, SqueezeExciteUnit
+from ..blocks.units import (
+    ConvUnit,
+    GateUnit,
+    HostNormUnit,
+    LinearUnit,
+    NormActUnit,
+    Refused,
+    RepVggUnit,
+    SqueezeExciteUnit,
+)
 
 FAMILIES = ("regnetx_", "regnety_", "regnetv_", "regnetz_", "repvgg_", "resnetv2_")
 """Architectures whose models `create_model` rebuilds, by the beginning of their names."""
@@ -330,10 +339,13 @@ class RepVggBlock(Fused, byobnet.RepVggBlock):
         squeeze_excite = _squeeze_excite("attn", self.attn)
         activation = _activation("act", self.act)
         after = activation if squeeze_excite is None else "none"
+
+        def form(unit: ConvUnit, casts_input: bool) -> forms.RepVgg:
+            gate = None if squeeze_excite is None else GateUnit("act", unit.conv, activation)
+            return forms.RepVgg(unit, squeeze_excite, gate, casts_input=casts_input)
+
         if self.reparam_conv is not None:
-            return forms.RepVgg(
-                _conv_norm("reparam_conv", self.reparam_conv, "", None, after), squeeze_excite, activation
-            )
+            return form(_conv_norm("reparam_conv", self.reparam_conv, "", None, after), True)
         _check_inert("drop_path", self.drop_path)
         kxk = _conv_norm_act("conv_kxk", self.conv_kxk)
         pointwise = _conv_norm_act("conv_1x1", self.conv_1x1)
@@ -359,7 +371,7 @@ class RepVggBlock(Fused, byobnet.RepVggBlock):
             pointwise_norm=self.conv_1x1.bn,
             identity=self.identity,
         )
-        return forms.RepVgg(unit, squeeze_excite, activation, casts_input=self.identity is None)
+        return form(unit, self.identity is None)
 
 
 @register_notrace_module

@@ -161,9 +161,9 @@ def without_autocast(packed: Callable, x: Tensor, *arguments, **options):
 
 def pixel_means(y: Tensor) -> Tensor:
     """(N, C) means over the pixels of a channels_last tensor, float32 or wider."""
-    if y.dtype != torch.bfloat16:
-        return y.mean((2, 3), dtype=torch.float32 if y.dtype == torch.float16 else y.dtype)
-    # torch's own mean converts the whole map to float32 first, which is slower (docs/cpu.md)
+    if y.dtype != torch.bfloat16 or not y.is_cpu:
+        return y.mean((2, 3), dtype=torch.promote_types(y.dtype, torch.float32))
+    # on a CPU torch's own mean converts the whole map to float32 first, which is slower (docs/cpu.md)
     return y.sum((2, 3)).float().mul_(1 / (y.shape[2] * y.shape[3]))
 
 
