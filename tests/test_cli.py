@@ -159,7 +159,7 @@ def test_half_a_machine_has_no_modelled_times(given):
 @pytest.mark.parametrize(("label", "advised"), [("Triton", True), ("Triton, tuned", False)])
 def test_explain_says_where_tuning_would_help(monkeypatch, label, advised):
     found = info.explain_model(MODEL, 2, 32, torch.float32, "cpu")
-    found["layers"][0]["label"] = label
+    found["layers"][0]["label"], found["device"] = label, "cuda"
     monkeypatch.setattr(info, "explain_model", lambda *options: found)
     monkeypatch.setattr(cli, "_check_environment", lambda device: None)
     output = run("explain", MODEL, "--batch", 2, "--device", "cuda").output
