@@ -50,11 +50,11 @@ class Capture:
 
     def __init__(self, call: Callable[[Tensor], Any], x: Tensor, pool: Any):
         self.input = torch.empty_like(x).copy_(x)
+        call(self.input)  # packs weights and compiles kernels
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            for _ in range(2):  # the first packs weights and compiles kernels, the second finds all of it done
-                call(self.input)
+            call(self.input)  # finds all of it done, as the recording has to
         current.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
@@ -83,6 +83,7 @@ class Capture:
     def replay(self, x: Tensor) -> Any:
         """The results for x, in memory of their own. No other capture of the same pool may be running."""
         self.input.copy_(x)
+        self.input.record_stream(torch.cuda.current_stream())  # it is not freed while another stream still reads it
         self.graph.replay()
         results = pytree.tree_map_only(Tensor, torch.clone, self.results)
         self.end.reached()

@@ -368,6 +368,25 @@ def test_packed_weights_are_shared_between_threads(impatient_threads):
     assert len(packed._runs) <= _SHAPES_KEPT
 
 
+@pytest.mark.parametrize(
+    ("available", "capability", "reason"),
+    [
+        (False, (9, 0), "there is no GPU here"),
+        (True, (7, 5), "the kernels need a GPU of compute capability 8.0 or newer"),
+        (True, (8, 0), None),
+        (True, (12, 0), None),
+    ],
+)
+def test_gpus_that_triton_serves(monkeypatch, available, capability, reason):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    problem = dataclasses.replace(CONV, device="cuda")
+    assert triton.refuse(problem) == reason
+    if reason is not None:
+        with backend("triton"), pytest.raises(BackendError, match=reason):
+            select(problem)
+
+
 # Winograd
 
 WINOGRAD = ConvProblem(
