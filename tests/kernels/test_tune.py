@@ -14,7 +14,7 @@ from regnet_fast import tune
 from regnet_fast.backends import backend
 from regnet_fast.blocks.fused import Fused
 from regnet_fast.cli import app
-from regnet_fast.kernels import implicit_gemm, pointwise_conv, squeeze_excite, tables
+from regnet_fast.kernels import implicit_gemm, pointwise_conv, pointwise_pair, squeeze_excite, tables
 from regnet_fast.kernels.tables import TableError
 from regnet_fast.verify import randomize_norms
 
@@ -24,6 +24,10 @@ CONFIGS = {
         pointwise_conv.Config(64, 32, 32, 4, 2, True),
         pointwise_conv.Config(128, 32, 64, 4, 2, True),
         pointwise_conv.Config(64, 32, 32, 4, 3, False),
+    ),
+    pointwise_pair: (
+        pointwise_conv.Config(128, 32, 32, 4, 2, False),
+        pointwise_conv.Config(64, 32, 64, 4, 3, False),
     ),
     implicit_gemm: (implicit_gemm.Config(64, 16, 32, 4, 2), implicit_gemm.Config(64, 32, 64, 4, 2)),
     squeeze_excite: (squeeze_excite.Config(16, 32, 16, 4, True), squeeze_excite.Config(16, 32, 32, 4, False)),
@@ -63,7 +67,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def block(model):
-    """A RegNetY block with a shortcut: three 1x1 convolutions, a grouped one and squeeze-excite."""
+    """A RegNetY block with a shortcut: a pair of 1x1 convolutions, a grouped one, squeeze-excite and a 1x1 one."""
     return model.s2.b1
 
 
@@ -89,19 +93,18 @@ def test_every_launch_of_a_model_is_found_once(model, block, x):
     heard = []
     with backend("triton"), torch.no_grad(), tables.listening(heard.append):
         model.s3(torch.randn(1, 56, 4, 4))
-    assert len(heard) == 5 + 3 * 4  # the blocks after the first have its conv3, and all else in common with each other
-    assert len(tune.missing(model.s3, torch.randn(1, 56, 4, 4), folder())) == 5 + 3
+    assert len(heard) == 4 + 3 * 4  # the blocks after the first have its conv3, and all else in common with each other
+    assert len(tune.missing(model.s3, torch.randn(1, 56, 4, 4), folder())) == 4 + 3
     shapes = tune.missing(block, x, folder())
-    assert Counter(kernel for kernel, _ in shapes) == {pointwise_conv: 3, implicit_gemm: 1, squeeze_excite: 1}
-    conv1, _, _, shortcut, conv3 = [shape for _, shape in shapes]
-    assert (conv1.pixels, conv1.channels, conv1.out_channels, conv1.stride) == (128, 24, 56, 1)
-    assert (shortcut.pixels, shortcut.stride, shortcut.residual) == (32, 2, False)
+    assert [kernel for kernel, _ in shapes] == [pointwise_pair, implicit_gemm, squeeze_excite, pointwise_conv]
+    pair, _, _, conv3 = [shape for _, shape in shapes]
+    assert (pair.pixels, pair.channels, pair.out_channels, pair.other_channels, pair.stride) == (128, 24, 56, 56, 2)
     assert (conv3.pixels, conv3.channels, conv3.gate, conv3.residual) == (32, 56, True, True)
 
 
 def test_the_fastest_is_chosen_written_and_taken(block, x):
     results = run(block, x)
-    assert len(results) == 5
+    assert len(results) == 4
     for kernel, fast in FAST.items():
         entries = table(kernel)
         for entry in entries.values():
@@ -112,7 +115,7 @@ def test_the_fastest_is_chosen_written_and_taken(block, x):
     with backend("triton"), torch.no_grad(), tables.listening(heard.append):
         block(x)
     assert [(choice.config, choice.tuned) for choice in heard] == [(FAST[choice.kernel], True) for choice in heard]
-    assert len(heard) == 5
+    assert len(heard) == 4
 
 
 def test_explain_says_what_is_tuned(block, x):
@@ -152,15 +155,15 @@ def after(change):
 
 
 def scale_last_column(arguments):
-    arguments[5][..., -1] *= 1.01
+    arguments[9][..., -1] *= 1.01
 
 
 def scale_one_value(arguments):
-    arguments[5][-1, -1, -1, -1] += 0.1
+    arguments[9][-1, -1, -1, -1] += 0.1
 
 
 def poison(arguments):
-    arguments[5][0, 0, 0, 0] = math.nan
+    arguments[9][0, 0, 0, 0] = math.nan
 
 
 def nothing(launch, arguments):
@@ -172,8 +175,8 @@ def test_a_wrong_result_is_never_timed_or_chosen(block, x, monkeypatch, spoiled)
     spoil(monkeypatch, pointwise_conv, spoiled)
     clock = Clock()
     results = run(block, x, clock)
-    wrong = [result for result in results if result.kernel == "pointwise_conv"]
-    assert len(wrong) == 3 and all(result.skipped == {tune.WRONG: 1} for result in wrong)
+    (wrong,) = [result for result in results if result.kernel == "pointwise_conv"]
+    assert wrong.skipped == {tune.WRONG: 1}
     assert not clock.calls[FAST[pointwise_conv]] and clock.calls[FAST[implicit_gemm]]
     assert all(entry.config is None for entry in table(pointwise_conv).values())
 
@@ -184,6 +187,15 @@ def test_wrong_parts_of_means_are_found(block, x, monkeypatch):
 
     spoil(monkeypatch, implicit_gemm, after(spoil_parts))
     (result,) = [result for result in run(block, x) if result.kernel == "implicit_gemm"]
+    assert result.skipped == {tune.WRONG: 1} and result.entry.config is None
+
+
+def test_a_wrong_shortcut_is_found(block, x, monkeypatch):
+    def spoil_other(arguments):
+        arguments[8][:, 3] *= 1.1
+
+    spoil(monkeypatch, pointwise_pair, after(spoil_other))
+    (result,) = [result for result in run(block, x) if result.kernel == "pointwise_pair"]
     assert result.skipped == {tune.WRONG: 1} and result.entry.config is None
 
 
@@ -284,7 +296,7 @@ def test_the_command_measures_once(clock):
     found = command("regnetx_002", "--json")
     assert found.exit_code == 0, found.output
     content = json.loads(found.stdout)
-    assert content["left"] == 0 and len(content["results"]) == 5
+    assert content["left"] == 0 and len(content["results"]) == 4
     first = content["results"][0]
     assert first["gain"] == 2.0 and first["entry"]["config"]["block_k"] == 64 and first["shape"]["pixels"] == 128
     text = command("regnetx_002").output
@@ -293,11 +305,11 @@ def test_the_command_measures_once(clock):
 
 def test_the_command_stops_and_goes_on(clock):
     text = command("regnetx_002", "--budget", 0).output
-    assert "0 shapes measured" in text and "5 shapes are left: the same command goes on" in text
+    assert "0 shapes measured" in text and "4 shapes are left: the same command goes on" in text
     assert not folder().exists()
     text = command("regnetx_002").output
-    assert "5 shapes measured, 5 of them faster" in text and "are left" not in text
-    assert all(word in text for word in ("pointwise_conv", "pixels 128, channels 24", "2.00x"))
+    assert "4 shapes measured, 4 of them faster" in text and "are left" not in text
+    assert all(word in text for word in ("pointwise_conv", "pixels 128, channels 24,", "2.00x"))
 
 
 def test_a_wrong_configuration_is_reported(clock, monkeypatch):
