@@ -104,7 +104,7 @@ def heuristic(shape: Shape) -> Config:
         block_k //= 2  # the addresses of deeper tiles do not fit in the registers
     scattered = shape.width % 4 != 0  # an image's channels, whose addresses take registers of their own
     warps = 8 if block_m * block_n >= (128 * 64 if scattered else 128 * 128) else 4
-    short = block_m <= 64 <= block_n and SHARED_BYTES[shape.arch] < 128 << 10  # of registers, with more stages
+    short = block_m <= 64 and block_n >= 32 and SHARED_BYTES[shape.arch] < 128 << 10  # of registers, with more stages
     for stages in (2,) if short else (4, 3, 2):
         config = Config(block_m, block_n, block_k, warps, stages)
         if 2 * config.shared_bytes(shape.itemsize) <= SHARED_BYTES[shape.arch]:

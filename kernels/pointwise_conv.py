@@ -127,7 +127,8 @@ def heuristic(shape: Shape) -> Config:
         for stages in (3, 2):
             for m, n in sizes:
                 deep = block_k >= 128 if shape.gate and shape.norm else m >= 64 and block_k == 256
-                large = deep or m * n >= (64 * 128 if shape.norm else 128 * 128)  # four warps would lack registers
+                wide = 64 * 128 if shape.norm or block_k >= 128 else 128 * 128
+                large = deep or m * n >= wide  # four warps would lack registers
                 config = Config(m, n, block_k, 8 if large else 4, stages, resident)
                 fits = config.shared_bytes(shape.itemsize, shape.gate, shape.residual) * share
                 if fits <= SHARED_BYTES[shape.arch]:
