@@ -396,13 +396,12 @@ def test_explain_counts_every_launch_once():
     assert pool.operation == "timm" and pool.ours == pool.eager and pool.ours.kernels == 1
 
 
-def test_explain_counts_what_follows_the_last_unit_of_a_block():
-    blocks = RepVggBlock(16, 16, layers=LayerFn(attn=SEModule)), bottleneck(downsample="conv1x1", se_ratio=0.25)[0]
-    last, inner = (
-        next(row for row in regnet_fast.explain(model, (1, 16, 8, 8)) if row.operation == "squeeze_excite")
-        for model in (regnet_fast.rebuild(nn.Sequential(block)).model for block in blocks)
-    )
-    assert last.ours.kernels == inner.ours.kernels + 2  # the gate and the activation
+def test_explain_counts_the_gate_behind_squeeze_excite():
+    model = regnet_fast.rebuild(nn.Sequential(RepVggBlock(16, 16, layers=LayerFn(attn=SEModule)))).model
+    rows = regnet_fast.explain(model, (1, 16, 8, 8))
+    assert [row.layer for row in rows] == ["0.conv_kxk", "0.attn", "0.act"]
+    kernels = [kernel.name for kernel in rows[-1].launched]
+    assert kernels == ["mul", "addcmul", "relu_"]  # the gate by the scale, which is one; the map; the activation
 
 
 def test_explain_without_a_classifier():
