@@ -401,7 +401,7 @@ def test_explain_counts_the_gate_behind_squeeze_excite():
     rows = regnet_fast.explain(model, (1, 16, 8, 8))
     assert [row.layer for row in rows] == ["0.conv_kxk", "0.attn", "0.act"]
     kernels = [kernel.name for kernel in rows[-1].launched]
-    assert kernels == ["mul", "addcmul", "relu_"]  # the gate by the scale, which is one; the map; the activation
+    assert kernels == ["mul", "addcmul", "relu"]  # the gate by the scale, which is one; the map; the activation
 
 
 def test_explain_without_a_classifier():
