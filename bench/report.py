@@ -152,13 +152,15 @@ def losses_report(results: Results) -> list[Block]:
 
 
 def summary(results: Results) -> list[Block]:
-    """The geometric means of every machine, kind and dtype."""
+    """The geometric means of every machine, kind, dtype and batch."""
     parts: dict[tuple[str, ...], list[tables.Case]] = {}
     for machine, runs in results.items():
         for kind, run in runs.items():
             for case in tables.with_ours(run):
-                parts.setdefault((machine, kind, case["dtype"]), []).append(case)
-    return [tables.overview(("machine", "kind", "dtype"), parts)] if parts else ["Nothing has been measured yet."]
+                parts.setdefault((machine, kind, case["dtype"], str(case["batch"])), []).append(case)
+    if not parts:
+        return ["Nothing has been measured yet."]
+    return [tables.overview(("machine", "kind", "dtype", "batch"), parts)]
 
 
 def conditions(run: Run) -> str:
