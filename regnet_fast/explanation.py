@@ -101,7 +101,7 @@ def explain(
     ]
     try:
         model.eval()
-        with torch.no_grad(), listening(hear_block), triton.listening(first.device.type, counter.hear):
+        with torch.no_grad(), listening(hear_block), triton.listening(str(first.device), counter.hear):
             model(torch.rand(input_size, dtype=first.dtype, device=first.device))
     finally:
         for hook in hooks:

@@ -114,7 +114,7 @@ def probe(device: str, dtype: str) -> ConvProblem:
         False,
         False,
         getattr(torch, dtype),
-        device.partition(":")[0],
+        device,
     )
 
 
@@ -124,11 +124,7 @@ def support() -> list[dict[str, Any]]:
     for device in devices():
         for backend, module in backends.BACKENDS.items():
             for dtype in DTYPES:
-                if device["device"] == "cpu":
-                    reason = module.refuse(probe("cpu", dtype))
-                else:
-                    with torch.cuda.device(device["device"]):
-                        reason = module.refuse(probe(device["device"], dtype))
+                reason = module.refuse(probe(device["device"], dtype))
                 rows.append(
                     {
                         "device": device["device"],
@@ -145,11 +141,10 @@ def tuned() -> list[dict[str, Any]]:
     """One row for each device that runs Triton's kernels: how many shapes the tables of its model of GPU have."""
     rows = []
     for device in devices()[1:]:
-        with torch.cuda.device(device["device"]):
-            if backends.triton.refuse(probe(device["device"], "float32")) is None:
-                gpu = tables.slug(device["name"])
-                shapes = sum(len(tables.entries(kernel, gpu)) for kernel in tables.KERNELS)
-                rows.append({"device": device["device"], "gpu": gpu, "shapes": shapes})
+        if backends.triton.refuse(probe(device["device"], "float32")) is None:
+            gpu = tables.slug(device["name"])
+            shapes = sum(len(tables.entries(kernel, gpu)) for kernel in tables.KERNELS)
+            rows.append({"device": device["device"], "gpu": gpu, "shapes": shapes})
     return rows
 
 

@@ -379,12 +379,23 @@ def test_packed_weights_are_shared_between_threads(impatient_threads):
 )
 def test_gpus_that_triton_serves(monkeypatch, available, capability, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     problem = dataclasses.replace(CONV, device="cuda")
     assert triton.refuse(problem) == reason
     if reason is not None:
         with backend("triton"), pytest.raises(BackendError, match=reason):
             select(problem)
+
+
+def test_two_kinds_of_gpu_in_one_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    capabilities = {"cuda:0": (9, 0), "cuda:1": (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.get)
+    first, second = (dataclasses.replace(CONV, device=f"cuda:{i}") for i in range(2))
+    assert triton.refuse(first) is None
+    assert triton.refuse(second) == "the kernels need a GPU of compute capability 8.0 or newer"
+    with backend("reference"):
+        assert select(second).name == "reference"
 
 
 # Winograd

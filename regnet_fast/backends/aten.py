@@ -16,22 +16,26 @@ _LIBRARIES: dict[str, ModuleType] = {"cpu": onednn, "cuda": cudnn}
 
 def refuse(problem: Problem) -> str | None:
     """Why the device's library cannot serve, or None."""
-    library = _LIBRARIES.get(problem.device)
+    library = _LIBRARIES.get(_type(problem))
     if library is None:
         return f"the framework has no fused convolution calls for the device {problem.device!r}"
     return library.refuse(problem)
 
 
+def _type(problem: Problem) -> str:
+    return problem.device.partition(":")[0]
+
+
 def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
     """The convolution bound to its packed weights: `run(x, gate, residual, consume, into_residual)`."""
-    return _LIBRARIES[problem.device].prepare_conv(problem, weight, bias)
+    return _LIBRARIES[_type(problem)].prepare_conv(problem, weight, bias)
 
 
 def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> Callable[[Tensor], Tensor]:
     """The gate bound to its float32 weights: `run(means)`."""
-    return _LIBRARIES[problem.device].prepare_squeeze_excite(problem, *weights)
+    return _LIBRARIES[_type(problem)].prepare_squeeze_excite(problem, *weights)
 
 
 def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Callable[..., Tensor]:
     """The affine map and activation bound to scale and shift: `run(x, gate, consume)`."""
-    return _LIBRARIES[problem.device].prepare_norm_act(problem, scale, shift)
+    return _LIBRARIES[_type(problem)].prepare_norm_act(problem, scale, shift)

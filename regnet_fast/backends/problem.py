@@ -14,7 +14,7 @@ class ConvProblem:
     """One convolution with its epilogue: `activation(conv(x * gate) + bias + residual)`.
 
     `op` names the public operation it belongs to (`pointwise_conv`, `grouped_conv` or `dense_conv`); `input_shape` is
-    (N, C, H, W) whatever the memory format.
+    (N, C, H, W) whatever the memory format. `device` is a device's name, such as "cpu" or "cuda:1".
     """
 
     op: str

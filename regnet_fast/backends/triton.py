@@ -41,13 +41,13 @@ def _refuse_device(device: str) -> str | None:
         return "Triton is not installed; it comes with the CUDA builds of torch"
     if device == "cpu":
         return None if os.environ.get("TRITON_INTERPRET") == "1" else "Triton's kernels run on a GPU"
-    if device != "cuda":
+    if device.partition(":")[0] != "cuda":
         return f"Triton's kernels do not run on the device {device!r}"
     if torch.version.hip is not None:
         return "this build of torch is for ROCm, which the kernels were not made for"
     if not torch.cuda.is_available():
         return "there is no GPU here"
-    if torch.cuda.get_device_capability() < (8, 0):
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "the kernels need a GPU of compute capability 8.0 or newer"
     return None
 

@@ -78,7 +78,7 @@ class PackedConv:
             gate,
             residual,
             x.dtype,
-            x.device.type,
+            str(x.device),
         )
 
     def explain(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> tuple[ConvProblem, str]:

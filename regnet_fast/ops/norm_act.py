@@ -57,7 +57,7 @@ class PackedNormAct:
 
     def problem(self, x: Tensor, gate: bool) -> NormActProblem:
         """The problem that this map poses for an input."""
-        return NormActProblem(tuple(x.shape), self.activation, gate, x.dtype, x.device.type)
+        return NormActProblem(tuple(x.shape), self.activation, gate, x.dtype, str(x.device))
 
     def explain(self, x: Tensor, gate: Tensor | None = None, *_: object) -> tuple[NormActProblem, str]:
         """The problem that the last such call posed, and what served it."""

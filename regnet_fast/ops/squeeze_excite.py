@@ -80,7 +80,7 @@ class PackedSqueezeExcite:
     def problem(self, means: Tensor) -> SqueezeExciteProblem:
         """The problem that these weights pose for some means."""
         return SqueezeExciteProblem(
-            means.shape[0], means.shape[-1], self.weights[0].shape[0], self.activation, means.dtype, means.device.type
+            means.shape[0], means.shape[-1], self.weights[0].shape[0], self.activation, means.dtype, str(means.device)
         )
 
     def explain(self, means: Tensor, *_: object) -> tuple[SqueezeExciteProblem, str]:
