@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,8 @@ def _command(options: type) -> Callable[[Callable[..., None]], Callable[..., Non
         kind, text = typing.get_args(hints[field.name])
         names = [f"--{field.name.replace('_', '-')}"] if field.default is False else []  # and no --no-...
         shown = {"help": text, "show_default": field.default not in (None, "", False)}
-        made = typer.Argument(metavar="DATA_DIR", **shown) if field.name == "data_dir" else typer.Option(*names, **shown)
+        positional = field.name == "data_dir"
+        made = typer.Argument(metavar="DATA_DIR", **shown) if positional else typer.Option(*names, **shown)
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
         return inspect.Parameter(field.name, _KEYWORD, default=default, annotation=Annotated[kind, made])
 
@@ -52,10 +54,14 @@ def _command(options: type) -> Callable[[Callable[..., None]], Callable[..., Non
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """What `_reported_errors` does, for the errors of these commands as well."""
+    """What `_reported_errors` does, for the errors and the log of these commands as well."""
     from .datasets import DatasetError
 
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("regnet-fast: %(message)s"))
+    logger = logging.getLogger(__package__)
     with _reported_errors():
+        logger.addHandler(handler)
         try:
             yield
         except OptionError as error:
@@ -63,6 +69,8 @@ def _errors() -> Iterator[None]:
         except DatasetError as error:
             _complain(str(error))
             raise typer.Exit(UNREADABLE) from None
+        finally:
+            logger.removeHandler(handler)
 
 
 @_command(TrainOptions)
@@ -70,9 +78,10 @@ def train(options: TrainOptions, as_json: bool) -> None:
     """Train a model on a folder of images or a dataset; under torchrun in several processes."""
     with _errors(), progress() as announce:
         from . import train as training
+        from .recipe import is_primary
 
         _check_environment()
-        primary = training.is_primary()
+        primary = is_primary()
         show = announce.print if primary and not as_json else _nothing
         hear = announce if primary else _nothing
         try:

@@ -87,7 +87,7 @@ def check_classes(dataset: Any, outputs: int) -> None:
     """Raise OptionError where the dataset has classes that a model with so many outputs has not."""
     known = max(classes(dataset).values(), default=-1) + 1
     if known > outputs:
-        raise OptionError(f"the dataset has {known} classes and the model {outputs}: num_classes must be at least {known}")
+        raise OptionError(f"the dataset has {known} classes and the model {outputs}: num_classes is too small")
 
 
 def loader(
@@ -187,7 +187,7 @@ def reading() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker"):
             raise
         reason = str(error).split(". ")[0].rstrip(". ")
-        raise DatasetError(f"a process that reads images died ({reason}); memory may be short: try fewer workers") from None
+        raise DatasetError(f"a process that reads images died: {reason}; where memory is short, try fewer") from None
 
 
 def _names(items: Any) -> str:

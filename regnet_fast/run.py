@@ -19,8 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import timm.models
-import timm.task
 from timm.utils import world_info_from_env
 
 from . import models
@@ -68,18 +66,18 @@ def replaced_create_model(built: Counter[str]) -> Iterator[None]:
         built[f"{name}: {rebuilt} modules rebuilt" if rebuilt else f"{name}: as timm makes it"] += 1
         return model
 
-    holders = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.partition(".")[0] == "timm" and vars(module).get("create_model") is original
-    ]
-    for module in holders:
-        module.create_model = create_model
+    _replace(original, create_model)
     try:
         yield
     finally:
-        for module in holders:
-            module.create_model = original
+        _replace(create_model, original)
+
+
+def _replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:
+    """In every module of timm, by whichever name it was imported."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "timm" and vars(module).get("create_model") is old:
+            module.create_model = new
 
 
 @contextmanager

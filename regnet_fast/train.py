@@ -2,40 +2,32 @@
 
     open the data -> build the model -> for each epoch: train, evaluate, add a row to summary.csv, save the state
 
-Everything random is drawn from generators whose states are saved, and the order of the images depends on the seed and
-the epoch alone: a run that was killed and resumed computes what it would have computed.
+The states of all random generators are saved, and the order of the images depends on the seed and the epoch alone: a
+run that was killed and resumed computes what it would have computed.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from timm.data import Mixup
-from timm.layers import convert_sync_batchnorm
-from timm.loss import create_classification_loss
 from timm.models import safe_model_name
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import (
     ModelEmaV3,
     NativeScaler,
     dispatch_clip_grad,
     distribute_bn,
-    init_distributed_device,
     random_seed,
     reduce_tensor,
     trim_summary,
     update_summary,
-    world_info_from_env,
 )
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -43,13 +35,16 @@ from torch.nn.parallel import DistributedDataParallel
 from . import datasets, training_state
 from .checkpoints import CheckpointError
 from .options import OptionError, TrainOptions
+from .recipe import World, build_model, check_names, joined, learning_rate, mixup_and_loss, optimizer_and_schedule
 from .timing import Announce, silent
-from .validate import Evaluation, autocast, build, count_rebuilt, data_config, evaluate, place, usable_device
-from .verify import check_name
+from .validate import Evaluation, autocast, count_rebuilt, data_config, evaluate
 
 SUMMARY = "summary.csv"
 _ANNOUNCED = 50  # batches between two announcements of the loss, each of which waits for the device
-_INCIDENTAL = ("data_dir", "dataset_download", "resume", "output", "workers", "device", "pretrained", "initial_checkpoint")
+# Options on which the numbers of a resumed run do not depend: where it began, and where it runs.
+_START = {"pretrained", "initial_checkpoint", "resume"}
+_PLACE = {"data_dir", "dataset_download", "output", "workers", "device"}
+_logger = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
@@ -91,26 +86,8 @@ class TrainResult:
         return {**content, "output": str(self.output), "epochs": [epoch.as_dict() for epoch in self.epochs]}
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among those that train together."""
-
-    device: torch.device
-    rank: int = 0
-    size: int = 1
-
-    @property
-    def distributed(self) -> bool:
-        return self.size > 1
-
-
 def ignore(epoch: Epoch) -> None:
     """Does nothing with an epoch."""
-
-
-def is_primary() -> bool:
-    """Whether this process, under torchrun or alone, is the one that writes files and is heard."""
-    return world_info_from_env()[1] == 0
 
 
 def train(
@@ -124,56 +101,18 @@ def train(
     CheckpointError, FileNotFoundError, DatasetError; later UnreadableImageError, DatasetError and TrainingError.
     """
     options.check()
-    _check_names(options)
+    check_names(options)
     benchmark = torch.backends.cudnn.benchmark
-    world = _join(options)
     try:
         torch.backends.cudnn.benchmark = True
-        run = _Run(options, world, progress)
-        for epoch in range(run.start, run.epochs):
-            run.epoch(epoch)
-            on_epoch(run.history[-1])
+        with joined(options) as world:
+            run = _Run(options, world, progress)
+            for epoch in range(run.start, run.epochs):
+                run.epoch(epoch)
+                on_epoch(run.history[-1])
     finally:
         torch.backends.cudnn.benchmark = benchmark
-    if world.distributed:  # after an error the others may still wait for this process, and torchrun ends them
-        torch.distributed.destroy_process_group()
     return run.result()
-
-
-def _join(options: TrainOptions) -> World:
-    """Meet the other processes where there are any. Raises OptionError."""
-    found = SimpleNamespace(device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        init_distributed_device(found)  # into `found`
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise OptionError(f"the device {found.device!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
-    world = World(usable_device(found.device), found.rank, found.world_size)
-    if options.sync_bn and world.device.type == "cpu":
-        raise OptionError("sync_bn needs GPUs: torch has no synchronised batch norm on a CPU")
-    return world
-
-
-def _check_names(options: TrainOptions) -> None:
-    """Raise UnknownModelError or OptionError where timm has no such model, optimizer or schedule."""
-    check_name(options.model)
-    try:
-        _optimizer_and_schedule(options, [nn.Parameter(torch.zeros(1))], 1.0)
-    except Exception as error:  # unknown names, missing packages, and whatever optimizers and schedules assert
-        raise OptionError(str(error).strip().split("\n")[0] or f"timm refuses {options.opt} or {options.sched}") from error
-
-
-def _optimizer_and_schedule(options: TrainOptions, model: Any, lr: float) -> tuple[Any, Any, int]:
-    """timm's optimizer and scheduler, and how many epochs the schedule has."""
-    optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(options), "lr": lr})
-    return optimizer, *create_scheduler_v2(optimizer, **scheduler_kwargs(options))
-
-
-def learning_rate(options: TrainOptions, processes: int = 1) -> float:
-    """The learning rate of a run: as given, else timm's rule from 0.1 for 256 images of an update."""
-    if options.lr is not None:
-        return options.lr
-    ratio = options.batch_size * options.grad_accum_steps * processes / 256
-    return 0.1 * (math.sqrt(ratio) if any(name in options.opt.lower() for name in ("ada", "lamb")) else ratio)
 
 
 class _Run:
@@ -181,48 +120,18 @@ class _Run:
 
     def __init__(self, options: TrainOptions, world: World, progress: Announce):
         self.options, self.world, self.progress = options, world, progress
-        self.output = self._output()
+        self.output = _output(options)
         state = training_state.read(options.resume, options.model) if options.resume else None
         trained, evaluated = datasets.open_training(options)
         self.num_classes = datasets.count_classes(options, trained)
-        self._build_model()
+        progress(f"building {options.model}")
+        self.model = build_model(options, self.num_classes, world)
         self._build_loaders(trained, evaluated)
+        self.mixup, self.criterion = mixup_and_loss(options, self.num_classes)
         self.lr = learning_rate(options, world.size)
-        self.optimizer, self.scheduler, self.epochs = _optimizer_and_schedule(options, self.model, self.lr)
+        self.optimizer, self.scheduler, self.epochs = optimizer_and_schedule(options, self.model, self.lr)
         self.scaler = NativeScaler(world.device.type) if options.amp and options.amp_dtype == "float16" else None
         self.autocast = autocast(options, world.device)
-        self.start, self.history, self.best = 0, [], {"epoch": -1, "top1": -1.0}
-        random_seed(options.seed, world.rank)
-        if state is not None:
-            self._restore(state)
-        if world.rank == 0:
-            self.output.mkdir(parents=True, exist_ok=True)
-            trim_summary(str(self.output / SUMMARY), self.start)
-
-    def _output(self) -> Path:
-        options = self.options
-        default = Path("output", "train", f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_model_name(options.model)}")
-        output = options.output or (options.resume.parent if options.resume else default)
-        last = output / training_state.LAST
-        if last.exists() and not (options.resume and options.resume.exists() and options.resume.parent.samefile(output)):
-            raise OptionError(f"'{last}' is of another run: resume it, or name another output")
-        return output
-
-    def _build_model(self) -> None:
-        options, world = self.options, self.world
-        self.progress(f"building {options.model}")
-        random_seed(options.seed, 0)  # the same weights in every process
-        rates = {"drop_rate": options.drop, "drop_path_rate": options.drop_path}
-        rates = {name: rate for name, rate in rates.items() if rate is not None}
-        model = build(options, options.pretrained, options.initial_checkpoint, self.num_classes, **rates)
-        if options.grad_checkpointing:
-            try:
-                model.set_grad_checkpointing(True)
-            except (AttributeError, AssertionError):
-                raise OptionError(f"{options.model} has no gradient checkpointing") from None
-        self.model = place(model, options, world.device)
-        if world.distributed and options.sync_bn:
-            self.model = convert_sync_batchnorm(self.model)
         self.ema = None
         if options.model_ema:
             self.ema = ModelEmaV3(self.model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
@@ -230,31 +139,27 @@ class _Run:
         if world.distributed:
             ids = [world.device] if world.device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.model, device_ids=ids)
+        self.start, self.history, self.best = 0, [], {"epoch": -1, "top1": -1.0}
+        random_seed(options.seed, world.rank)
+        if state is not None:
+            self._restore(state)
+        if world.primary:
+            self.output.mkdir(parents=True, exist_ok=True)
+            trim_summary(str(self.output / SUMMARY), self.start)
 
     def _build_loaders(self, trained: Any, evaluated: Any) -> None:
         options, world = self.options, self.world
-        config = data_config(options, self.model)
+        config, where = data_config(options, self.model), (world.device, world.distributed)
         augmentation = {"no_aug": options.no_aug, "auto_augment": options.aa, "re_prob": options.reprob}
         if not options.no_aug:
             augmentation["interpolation"] = "random"
-        place = (world.device, world.distributed)
         self.loader = datasets.loader(
-            options, trained, config, *place, is_training=True, re_mode="pixel", **augmentation
+            options, trained, config, *where, is_training=True, re_mode="pixel", **augmentation
         )
-        self.eval_loader = datasets.loader(options, evaluated, config, *place)
+        self.eval_loader = datasets.loader(options, evaluated, config, *where)
         if not len(self.loader):
-            images = f"{len(trained)} training images" + (f" in {world.size} processes" if world.size > 1 else "")
+            images = f"{len(trained)} training images" + (f" in {world.size} processes" if world.distributed else "")
             raise OptionError(f"batch_size {options.batch_size} makes no whole batch of {images}")
-        self.mixup = None
-        if options.mixup or options.cutmix:
-            self.mixup = Mixup(
-                mixup_alpha=options.mixup,
-                cutmix_alpha=options.cutmix,
-                label_smoothing=options.smoothing,
-                num_classes=self.num_classes,
-            )
-        self.criterion = create_classification_loss("ce", smoothing=options.smoothing, soft_targets=bool(self.mixup))
-        self.criterion.to(world.device)
 
     def epoch(self, epoch: int) -> None:
         """Train, evaluate, write the row of the summary and save the state."""
@@ -262,14 +167,15 @@ class _Run:
         loss = self._train(epoch)
         seconds = time.perf_counter() - start
         if not math.isfinite(loss) and self.scaler is None:
-            raise TrainingError(f"the training loss of epoch {epoch} is {loss}; '{self.output}' has the state before it")
+            raise TrainingError(f"the training loss of epoch {epoch} is {loss}; the files are as they were before it")
         if self.world.distributed:
-            for model in filter(None, (self.model, self.ema)):
-                distribute_bn(model, self.world.size, reduce=True)
+            for model in (self.model, self.ema):
+                if model is not None:
+                    distribute_bn(model, self.world.size, reduce=True)
         subject = self.model if self.ema is None else self.ema.module
         found = evaluate(subject, self.eval_loader, self.autocast, self.options.channels_last, self.progress)
-        lrs = [group["lr"] for group in self.optimizer.param_groups]
-        lr = sum(lrs) / len(lrs)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        lr = sum(rates) / len(rates)
         images = len(self.loader) * self.options.batch_size * self.world.size
         self.history.append(Epoch(epoch, loss, found, lr, seconds, images / seconds))
         best = found.top1 > self.best["top1"]
@@ -278,7 +184,7 @@ class _Run:
         if self.scheduler is not None:
             self.scheduler.step(epoch + 1, found.top1)
         state = self._state(epoch)
-        if self.world.rank == 0:
+        if self.world.primary:
             metrics = {"loss": found.loss, "top1": found.top1, "top5": found.top5}
             update_summary(epoch, {"loss": loss}, metrics, str(self.output / SUMMARY), lr=lr)
             training_state.save(state, self.output, best)
@@ -298,7 +204,8 @@ class _Run:
                     images = images.contiguous(memory_format=torch.channels_last)
                 update = (index + 1) % steps == 0 or index + 1 == batches
                 together = batches % steps if index >= batches - batches % steps else steps
-                with self.forward.no_sync() if self.world.distributed and not update else nullcontext():
+                alone = self.world.distributed and not update  # no gradients from the other processes yet
+                with self.forward.no_sync() if alone else nullcontext():
                     with self.autocast():
                         loss = self.criterion(self.forward(images), target)
                     self._backward(loss / together, update)
@@ -318,15 +225,8 @@ class _Run:
         create_graph = getattr(self.optimizer, "is_second_order", False)
         parameters, clip = self.model.parameters(), self.options.clip_grad
         if self.scaler is not None:
-            self.scaler(
-                loss,
-                self.optimizer,
-                clip_grad=clip,
-                parameters=parameters,
-                create_graph=create_graph,
-                need_update=update,
-            )
-            return
+            how = {"clip_grad": clip, "create_graph": create_graph, "need_update": update}
+            return self.scaler(loss, self.optimizer, parameters=parameters, **how)
         loss.backward(create_graph=create_graph)
         if update:
             if clip is not None:
@@ -341,73 +241,83 @@ class _Run:
         elif hasattr(sampler, "set_epoch"):
             sampler.seed = self.options.seed
             sampler.set_epoch(epoch)
-        elif hasattr(sampler, "generator"):
+        else:
             sampler.generator = torch.Generator().manual_seed(self.options.seed + epoch)
 
     def _state(self, epoch: int) -> dict[str, Any]:
         """What a run goes on from after this epoch. All processes call it together."""
-        return {
+        state = {
             "epoch": epoch,
             "arch": self.options.model,
-            "version": 2,  # in timm's checkpoints: `epoch` is done
+            "version": 2,  # timm's for checkpoints whose `epoch` is done
             "metric": self.history[-1].evaluation.top1,
             "state_dict": self.model.state_dict(),
-            **({"state_dict_ema": self.ema.module.state_dict()} if self.ema else {}),
             "optimizer": self.optimizer.state_dict(),
-            **({self.scaler.state_dict_key: self.scaler.state_dict()} if self.scaler else {}),
-            **({"plateau": plateau.state_dict()} if (plateau := self._plateau) else {}),
             "generators": training_state.generators(self.world.device),
             "best": self.best,
             "history": [asdict(one) for one in self.history],
-            "options": _plain(self.options) | {"lr": self.lr, "processes": self.world.size},
+            "options": self._conditions(),
         }
-
-    @property
-    def _plateau(self) -> Any:
-        """The one scheduler with a state of its own, which timm does not save."""
-        return getattr(self.scheduler, "lr_scheduler", None)
+        if self.ema is not None:
+            state["state_dict_ema"] = self.ema.module.state_dict()
+        if self.scaler is not None:
+            state[self.scaler.state_dict_key] = self.scaler.state_dict()
+        if self._plateau is not None:
+            state["plateau"] = self._plateau.state_dict()
+        return state
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Go on from a state. Raises CheckpointError where it does not fit this run."""
-        path = self.options.resume
         try:
             self.model.load_state_dict(state["state_dict"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["state_dict_ema"])
             self.optimizer.load_state_dict(state["optimizer"])
-            if self.scaler is not None and self.scaler.state_dict_key in state:
+            if self.scaler is not None:
                 self.scaler.load_state_dict(state[self.scaler.state_dict_key])
             self.start, self.best = state["epoch"] + 1, state["best"]
             self.history = [Epoch(**{**one, "evaluation": Evaluation(**one["evaluation"])}) for one in state["history"]]
-            if self._plateau is not None and "plateau" in state:
+            if self._plateau is not None:
                 self._plateau.load_state_dict(state["plateau"])
             elif self.scheduler is not None:
                 self.scheduler.step(self.start)
             if len(state["generators"]) == self.world.size:
                 training_state.set_generators(state["generators"][self.world.rank], self.world.device)
-        except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
-            reason = str(error).strip().replace("\n", " ")[:300]
-            raise CheckpointError(f"'{path}' does not fit this run: {type(error).__name__}: {reason}") from error
-        now = _plain(self.options) | {"lr": self.lr, "processes": self.world.size}
-        before = state["options"]
-        changed = [f"{key} {value} (was {before.get(key)})" for key, value in now.items() if value != before.get(key)]
-        self.changed = changed
+            before = state["options"].items()
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"'{self.options.resume}' does not fit this run: {type(error).__name__}: {reason}"
+            ) from error
+        now = self._conditions()
+        changed = [f"{key} is {now.get(key)} and was {value}" for key, value in before if now.get(key) != value]
+        if changed and self.world.primary:
+            _logger.warning("resumed under other conditions: %s", ", ".join(changed))
+
+    @property
+    def _plateau(self) -> Any:
+        """The part with a state of its own of the one scheduler that has such a part."""
+        return getattr(self.scheduler, "lr_scheduler", None)
+
+    def _conditions(self) -> dict[str, Any]:
+        """What the numbers of a run depend on."""
+        given = {key: value for key, value in vars(self.options).items() if key not in _START | _PLACE}
+        return {**given, "lr": self.lr, "processes": self.world.size}
 
     def result(self) -> TrainResult:
         """What the run came to."""
-        rebuilt, resumed = count_rebuilt(self.model), self.start - 1 if self.options.resume else None
-        return TrainResult(
-            self.options.model,
-            self.output,
-            self.history,
-            self.best["epoch"],
-            self.best["top1"],
-            self.num_classes,
-            rebuilt,
-            resumed,
-        )
+        resumed = self.start - 1 if self.options.resume else None
+        best, rebuilt = self.best, count_rebuilt(self.model)
+        found = (self.history, best["epoch"], best["top1"], self.num_classes, rebuilt, resumed)
+        return TrainResult(self.options.model, self.output, *found)
 
 
-def _plain(options: TrainOptions) -> dict[str, Any]:
-    """The options on which the numbers of a run depend."""
-    return {key: value for key, value in vars(options).items() if key not in _INCIDENTAL}
+def _output(options: TrainOptions) -> Path:
+    """The folder of the run. Raises OptionError where another run has its state there."""
+    default = Path("output", "train", f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_model_name(options.model)}")
+    output = options.output or (options.resume.parent if options.resume else default)
+    last = output / training_state.LAST
+    resumed = options.resume is not None and options.resume.exists() and options.resume.parent.samefile(output)
+    if last.exists() and not resumed:
+        raise OptionError(f"'{last}' is of another run: resume it, or name another output")
+    return output

@@ -65,7 +65,7 @@ def read(path: Path, model: str) -> dict[str, Any]:
     state = read_content(path)
     if not isinstance(state, dict) or state.get("regnet_fast") != FORMAT or any(key not in state for key in _KEYS):
         raise CheckpointError(
-            f"'{path}' is no state of a training run of regnet_fast; where it has weights, initial_checkpoint takes them"
+            f"'{path}' is no state of a training run of regnet_fast; initial_checkpoint takes weights alone"
         )
     if state["arch"] != model:
         raise CheckpointError(f"'{path}' is of a run of {state['arch']}, not of {model}")
