@@ -173,7 +173,8 @@ class _Run:
                 if model is not None:
                     distribute_bn(model, self.world.size, reduce=True)
         subject = self.model if self.ema is None else self.ema.module
-        found = evaluate(subject, self.eval_loader, self.autocast, self.options.channels_last, self.progress)
+        how = (self.autocast, self.options.channels_last, self.progress, self.world.distributed)
+        found = evaluate(subject, self.eval_loader, *how)
         rates = [group["lr"] for group in self.optimizer.param_groups]
         lr = sum(rates) / len(rates)
         images = len(self.loader) * self.options.batch_size * self.world.size

@@ -28,10 +28,13 @@ _KEYS = ("epoch", "arch", "state_dict", "optimizer", "generators", "best", "hist
 
 
 def save(state: dict[str, Any], folder: Path, best: bool) -> None:
-    """Write the state of a run after an epoch; `best` keeps it beside the last one as well."""
+    """Write the state of a run after an epoch; `best` keeps it beside the last one as well. Raises OSError."""
     last = folder / LAST
     with _replacing(last) as new, new.open("wb") as file:
-        torch.save({"regnet_fast": FORMAT, **state}, file)
+        try:
+            torch.save({"regnet_fast": FORMAT, **state}, file)
+        except RuntimeError as error:  # torch's writer hides what the disk said
+            raise OSError(f"'{last}' cannot be written: {str(error).splitlines()[0]}") from error
         file.flush()
         os.fsync(file.fileno())
     if best:

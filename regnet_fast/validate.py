@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import timm
 import torch
 from timm.data import resolve_data_config
 from timm.utils import accuracy, reduce_tensor
@@ -83,10 +82,12 @@ def evaluate(
     precision: Callable[[], Any] = nullcontext,
     channels_last: bool = False,
     announce: Announce = silent,
+    distributed: bool = False,
 ) -> Evaluation:
-    """Evaluate a model on all images of a loader, over all processes where the loader is distributed.
+    """Evaluate a model on all images of a loader; if `distributed`, all processes do so together, each on its share.
 
-    Each image counts once: those by which timm's sampler makes the shares of the processes equal are left out.
+    Each image counts once: those by which timm's sampler makes the shares equal are left out. Raises DatasetError for
+    a loader without images.
     """
     model.eval()
     share = getattr(loader.sampler, "num_valid_samples", None)
@@ -106,10 +107,11 @@ def evaluate(
             announce(f"evaluated {index + 1} of {len(loader)} batches")
         total = torch.stack(sums).cpu().double().sum(0) if sums else torch.zeros(3, dtype=torch.float64)
     total = torch.cat([total, torch.tensor([float(seen)])])
-    if share is not None:
-        device = next(model.parameters()).device
-        total = reduce_tensor(total.to(device), 1).cpu()
+    if distributed:
+        total = reduce_tensor(total.to(next(model.parameters()).device), 1)
     loss, top1, top5, images = total.tolist()
+    if not images:
+        raise datasets.DatasetError("there are no images to evaluate")
     return Evaluation(loss / images, 100 * top1 / images, 100 * top5 / images, round(images))
 
 
@@ -124,7 +126,7 @@ def usable_device(name: str | None) -> torch.device:
 
 def build(options: DataOptions, pretrained: bool, checkpoint: Any, num_classes: int | None, **kwargs: Any) -> nn.Module:
     """The model that is asked for, rebuilt unless it is to be timm's. Raises what `classify.load` does, OptionError."""
-    create = partial(timm.create_model if options.timm else models.create_model, **kwargs)
+    create = partial(models._create_model if options.timm else models.create_model, **kwargs)
     try:
         return load(options.model, pretrained, checkpoint, num_classes, create)
     except TypeError as error:
