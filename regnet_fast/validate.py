@@ -139,8 +139,12 @@ def place(model: nn.Module, options: DataOptions, device: torch.device) -> nn.Mo
 
 
 def data_config(options: DataOptions, model: nn.Module) -> dict[str, Any]:
-    """timm's preprocessing for the model, at the size that is asked for."""
-    return resolve_data_config({"img_size": options.img_size}, model=model)
+    """timm's preprocessing for the model, at the size that is asked for. Raises OptionError."""
+    config = resolve_data_config({"img_size": options.img_size}, model=model)
+    trained = model.pretrained_cfg
+    if trained.get("fixed_input_size") and config["input_size"] != trained["input_size"]:
+        raise OptionError(f"{options.model} takes no other img_size than {trained['input_size'][-1]}")
+    return config
 
 
 def autocast(options: DataOptions, device: torch.device) -> Callable[[], Any]:

@@ -145,6 +145,7 @@ def test_bfloat16_learns(data, tmp_path):
         (("--model", "regnetx_003"), 2, "Close: regnetx_0"),
         (("--opt", "sgdd"), 2, "sgdd"),
         (("--sched", "cosin"), 2, "cosin"),
+        (("--model", "vit_tiny_patch16_224"), 2, "takes no other img_size than 224"),
         (("--batch-size", "64"), 2, "no whole batch of 24 training images"),
         (("--num-classes", "2"), 2, "3 classes and the model 2"),
         (("--aa", "nonsense"), 2, "timm's loader refuses"),
