@@ -460,4 +460,4 @@ def demo(
         raise typer.Exit(FAILED)
 
 
-from . import cli_train  # noqa: E402, F401  (registers train, validate and run)
+import regnet_fast.cli_train  # noqa: E402, F401  (registers its commands; `from .` would ask timm for the name)
