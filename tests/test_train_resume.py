@@ -66,6 +66,9 @@ def curve(result):
 
 def assert_same_run(one, other):
     assert curve(one) == curve(other)
+    states = [read_content(result.output / training_state.LAST) for result in (one, other)]
+    for part in ("plateau", "amp_scaler", "best", "epoch"):
+        assert states[0].get(part) == states[1].get(part), part
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     for kind in ours:
