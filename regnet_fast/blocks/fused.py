@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import BackendError, forced_backend
+from . import training
 from .forms import Form
 from .units import ConvUnit, LinearUnit, Refused
 from .watch import Watch, global_hooks
@@ -54,6 +55,7 @@ class Plan(Watch):
         try:
             with torch.inference_mode(False), torch.no_grad():
                 unbound = block.fused_form()
+                unbound.check_evaluation()
                 _check_tensors(unbound, self.tensors, dtype)
                 self.form = unbound.bind(lambda unit: unit.pack(dtype))
                 self.unbound, self.in_channels = unbound, unbound.in_channels()
@@ -95,9 +97,13 @@ def transformed() -> str | None:
 
 
 class Fused:
-    """Mixin before a host's block class. Subclasses set `host` and define `fused_form`."""
+    """Mixin before a host's block class. Subclasses set `host` and define `fused_form`.
+
+    `trains` says that there is something to fuse in training mode: a norm with statistics of the batch.
+    """
 
     host: type[nn.Module]
+    trains: bool = True
 
     def fused_form(self) -> Form:
         """The block as a form over its own modules. Raises `Refused` where it is not exactly that form."""
@@ -113,6 +119,8 @@ class Fused:
 
         `own` says so of x, which may then be overwritten.
         """
+        if self.training:
+            return self._trained(x) if self.trains else super().forward(x), False
         reason = self._unfit(x)
         plan = None
         if reason is None:
@@ -135,10 +143,30 @@ class Fused:
         with torch.autocast(device, enabled=False):
             return plan.form.run(plan.form.laid_out(x), own)
 
+    def _trained(self, x: Tensor) -> Tensor:
+        """The output in training mode."""
+        reason, form, lost = self._unfit(x), None, False
+        if reason is None and forced_backend() == "reference":
+            return super().forward(x)
+        if reason is None:
+            reason = training.unserved(x)
+        if reason is None:
+            try:
+                lost = True
+                form = self.fused_form()
+                lost = False
+                training.check(form, x)
+            except Refused as refusal:
+                reason = str(refusal)
+        listen = recorder.get()
+        if listen is not None:
+            listen(self, x, None, reason)
+        if reason is not None:
+            return self._by_host(x, f"in training mode {reason}", lost_speed=lost)
+        return training.run(form, x)
+
     def _unfit(self, x: Tensor) -> str | None:
         """Why this call cannot be fused, from what is known without looking at the weights."""
-        if self.training:
-            return "training mode runs the host's own forward"
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             return f"the input is a {type(x).__name__}, not a plain tensor"
         if x.is_meta:
@@ -183,7 +211,7 @@ class Fused:
 
     def plan(self, x: Tensor) -> Plan | None:
         """The current plan for inputs like x of any shape, without autocast; None where a step would not use one."""
-        if self._unfit(x) is not None:
+        if self.training or self._unfit(x) is not None:
             return None
         plan = self._current(x.dtype)
         if plan.refusal is not None or (plan.parameters and plan.parameters[0].device != x.device):
@@ -208,6 +236,7 @@ class Fused:
             return super().forward(x)
         try:
             form = self.fused_form()
+            form.check_evaluation()
         except Refused:
             return super().forward(x)
         if not form.casts_input and torch.is_autocast_enabled(x.device.type):
