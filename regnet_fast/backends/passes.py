@@ -84,6 +84,11 @@ def _of(x: Tensor, part: slice) -> Tensor:
     return x if part is _ALL else x[part]
 
 
+def _laid_out(x: Tensor, part: slice) -> Tensor:
+    """Some images, in channels_last whatever the layout of all."""
+    return _of(x, part).contiguous(memory_format=_LAST)
+
+
 def _images(x: Tensor, part: slice) -> int:
     return x.shape[0] if part is _ALL else part.stop - part.start
 
@@ -185,7 +190,7 @@ def conv(
     stride = geometry[0]
     cut = parts(x, weight.shape[0] / (x.shape[1] * stride[0] * stride[1]))
     for part in cut:
-        a = _of(x, part)
+        a = _laid_out(x, part)
         a = a if norm is None else _activated(normalised(a, norm), norm.activation)
         if excite is not None:
             factor = _Gate(a, excite).factor
@@ -245,28 +250,29 @@ def conv_backward(
     geometry: Sequence,
     needs_x: bool,
     needs_weight: bool,
+    through: bool = True,
 ) -> ConvGradients:
-    """The gradients of `conv`, from that of its raw result y, or of its norm's result where it has its `own`."""
-    stride, padding, dilation, groups = geometry
+    """The gradients of `conv`, from that of its raw result y, or of its norm's result where it has its `own`.
+
+    The gradient of x goes `through` its norm, or is that of the map that was read.
+    """
     coefficients = None if own is None else own.coefficients()
     activation = "none" if norm is None else norm.activation
+    through = through and norm is not None
     cut = parts(x, grad.nbytes / x.nbytes)
     dx = _empty(x.shape, x) if needs_x and len(cut) > 1 else None
     dweight, sums, excited = None, [], []
     for part in cut:
         dy = _of(grad, part)
         dy = dy if coefficients is None else raw_gradient(dy, _of(y, part), coefficients)
-        read = z = a = e = _of(x, part)
+        read = z = a = e = _laid_out(x, part)
         if norm is not None:
             z = normalised(read, norm)
             a = e = _activated(z, activation, keep=True)
         if excite is not None:
             gate = _Gate(a, excite)
             e = a * gate.factor
-        mask = [needs_x, needs_weight, False]
-        da, dw, _ = torch.ops.aten.convolution_backward(
-            dy, e, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
-        )
+        da, dw = _convolution_backward(dy, e, weight, geometry, needs_x, needs_weight)
         if needs_weight:
             dw = dw if part is _ALL else dw.to(torch.promote_types(dw.dtype, torch.float32))
             dweight = dw if dweight is None else dweight.add_(dw)
@@ -275,13 +281,28 @@ def conv_backward(
                 da, found = gate.backward(da)
                 excited.append(found)
             out = da if part is _ALL else dx[part]
-            _inactivated(da, z, a, activation, out)
-            if norm is not None:
+            _inactivated(da, z, a, activation if through else "none", out)
+            if through:
                 sums.append(_sums(out, read, norm))
             dx = da if part is _ALL else dx
     dweight = None if dweight is None else dweight.to(weight.dtype)
     totals = tuple(_summed(found) for found in zip(*excited, strict=True)) if excited else None
     return ConvGradients(dx, _total(sums) if sums else None, dweight, totals)
+
+
+def _convolution_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Sequence, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    stride, padding, dilation, groups = geometry
+    if needs_weight and x.is_cpu and weight.shape[2:] == (1, 1) and weight.shape[1] < 16 and groups == 1:
+        # oneDNN writes beyond its memory for the weights of a strided 1x1 convolution of RGB images (docs/training.md).
+        rows = x[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        dw = (dy.permute(0, 2, 3, 1).reshape(-1, dy.shape[1]).t() @ rows).view(weight.shape)
+        return _convolution_backward(dy, x, weight, geometry, True, False)[0] if needs_x else None, dw
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [needs_x, needs_weight, False]
+    )
+    return dx, dw
 
 
 class Term(NamedTuple):

@@ -227,4 +227,7 @@ def run(form: forms.Form, x: Tensor) -> Tensor:
     """The output of a block in training mode."""
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        return Step(dtype).run(form, x.to(dtype).contiguous(memory_format=torch.channels_last))
+        x = x.to(dtype)
+        if not isinstance(form, forms.Single):  # a convolution takes any layout, and need not keep another copy
+            x = x.contiguous(memory_format=torch.channels_last)
+        return Step(dtype).run(form, x)

@@ -25,6 +25,8 @@ from torch.autograd.function import once_differentiable
 from ..backends import passes
 from ..backends.passes import Excite, Norm, Own, Sums, Term
 
+_LAST = torch.channels_last
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -129,14 +131,16 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, spec, x, mean, var, scale, shift, fc1, bias1, fc2, bias2, weight, own_weight):
-        reading, stats, geometry, se_activation = spec
+        reading, stats, geometry, se_activation, recipe = spec
         norm = _norm(reading, mean, var, scale, shift)
         excite = None if fc1 is None else Excite(fc1, bias1, fc2, bias2, se_activation)
         y, found = passes.conv(x, norm, excite, weight, geometry, stats is not None and stats.batch)
         own = (None, None, 0.0)
         if stats is not None:
             own = _statistics(stats, found, y)
-        ctx.spec, ctx.count = spec, own[2]
+        if recipe is not None:
+            reading, (x, mean, var, scale, shift) = recipe
+        ctx.spec, ctx.count = (reading, stats, geometry, se_activation, recipe is None), own[2]
         ctx.save_for_backward(
             x, mean, var, scale, shift, fc1, bias1, fc2, bias2, weight,
             own_weight, None if stats is None or not stats.batch else y, *own[:2],
@@ -147,14 +151,16 @@ class _Conv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, product, plain, _):
         x, mean, var, scale, shift, *excite, weight, own_weight, y, own_mean, own_var = ctx.saved_tensors
-        reading, stats, geometry, se_activation = ctx.spec
+        reading, stats, geometry, se_activation, through = ctx.spec
         norm = _norm(reading, mean, var, scale, shift)
         excite = None if excite[0] is None else Excite(*excite, se_activation)
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad = grad.contiguous(memory_format=_LAST)
         own = None if stats is None else _own(stats, own_weight, own_mean, own_var, Sums(product, plain), ctx.count)
         needs_x, needs_weight = any(ctx.needs_input_grad[1:10]), ctx.needs_input_grad[10]
         with torch.autocast(x.device.type, enabled=False):
-            found = passes.conv_backward(grad, own, y, x, norm, excite, weight, geometry, needs_x, needs_weight)
+            found = passes.conv_backward(
+                grad, own, y, x, norm, excite, weight, geometry, needs_x, needs_weight, through
+            )
         sums = (None,) * 4 if found.sums is None else (*found.sums, *found.sums)
         return None, found.x, *sums, *(found.excite or (None,) * 4), found.weight, None
 
@@ -180,7 +186,7 @@ def conv(
     Returns the raw result, as a tensor or, with a norm, as `Normed`.
     """
     y, mean, var, count = _Conv.apply(
-        (_reading(x), stats, geometry, None if excite is None else excite.activation),
+        (_reading(x), stats, geometry, None if excite is None else excite.activation, _recipe(x)),
         *_flat(x),
         *((None,) * 4 if excite is None else excite[:4]),
         weight,
@@ -189,9 +195,7 @@ def conv(
     return y if stats is None else Normed(y, mean, var, affine, stats.eps, count)
 
 
-def _statistics(
-    stats: Statistics, found: tuple[Tensor, Tensor] | None, y: Tensor
-) -> tuple[Tensor, Tensor, float]:
+def _statistics(stats: Statistics, found: tuple[Tensor, Tensor] | None, y: Tensor) -> tuple[Tensor, Tensor, float]:
     """Mean, variance and count: the batch's, of all processes, or copies of the given ones."""
     if not stats.batch:
         return stats.mean.clone(), stats.var.clone(), _count(y)
@@ -216,7 +220,7 @@ class _Enter(torch.autograd.Function):
         if grad is None:
             return None, identity, None
         own = _own(ctx.stats, weight, mean, var, Sums(product, plain), ctx.count)
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad = grad.contiguous(memory_format=_LAST)
         return None, passes.entered_backward(grad, own, x, identity), None
 
 
@@ -251,7 +255,7 @@ class _Join(torch.autograd.Function):
         found = iter(tensors[5 * len(readings) :])
         factors = [next(found) if there else None for there in factored]
         terms = _terms(readings, factors, tensors)
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad = grad.contiguous(memory_format=_LAST)
         needs = [any(ctx.needs_input_grad[1 + 5 * i : 6 + 5 * i]) for i in range(len(terms))]
         results = []
         for dx, sums in passes.join_backward(grad, y, terms, activation, needs):
@@ -276,7 +280,20 @@ def join(*terms: Map, activation: str = "none", factor: Tensor | None = None) ->
     """
     factors = [factor, None][: len(terms)]
     flat = [t for term in terms for t in _flat(term)]
-    return _Join.apply((activation, [_reading(term) for term in terms], factors), *flat)
+    y = _Join.apply((activation, [_reading(term) for term in terms], factors), *flat)
+    alone = len(terms) == 1 and isinstance(terms[0], Normed) and activation == "none" and factor is None
+    if alone and not y.is_inference():
+        kept = [None if t is None else t.detach() for t in flat]
+        y._regnet_fast_recipe = (y._version, _reading(terms[0]), kept)
+    return y
+
+
+def _recipe(x: Map) -> tuple | None:
+    """How to make a map again that is nothing but a raw one read through its norm: kept in its place, since the raw map
+    is kept anyway. None where there is none, or where the map was changed since.
+    """
+    version, *recipe = getattr(x, "_regnet_fast_recipe", (None,))
+    return tuple(recipe) if recipe and version == x._version and x.is_contiguous(memory_format=_LAST) else None
 
 
 class _RepVgg(torch.autograd.Function):
@@ -302,7 +319,9 @@ class _RepVgg(torch.autograd.Function):
         y = passes.join(terms, activation)
         ctx.spec, ctx.counts = spec, [count for _, _, count in own]
         kept = [t for mean, var, _ in own for t in (mean, var)]
-        ctx.save_for_backward(factor, x, weight, pointwise, maps[0], y if activation == "relu" else None, *kept, *affine)
+        ctx.mark_non_differentiable(*kept)
+        seen = y if activation == "relu" else None
+        ctx.save_for_backward(factor, x, weight, pointwise, maps[0], seen, *kept, *affine)
         return y, *kept, *ctx.counts
 
     @staticmethod
@@ -314,7 +333,7 @@ class _RepVgg(torch.autograd.Function):
         own = [(rest[2 * i], rest[2 * i + 1], ctx.counts[i]) for i in range(count)]
         affine = rest[2 * count :]
         maps = [kxk, passes.conv(x, None, None, pointwise, geometries[1], False)[0], x][:count]
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad = grad.contiguous(memory_format=_LAST)
         terms = _branches(statistics, maps, own, affine, factor)
         found = passes.join_backward(grad, y, terms, activation, [True] * count)
         norms = [
