@@ -120,7 +120,7 @@ def _inactivated(grad: Tensor, z: Tensor, a: Tensor, activation: str, out: Tenso
 
 
 def _sums(grad: Tensor, x: Tensor, norm: Norm) -> Sums:
-    invstd = (norm.var + norm.eps).rsqrt()
+    invstd = (norm.var + norm.eps).rsqrt_()
     found = torch.ops.aten.native_batch_norm_backward(
         grad, x, norm.weight, None, None, norm.mean, invstd, True, norm.eps, [False, True, True]
     )
@@ -223,13 +223,13 @@ class Own(NamedTuple):
 
     def coefficients(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """a, q and k of `dy = a * dz + q * y + k`, shaped (1, C, 1, 1)."""
-        invstd = (self.var + self.eps).rsqrt()
+        invstd = (self.var + self.eps).rsqrt_()
         a = invstd if self.weight is None else invstd * self.weight
         if self.sums is None:
-            return a[None, :, None, None], None, None
-        q = a * invstd * self.sums.product / -self.count
-        k = a * self.sums.plain / -self.count - q * self.mean
-        return a[None, :, None, None], q[None, :, None, None], k[None, :, None, None]
+            return a.view(1, -1, 1, 1), None, None
+        q = (a * invstd).mul_(self.sums.product).mul_(-1.0 / self.count)
+        k = torch.addcmul(q * self.mean, a, self.sums.plain, value=1.0 / self.count).neg_()
+        return a.view(1, -1, 1, 1), q.view(1, -1, 1, 1), k.view(1, -1, 1, 1)
 
 
 def raw_gradient(grad: Tensor, y: Tensor, coefficients: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:

@@ -23,7 +23,9 @@ from .watch import Watch, global_hooks
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STATE = "_regnet_fast_plans"
+_TRAINED = "_regnet_fast_training"
 _FROZEN = "_regnet_fast_frozen"
+_DERIVED = (_STATE, _TRAINED, _FROZEN)
 
 recorder: ContextVar[Callable | None] = ContextVar("regnet_fast_recorder", default=None)
 """What `explain` listens with: called with each block, its reason or form, while it runs."""
@@ -70,6 +72,26 @@ class Plan(Watch):
         """What keeps the memory of the packed weights in use now from being freed, as long as it is held."""
         units = [getattr(unit, "conv", unit) for unit in vars(self.form).values()]
         return self, [unit._runs for unit in units if hasattr(unit, "_runs")]
+
+
+class Trained(Watch):
+    """A form over the live modules for training mode; or the reason why there is none.
+
+    Attributes: `form`; `refusal`, set where there is no form; `lost`, whether that costs a block that has one.
+    """
+
+    def __init__(self, block: Fused):
+        super().__init__(block)
+        self.form: Form | None = None
+        self.refusal: str | None = None
+        self.lost = True
+        try:
+            form = block.fused_form()
+            self.lost = False
+            training.check(form)
+            self.form = form
+        except Refused as refusal:
+            self.refusal = str(refusal)
 
 
 def _check_tensors(form: Form, tensors: list[Tensor], dtype: torch.dtype) -> None:
@@ -151,13 +173,12 @@ class Fused:
         if reason is None:
             reason = training.unserved(x)
         if reason is None:
-            try:
-                lost = True
-                form = self.fused_form()
-                lost = False
-                training.check(form, x)
-            except Refused as refusal:
-                reason = str(refusal)
+            found = self.__dict__.get(_TRAINED)
+            if found is None or not found.structure_current():
+                found = self.__dict__[_TRAINED] = Trained(self)
+            form, reason, lost = found.form, found.refusal, found.lost
+        if reason is None:
+            reason = training.unfit(form, x)
         listen = recorder.get()
         if listen is not None:
             listen(self, x, None, reason)
@@ -254,8 +275,8 @@ class Fused:
 
     def _forget(self) -> None:
         """Drop the packed weights, and with them the promise that nothing changes."""
-        self.__dict__.pop(_STATE, None)
-        self.__dict__.pop(_FROZEN, None)
+        for name in _DERIVED:
+            self.__dict__.pop(name, None)
 
     def train(self, mode: bool = True):
         self._forget()
@@ -270,7 +291,7 @@ class Fused:
         return super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in (_STATE, _FROZEN)}
+        return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript compiles the host's own block."""

@@ -179,7 +179,7 @@ def unserved(x: Tensor) -> str | None:
     return None
 
 
-def check(form: forms.Form, x: Tensor) -> None:
+def check(form: forms.Form) -> None:
     """Raise `Refused` where a form is left to the host in training mode."""
     if type(form) not in _RUN:
         raise Refused(f"{type(form).__name__} has no fused form in training mode")
@@ -199,22 +199,23 @@ def check(form: forms.Form, x: Tensor) -> None:
             raise Refused(f"{unit.path} has no fused form in training mode")
     if isinstance(form, forms.PreAct) and (form.conv3 or form.conv2).norm is not None:
         raise Refused("its last convolution has a norm")
-    _check_tensors(form, x)
 
 
-def _check_tensors(form: forms.Form, x: Tensor) -> None:
-    """Refuse what the host itself would refuse or promote."""
+def unfit(form: forms.Form, x: Tensor) -> str | None:
+    """Why an input is left to the host, which refuses or promotes it, or None."""
     autocast = torch.is_autocast_enabled(x.device.type)
     if form.in_channels() not in (None, x.shape[1]):
-        raise Refused(f"an input of {x.shape[1]} channels is left to the host")
+        return f"an input of {x.shape[1]} channels is left to the host"
     for unit in form.units().values():
         if isinstance(unit, ConvUnit):
-            if unit.conv.weight.device != x.device:
-                raise Refused(f"the input is on {x.device}, the weights on {unit.conv.weight.device}")
-            if not autocast and unit.dtype != x.dtype:
-                raise Refused(f"{unit.path} has {unit.dtype} weights and the input is {x.dtype}")
+            weight = unit.conv.weight
+            if weight.device != x.device:
+                return f"the input is on {x.device}, the weights on {weight.device}"
+            if not autocast and weight.dtype != x.dtype:
+                return f"{unit.path} has {weight.dtype} weights and the input is {x.dtype}"
     if not form.casts_input and autocast and x.dtype != compute_dtype(x):
-        raise Refused(f"under autocast this block adds its {x.dtype} input to {compute_dtype(x)} results")
+        return f"under autocast this block adds its {x.dtype} input to {compute_dtype(x)} results"
+    return None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

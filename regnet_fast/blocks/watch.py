@@ -58,16 +58,16 @@ class Watch:
 
     def current(self) -> bool:
         """Whether everything is as it was."""
+        return self.structure_current() and self.tensors_current()
+
+    def structure_current(self) -> bool:
+        """Whether everything but the tensors is as it was."""
         if RemovableHandle.next_id != self._hooks_seen or self._hooked:
             seen = RemovableHandle.next_id
             if any(hooked(m) for m in self._modules[1:]) != self._hooked:
                 return False
             self._hooks_seen = seen
-        return (
-            self._children == self._kept_children
-            and self._read_structure() == self._structure
-            and self.tensors_current()
-        )
+        return self._children == self._kept_children and self._read_structure() == self._structure
 
     def tensors_current(self) -> bool:
         """Whether every parameter and buffer is the one that it was, unchanged."""
