@@ -75,6 +75,9 @@ def _measure(
                 if peer.name == OURS:
                     found["details"]["auto"] = served
                 check(one, module, subject, result, eager)
+                if subject.training:
+                    with one.around():
+                        check_gradients(one.name, subject)
         except NothingFused as error:
             status = "skipped" if peer.backend == "auto" else "failed"
             found["variants"][name] = {"status": status, "reason": str(error)}
@@ -150,6 +153,35 @@ def check(
         fault = find_fault({"__call__": "output"}.get(what, what), ours, expected, reference)
         if fault:
             raise WrongResult(f"{one.name}: {fault}")
+
+
+def check_gradients(name: str, subject: Subject, images: int = 4) -> None:
+    """Raise WrongResult unless our gradients of a step on a few images are as close to float64's as eager's, in the RMS
+    over parameters of the relative error, times two.
+
+    A gradient that is zero but for rounding, such as that of a shift before a norm, counts relative to the others.
+    """
+
+    def gradients(module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+        torch.manual_seed(0)
+        x, target = (t[:images] for t in subject.inputs)
+        autocast = subject.autocast if dtype == torch.float32 else None
+        with torch.autocast(subject.device, autocast, enabled=autocast is not None):
+            loss = nn.functional.cross_entropy(module(_channels_last(x.to(dtype))), target)
+        loss.backward()
+        return [p.grad.double() for p in module.parameters()]
+
+    def error(found: list[Tensor]) -> float:
+        shares = (float((a - b).square().mean()) / max(s, least) for a, b, s in zip(found, exact, sizes, strict=True))
+        return statistics.fmean(shares) ** 0.5
+
+    exact = gradients(copy.deepcopy(subject.base).double(), torch.float64)
+    sizes = [float(b.square().mean()) for b in exact]
+    least = 1e-6 * statistics.median(sizes)
+    eager = error(gradients(copy.deepcopy(subject.base), torch.float32))
+    ours = error(gradients(subject.fuse(copy.deepcopy(subject.base)), torch.float32))
+    if not ours <= 2 * eager:
+        raise WrongResult(f"{name}: gradients are {ours:.1e} from float64, eager's {eager:.1e}")
 
 
 def _work(case: Case, subject: Subject) -> dict[str, Any]:
