@@ -47,8 +47,16 @@ def read_state_dict(path: str | PathLike, use_ema: bool = True, device: str | to
     SEER (VISSL) files are brought to timm's keys, and the prefixes 'module.' and '_orig_mod.' are removed. Entries that
     are not tensors are left out.
 
-    Raises FileNotFoundError, and CheckpointError if the file is a directory, empty, damaged, no checkpoint, without
-    tensors, or needs code to be executed.
+    Raises what `read_content` raises, and CheckpointError for a file without tensors.
+    """
+    return _tensors(Path(path), _unwrap(read_content(path, device), use_ema))
+
+
+def read_content(path: str | PathLike, device: str | torch.device = "cpu") -> Any:
+    """Reads a safetensors or torch file as it is: tensors and plain Python containers, nothing executed.
+
+    Raises FileNotFoundError, and CheckpointError if the file is a directory, empty, damaged, no checkpoint, or needs
+    code to be executed.
     """
     path = Path(path)
     if not path.exists():
@@ -70,17 +78,15 @@ def read_state_dict(path: str | PathLike, use_ema: bool = True, device: str | to
             raise CheckpointError(f"'{path}' is empty (0 bytes)")
         try:
             if _is_safetensors(head):
-                content = safetensors.torch.load_file(path, device=str(device))
-            else:
-                # An open file, because torch.load takes the name's extension for the format. timm's training
-                # checkpoints keep their arguments as a Namespace, which is only data.
-                with torch.serialization.safe_globals([argparse.Namespace]):
-                    content = torch.load(file, map_location=device, weights_only=True)
+                return safetensors.torch.load_file(path, device=str(device))
+            # An open file, because torch.load takes the name's extension for the format. timm's training
+            # checkpoints keep their arguments as a Namespace, which is only data.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(file, map_location=device, weights_only=True)
         except MemoryError:
             raise
         except Exception as error:
             raise CheckpointError(_why_unreadable(path, head, error)) from error
-    return _tensors(path, _unwrap(content, use_ema))
 
 
 def to_timm_keys(state: StateDict) -> StateDict:

@@ -1,4 +1,4 @@
-"""The command line: `regnet-fast info | classify | explain | verify | compare | tune | demo`.
+"""The command line: `regnet-fast info | classify | explain | verify | compare | tune | demo`, and `cli_train`'s.
 
 Exit status: 0 done; 1 the check that was asked for failed; 2 the request is wrong (an unknown model, an option);
 3 an image, a checkpoint, pretrained weights or a table cannot be read. With `--json` standard output holds JSON alone;
@@ -460,5 +460,4 @@ def demo(
         raise typer.Exit(FAILED)
 
 
-if __name__ == "__main__":
-    app(prog_name="python -m regnet_fast.cli")
+import regnet_fast.cli_train  # noqa: E402, F401  (registers its commands; `from .` would ask timm for the name)

@@ -1,0 +1,3 @@
+"""A module beside a script, which the script imports by its bare name."""
+
+HERE = __file__
