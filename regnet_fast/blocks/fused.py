@@ -19,7 +19,7 @@ from ..backends import BackendError, forced_backend
 from . import training
 from .forms import Form
 from .units import ConvUnit, LinearUnit, Refused
-from .watch import Watch, global_hooks
+from .watch import Structure, Watch, global_hooks
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STATE = "_regnet_fast_plans"
@@ -74,7 +74,7 @@ class Plan(Watch):
         return self, [unit._runs for unit in units if hasattr(unit, "_runs")]
 
 
-class Trained(Watch):
+class Trained(Structure):
     """A form over the live modules for training mode; or the reason why there is none.
 
     Attributes: `form`; `refusal`, set where there is no form; `lost`, whether that costs a block that has one.
@@ -174,7 +174,7 @@ class Fused:
             reason = training.unserved(x)
         if reason is None:
             found = self.__dict__.get(_TRAINED)
-            if found is None or not found.structure_current():
+            if found is None or not found.current():
                 found = self.__dict__[_TRAINED] = Trained(self)
             form, reason, lost = found.form, found.refusal, found.lost
         if reason is None:

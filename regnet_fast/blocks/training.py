@@ -61,7 +61,7 @@ class Step:
     def _note(self, norm: nn.Module, stats: Statistics, mean: Tensor, var: Tensor, count: float, shape) -> None:
         if stats.batch:
             if count <= 1:
-                raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(shape)}")
+                raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
             if norm.track_running_stats:
                 self._seen.append((norm, mean, var, count))
 
