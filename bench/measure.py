@@ -66,6 +66,10 @@ def _measure(
     timed: list[tuple[Peer, Timed]] = []
     for peer in (chosen[-1], *chosen[:-1]):  # ours first: where it is wrong the others need not be compiled
         name = peers.shown_name(peer, case.kind)
+        fault = _corrupts(peer, subject)
+        if fault:
+            found["variants"][name] = {"status": "skipped", "reason": fault}
+            continue
         announce(f"first result of {name}")
         try:
             one, module = peers.make(peer, subject, name)
@@ -100,6 +104,16 @@ def _measure(
         elif peer.group == "ours":
             variants[one.name]["ratios"] = spread.ratios(variants, one.name)
     found["status"] = "timed"
+
+
+def _corrupts(peer: Peer, subject: Subject) -> str:
+    """Why a peer must not run beside others in one process, or ''."""
+    strided = (c for c in subject.base.modules() if isinstance(c, nn.Conv2d) and c.kernel_size == (1, 1) < c.stride)
+    if not (subject.training and peer.channels_last and subject.device == "cpu" and peer.group != "ours"):
+        return ""
+    if any(conv.in_channels == 3 for conv in strided):
+        return "oneDNN writes beyond its memory in the backward pass of the strided 1x1 stem (docs/training.md)"
+    return ""
 
 
 def _first(one: Timed, peer: Peer, subject: Subject) -> tuple[Any, list[str | None]]:
