@@ -72,7 +72,7 @@ def train(create: str, seed: int, epochs: int, batch: int = 64) -> list[dict[str
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
         seconds = time.perf_counter() - start
         schedule.step(epoch + 1)
         found = accuracy(model, test_images, test_labels)
@@ -121,7 +121,8 @@ def main(arguments: list[str] | None = None) -> int:
     means = [statistics.mean(found) for found in last.values()]
     spread = max(max(found) - min(found) for found in last.values())
     agree = abs(means[0] - means[1]) <= max(spread, 1 / 360)
-    print(f"means differ by {abs(means[0] - means[1]):.2%}, seeds by up to {spread:.2%}: {'agree' if agree else 'DIFFER'}")
+    verdict = "agree" if agree else "DIFFER"
+    print(f"means differ by {abs(means[0] - means[1]):.2%}, seeds by up to {spread:.2%}: {verdict}")
     return 0 if agree else 1
 
 

@@ -6,7 +6,7 @@ the gradient of the normalised one and of the map itself, and is formed where it
 that belong together run on some images at a time, so that what one writes the next still finds in the cache
 (docs/training.md).
 
-All maps are channels_last; nothing is written to an argument but running statistics.
+All maps are channels_last, but images may come in any layout; nothing is written to an argument.
 """
 
 from __future__ import annotations
