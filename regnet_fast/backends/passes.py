@@ -148,10 +148,17 @@ def merged(statistics: Sequence[tuple[Tensor, Tensor]], counts: Sequence[float])
     return mean, ((variances + (means - mean).square_()) * share).sum(0)
 
 
+def _measured(x: Tensor) -> tuple[Tensor, Tensor]:
+    running = [None, None]
+    if x.dtype in (torch.bfloat16, torch.float16):  # torch gives the statistics in the dtype of the running ones
+        running = [x.new_zeros(x.shape[1], dtype=torch.float32) for _ in range(2)]
+    return torch.batch_norm_update_stats(x, *running, 0.0)
+
+
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel, in float32 at least."""
     cut = parts(x)
-    found = [torch.batch_norm_update_stats(_of(x, part), None, None, 0.0) for part in cut]
+    found = [_measured(_of(x, part)) for part in cut]
     return merged(found, [_images(x, part) for part in cut])
 
 
@@ -197,7 +204,7 @@ def conv(
             a = a * factor if norm is None else a.mul_(factor)
         one = torch.conv2d(a, weight, None, *geometry)
         if measured:
-            found.append(torch.batch_norm_update_stats(one, None, None, 0.0))
+            found.append(_measured(one))
         if part is _ALL:
             y = one
         else:
