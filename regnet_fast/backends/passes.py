@@ -80,8 +80,8 @@ def parts(x: Tensor, wider: float = 1.0) -> list[slice]:
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def _of(x: Tensor, part: slice) -> Tensor:
-    return x if part is _ALL else x[part]
+def _of(x: Tensor | None, part: slice) -> Tensor | None:
+    return x if part is _ALL or x is None else x[part]
 
 
 def _laid_out(x: Tensor, part: slice) -> Tensor:
