@@ -303,7 +303,8 @@ def _convolution_backward(
     stride, padding, dilation, groups = geometry
     if needs_weight and x.is_cpu and weight.shape[2:] == (1, 1) and weight.shape[1] < 16 and groups == 1:
         # oneDNN writes beyond its memory for the weights of a strided 1x1 convolution of RGB images (docs/training.md).
-        rows = x[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
+        rows = padded[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1).reshape(-1, x.shape[1])
         dw = (dy.permute(0, 2, 3, 1).reshape(-1, dy.shape[1]).t() @ rows).view(weight.shape)
         return _convolution_backward(dy, x, weight, geometry, True, False)[0] if needs_x else None, dw
     dx, dw, _ = torch.ops.aten.convolution_backward(
