@@ -336,7 +336,7 @@ def _added(terms: Sequence[Term], part: slice, out: Tensor | None) -> Tensor:
     """The sum of the terms, into `out` or into new memory."""
     (total, new), *others = [_value(term, part) for term in terms]
     if out is None:
-        out = total if new else next((value for value, new in others if new), None)
+        out = total if new else next((value for value, new in others[:1] if new), None)
     if not others:
         return total.clone() if out is None else total if out is total else out.copy_(total)
     for value, _ in others:
