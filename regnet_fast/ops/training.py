@@ -98,6 +98,12 @@ def _norm(
     return None if reading is None else Norm(mean, var, weight, bias, *reading)
 
 
+def _of_norm(sums: Sums, norm: Norm) -> tuple[Tensor | None, ...]:
+    """The gradients of a norm's mean, variance, weight and bias, in the convention of this module."""
+    product, plain = sums
+    return product, plain, None if norm.weight is None else product, None if norm.bias is None else plain
+
+
 def _count(x: Tensor) -> float:
     return x.numel() / x.shape[1]
 
@@ -161,8 +167,11 @@ class _Conv(torch.autograd.Function):
             found = passes.conv_backward(
                 grad, own, y, x, norm, excite, weight, geometry, needs_x, needs_weight, through
             )
-        sums = (None,) * 4 if found.sums is None else (*found.sums, *found.sums)
-        return None, found.x, *sums, *(found.excite or (None,) * 4), found.weight, None
+        sums = (None,) * 4 if found.sums is None else _of_norm(found.sums, norm)
+        excited = (None,) * 4
+        if found.excite is not None:
+            excited = [None if t is None else g for t, g in zip(excite, found.excite, strict=False)]
+        return None, found.x, *sums, *excited, found.weight, None
 
 
 def conv(
@@ -258,8 +267,8 @@ class _Join(torch.autograd.Function):
         grad = grad.contiguous(memory_format=_LAST)
         needs = [any(ctx.needs_input_grad[1 + 5 * i : 6 + 5 * i]) for i in range(len(terms))]
         results = []
-        for dx, sums in passes.join_backward(grad, y, terms, activation, needs):
-            results += [dx, *((None,) * 4 if sums is None else (*sums, *sums))]
+        for term, (dx, sums) in zip(terms, passes.join_backward(grad, y, terms, activation, needs), strict=True):
+            results += [dx, *((None,) * 4 if sums is None else _of_norm(sums, term.norm))]
         return None, *results
 
 
@@ -352,7 +361,7 @@ class _RepVgg(torch.autograd.Function):
             dx = results[0].x.add_(results[1].x)
             if count == 3:
                 dx = passes.entered_backward(found[2][0], norms[2], x, dx)
-        sums = [t for _, sums in found for t in sums]
+        sums = [t for term, (_, sums) in zip(terms, found, strict=True) for t in _of_norm(sums, term.norm)[2:]]
         return None, None, dx, results[0].weight, results[1].weight, *sums
 
 
