@@ -292,7 +292,7 @@ def join(*terms: Map, activation: str = "none", factor: Tensor | None = None) ->
     y = _Join.apply((activation, [_reading(term) for term in terms], factors), *flat)
     alone = len(terms) == 1 and isinstance(terms[0], Normed) and activation == "none" and factor is None
     if alone and not y.is_inference():
-        kept = [None if t is None else t.detach() for t in flat]
+        kept = [t.detach() for t in flat[:3]] + [None if t is None else t.detach().clone() for t in flat[3:]]
         y._regnet_fast_recipe = (y._version, _reading(terms[0]), kept)
     return y
 
