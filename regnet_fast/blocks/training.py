@@ -23,7 +23,7 @@ from .units import ConvUnit, NormActUnit, Refused, SqueezeExciteUnit
 def _statistics(norm: nn.Module) -> Statistics:
     """Which statistics a BatchNorm module takes now."""
     if not norm.training or not isinstance(norm, nn.modules.batchnorm._NormBase):
-        return Statistics(norm.running_mean, norm.running_var, norm.eps)
+        return Statistics(_wide(norm.running_mean), _wide(norm.running_var), norm.eps)
     return Statistics(None, None, norm.eps, _group(norm))
 
 
