@@ -47,7 +47,7 @@ class Ours:
 
     def repvgg(self, x, weights, geometries, norms, activation, factor):
         stats, affines = zip(*(self._norm(norm, "none") for norm in norms), strict=True)
-        return ops.repvgg(x, weights, geometries, stats, affines, activation, factor)[0]
+        return ops.repvgg(x, weights, geometries, stats, affines, activation, factor)
 
 
 class Plain:

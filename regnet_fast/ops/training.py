@@ -13,7 +13,7 @@ Source: W. Jung et al., "Restructuring Batch Normalization to Accelerate CNN Tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -306,14 +306,14 @@ def _recipe(x: Map) -> tuple | None:
 
 
 class _RepVgg(torch.autograd.Function):
-    """x, two weights and three norms -> the activation of the sum of three branches, and the norms' statistics.
+    """x, two weights and three norms -> the activation of the sum of three branches.
 
     The result of the 1x1 branch is not kept: backward computes it again.
     """
 
     @staticmethod
     def forward(ctx, spec, factor, x, weight, pointwise, *affine):
-        activation, geometries, statistics = spec
+        (activation, geometries, statistics), note = spec
         weights = (weight, pointwise)[: len(geometries)]
         maps, own = [], []
         for one, geometry, stats in zip(weights, geometries, statistics, strict=False):
@@ -325,17 +325,19 @@ class _RepVgg(torch.autograd.Function):
             own.append(_statistics(stats, passes.statistics(x) if stats.batch else None, x))
             maps.append(x)
         terms = _branches(statistics, maps, own, affine, factor)
+        if note is not None:
+            for i, (term, found) in enumerate(zip(terms, own, strict=True)):
+                note(i, *found, term.x.shape)
         y = passes.join(terms, activation)
-        ctx.spec, ctx.counts = spec, [count for _, _, count in own]
+        ctx.spec, ctx.counts = spec[0], [count for _, _, count in own]
         kept = [t for mean, var, _ in own for t in (mean, var)]
-        ctx.mark_non_differentiable(*kept)
         seen = y if activation == "relu" else None
         ctx.save_for_backward(factor, x, weight, pointwise, maps[0], seen, *kept, *affine)
-        return y, *kept, *ctx.counts
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad):
         activation, geometries, statistics = ctx.spec
         factor, x, weight, pointwise, kxk, y, *rest = ctx.saved_tensors
         count = len(statistics)
@@ -387,7 +389,8 @@ def repvgg(
     affines: Sequence[Affine],
     activation: str,
     factor: Tensor | None = None,
-) -> tuple[Tensor, list[tuple[Tensor, Tensor, float]]]:
+    note: Callable[[int, Tensor, Tensor, float, torch.Size], None] | None = None,
+) -> Tensor:
     """`activation(factor * (norm(kxk(x)) + norm(pointwise(x))) + norm(x))`, the last term where there is a third norm.
 
     Args:
@@ -395,10 +398,8 @@ def repvgg(
         weights, geometries: of the k x k convolution and of the 1x1 convolution.
         statistics, affines: of the norms of the two branches and of the identity.
         factor: (N, 1, 1, 1): stochastic depth.
-
-    Returns the map, and mean, variance and count of every norm.
+        note: called with the number of each norm, its mean, variance and count, and the shape of its map.
     """
     affine = [t for one in affines for t in (one.weight, one.bias)]
-    y, *found = _RepVgg.apply((activation, tuple(geometries), tuple(statistics)), factor, x, *weights, *affine)
-    n = len(statistics)
-    return y, [(found[2 * i], found[2 * i + 1], found[2 * n + i]) for i in range(n)]
+    spec = (activation, tuple(geometries), tuple(statistics))
+    return _RepVgg.apply((spec, note), factor, x, *weights, *affine)
