@@ -80,8 +80,8 @@ def parts(x: Tensor, wider: float = 1.0) -> list[slice]:
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def _of(x: Tensor, part: slice) -> Tensor:
-    return x if part is _ALL else x[part]
+def _of(x: Tensor | None, part: slice) -> Tensor | None:
+    return x if part is _ALL or x is None else x[part]
 
 
 def _laid_out(x: Tensor, part: slice) -> Tensor:
@@ -149,8 +149,10 @@ def merged(statistics: Sequence[tuple[Tensor, Tensor]], counts: Sequence[float])
 
 
 def _measured(x: Tensor) -> tuple[Tensor, Tensor]:
-    unused = x.new_zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))  # its dtype is the result's
-    return torch.batch_norm_update_stats(x, unused, unused, 0.0)
+    running = [None, None]
+    if x.dtype in (torch.bfloat16, torch.float16):  # torch gives the statistics in the dtype of the running ones
+        running = [x.new_zeros(x.shape[1], dtype=torch.float32) for _ in range(2)]
+    return torch.batch_norm_update_stats(x, *running, 0.0)
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,7 +303,8 @@ def _convolution_backward(
     stride, padding, dilation, groups = geometry
     if needs_weight and x.is_cpu and weight.shape[2:] == (1, 1) and weight.shape[1] < 16 and groups == 1:
         # oneDNN writes beyond its memory for the weights of a strided 1x1 convolution of RGB images (docs/training.md).
-        rows = x[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
+        rows = padded[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1).reshape(-1, x.shape[1])
         dw = (dy.permute(0, 2, 3, 1).reshape(-1, dy.shape[1]).t() @ rows).view(weight.shape)
         return _convolution_backward(dy, x, weight, geometry, True, False)[0] if needs_x else None, dw
     dx, dw, _ = torch.ops.aten.convolution_backward(
@@ -333,7 +336,7 @@ def _added(terms: Sequence[Term], part: slice, out: Tensor | None) -> Tensor:
     """The sum of the terms, into `out` or into new memory."""
     (total, new), *others = [_value(term, part) for term in terms]
     if out is None:
-        out = total if new else next((value for value, new in others if new), None)
+        out = total if new else next((value for value, new in others[:1] if new), None)
     if not others:
         return total.clone() if out is None else total if out is total else out.copy_(total)
     for value, _ in others:

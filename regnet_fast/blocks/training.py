@@ -23,7 +23,7 @@ from .units import ConvUnit, NormActUnit, Refused, SqueezeExciteUnit
 def _statistics(norm: nn.Module) -> Statistics:
     """Which statistics a BatchNorm module takes now."""
     if not norm.training or not isinstance(norm, nn.modules.batchnorm._NormBase):
-        return Statistics(norm.running_mean, norm.running_var, norm.eps)
+        return Statistics(_wide(norm.running_mean), _wide(norm.running_var), norm.eps)
     return Statistics(None, None, norm.eps, _group(norm))
 
 
@@ -42,47 +42,38 @@ def _wide(t: Tensor | None) -> Tensor | None:
 class Step:
     """One pass of a block in training mode, in the dtype of `x`.
 
-    Statistics are gathered while it runs; `finish()` brings them into the running ones.
+    Statistics go into the running ones before the next operation: gradient checkpointing stops a block that it computes
+    again at the last tensor that backward needs.
     """
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
-        self._seen: list[tuple[nn.Module, Tensor, Tensor, float]] = []
 
     def run(self, form: forms.Form, x: Tensor) -> Tensor:
         """The output of a block for a channels_last map of the step's dtype."""
-        y = _RUN[type(form)](self, form, x)
-        self._finish()
-        return y
+        return _RUN[type(form)](self, form, x)
 
     def _norm(self, norm: nn.Module, activation: str) -> tuple[Statistics, Affine]:
         return _statistics(norm), Affine(_wide(norm.weight), _wide(norm.bias), activation)
 
-    def _note(self, norm: nn.Module, stats: Statistics, mean: Tensor, var: Tensor, count: float, shape) -> None:
-        if stats.batch:
-            if count <= 1:
-                raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
-            if norm.track_running_stats:
-                self._seen.append((norm, mean, var, count))
-
     @torch.no_grad()
-    def _finish(self) -> None:
-        """Bring the statistics into the running ones, those with the same momentum together."""
-        counters = [norm.num_batches_tracked for norm, *_ in self._seen if norm.num_batches_tracked is not None]
-        if counters:
-            torch._foreach_add_(counters, 1)
-        together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-        for norm, mean, var, count in self._seen:
-            factor = norm.momentum
+    def _note(
+        self, norm: nn.Module, stats: Statistics, mean: Tensor, var: Tensor, count: float, shape: torch.Size
+    ) -> None:
+        if not stats.batch:
+            return
+        if count <= 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+        if not norm.track_running_stats:
+            return
+        factor = norm.momentum
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
             if factor is None:
-                factor = 0.0 if norm.num_batches_tracked is None else 1.0 / float(norm.num_batches_tracked)
-            running, found = together.setdefault(factor, ([], []))
-            running += [norm.running_mean, norm.running_var]
-            found += [mean, var * (count / (count - 1))]
-        for factor, (running, found) in together.items():
-            if running[0].dtype != found[0].dtype:
-                found = [new.to(old.dtype) for old, new in zip(running, found, strict=True)]
-            torch._foreach_lerp_(running, found, factor)
+                factor = 1.0 / float(norm.num_batches_tracked)
+        factor = 0.0 if factor is None else factor
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
+        norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), factor)
 
     def conv(self, unit: ConvUnit, x: Map, activation: str | None = None, excite: Excite | None = None) -> Map:
         """A convolution and its norm; `activation`, where it is not the unit's, is applied by whoever reads it."""
@@ -158,9 +149,11 @@ class Step:
         weights = [conv.weight.to(self.dtype) for conv in (unit.conv, unit.pointwise)]
         geometries = [(c.stride, c.padding, c.dilation, c.groups) for c in (unit.conv, unit.pointwise)]
         factor = None if unit.identity is None else self.drop(form.drop_path, x)
-        y, found = ops.repvgg(x, weights, geometries, stats, affines, unit.activation, factor)
-        for norm, one, (mean, var, count) in zip(norms, stats, found, strict=True):
-            self._note(norm, one, mean, var, count, y.shape)
+
+        def note(i: int, mean: Tensor, var: Tensor, count: float, shape: torch.Size) -> None:
+            self._note(norms[i], stats[i], mean, var, count, shape)
+
+        y = ops.repvgg(x, weights, geometries, stats, affines, unit.activation, factor, note)
         if form.squeeze_excite is None:
             return y
         gate = form.squeeze_excite(channel_means(y), y.dtype)

@@ -13,7 +13,7 @@ Source: W. Jung et al., "Restructuring Batch Normalization to Accelerate CNN Tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +104,12 @@ def _norm(
     return None if reading is None else Norm(mean, var, weight, bias, *reading)
 
 
+def _of_norm(sums: Sums, norm: Norm) -> tuple[Tensor | None, ...]:
+    """The gradients of a norm's mean, variance, weight and bias, in the convention of this module."""
+    product, plain = sums
+    return product, plain, None if norm.weight is None else product, None if norm.bias is None else plain
+
+
 def _count(x: Tensor) -> float:
     return x.numel() / x.shape[1]
 
@@ -167,8 +173,11 @@ class _Conv(torch.autograd.Function):
             found = passes.conv_backward(
                 grad, own, y, x, norm, excite, weight, geometry, needs_x, needs_weight, through
             )
-        sums = (None,) * 4 if found.sums is None else (*found.sums, *found.sums)
-        return None, found.x, *sums, *(found.excite or (None,) * 4), found.weight, None
+        sums = (None,) * 4 if found.sums is None else _of_norm(found.sums, norm)
+        excited = (None,) * 4
+        if found.excite is not None:
+            excited = [None if t is None else g for t, g in zip(excite, found.excite, strict=False)]
+        return None, found.x, *sums, *excited, found.weight, None
 
 
 def conv(
@@ -264,8 +273,8 @@ class _Join(torch.autograd.Function):
         grad = grad.contiguous(memory_format=_LAST)
         needs = [any(ctx.needs_input_grad[1 + 5 * i : 6 + 5 * i]) for i in range(len(terms))]
         results = []
-        for dx, sums in passes.join_backward(grad, y, terms, activation, needs):
-            results += [dx, *((None,) * 4 if sums is None else (*sums, *sums))]
+        for term, (dx, sums) in zip(terms, passes.join_backward(grad, y, terms, activation, needs), strict=True):
+            results += [dx, *((None,) * 4 if sums is None else _of_norm(sums, term.norm))]
         return None, *results
 
 
@@ -289,7 +298,7 @@ def join(*terms: Map, activation: str = "none", factor: Tensor | None = None) ->
     y = _Join.apply((activation, [_reading(term) for term in terms], factors), *flat)
     alone = len(terms) == 1 and isinstance(terms[0], Normed) and activation == "none" and factor is None
     if alone and not y.is_inference():
-        kept = [None if t is None else t.detach() for t in flat]
+        kept = [t.detach() for t in flat[:3]] + [None if t is None else t.detach().clone() for t in flat[3:]]
         y._regnet_fast_recipe = (y._version, _reading(terms[0]), kept)
     return y
 
@@ -303,14 +312,14 @@ def _recipe(x: Map) -> tuple | None:
 
 
 class _RepVgg(torch.autograd.Function):
-    """x, two weights and three norms -> the activation of the sum of three branches, and the norms' statistics.
+    """x, two weights and three norms -> the activation of the sum of three branches.
 
     The result of the 1x1 branch is not kept: backward computes it again.
     """
 
     @staticmethod
     def forward(ctx, spec, factor, x, weight, pointwise, *affine):
-        activation, geometries, statistics = spec
+        (activation, geometries, statistics), note = spec
         weights = (weight, pointwise)[: len(geometries)]
         maps, own = [], []
         for one, geometry, stats in zip(weights, geometries, statistics, strict=False):
@@ -322,17 +331,19 @@ class _RepVgg(torch.autograd.Function):
             own.append(_statistics(stats, passes.statistics(x) if stats.batch else None, x))
             maps.append(x)
         terms = _branches(statistics, maps, own, affine, factor)
+        if note is not None:
+            for i, (term, found) in enumerate(zip(terms, own, strict=True)):
+                note(i, *found, term.x.shape)
         y = passes.join(terms, activation)
-        ctx.spec, ctx.counts = spec, [count for _, _, count in own]
+        ctx.spec, ctx.counts = spec[0], [count for _, _, count in own]
         kept = [t for mean, var, _ in own for t in (mean, var)]
-        ctx.mark_non_differentiable(*kept)
         seen = y if activation == "relu" else None
         ctx.save_for_backward(factor, x, weight, pointwise, maps[0], seen, *kept, *affine)
-        return y, *kept, *ctx.counts
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad):
         activation, geometries, statistics = ctx.spec
         factor, x, weight, pointwise, kxk, y, *rest = ctx.saved_tensors
         count = len(statistics)
@@ -358,7 +369,7 @@ class _RepVgg(torch.autograd.Function):
             dx = results[0].x.add_(results[1].x)
             if count == 3:
                 dx = passes.entered_backward(found[2][0], norms[2], x, dx)
-        sums = [t for _, sums in found for t in sums]
+        sums = [t for term, (_, sums) in zip(terms, found, strict=True) for t in _of_norm(sums, term.norm)[2:]]
         return None, None, dx, results[0].weight, results[1].weight, *sums
 
 
@@ -384,7 +395,8 @@ def repvgg(
     affines: Sequence[Affine],
     activation: str,
     factor: Tensor | None = None,
-) -> tuple[Tensor, list[tuple[Tensor, Tensor, float]]]:
+    note: Callable[[int, Tensor, Tensor, float, torch.Size], None] | None = None,
+) -> Tensor:
     """`activation(factor * (norm(kxk(x)) + norm(pointwise(x))) + norm(x))`, the last term where there is a third norm.
 
     Args:
@@ -392,10 +404,8 @@ def repvgg(
         weights, geometries: of the k x k convolution and of the 1x1 convolution.
         statistics, affines: of the norms of the two branches and of the identity.
         factor: (N, 1, 1, 1): stochastic depth.
-
-    Returns the map, and mean, variance and count of every norm.
+        note: called with the number of each norm, its mean, variance and count, and the shape of its map.
     """
     affine = [t for one in affines for t in (one.weight, one.bias)]
-    y, *found = _RepVgg.apply((activation, tuple(geometries), tuple(statistics)), factor, x, *weights, *affine)
-    n = len(statistics)
-    return y, [(found[2 * i], found[2 * i + 1], found[2 * n + i]) for i in range(n)]
+    spec = (activation, tuple(geometries), tuple(statistics))
+    return _RepVgg.apply((spec, note), factor, x, *weights, *affine)
