@@ -9,7 +9,7 @@ import timm
 import torch
 from helpers import close, pair, reasons
 
-from regnet_fast.backends import BackendError, backend
+from regnet_fast.backends import backend
 from regnet_fast.blocks.fused import FallbackWarning
 
 pytestmark = pytest.mark.usefixtures("no_silent_fallback")
