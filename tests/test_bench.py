@@ -17,6 +17,7 @@ import torch
 from bench import __main__ as command_line
 from bench import cases, measure, peers, record, runner, spread
 from bench.cases import Case
+from regnet_fast.blocks import training
 
 OPERATION = "grouped_conv/152x152-k3s1g19-14-relu"
 EAGER = peers.choose(["timm*"], "cpu", "ops")
@@ -178,12 +179,20 @@ def test_calls_take_turns_on_copies_of_the_inputs():
     assert len(set(seen[:3])) == 3 and seen[3] == seen[0] and torch.equal(results[0], results[2])
 
 
-def test_training_is_measured_and_is_not_called_ours():
+def test_training_is_measured():
     found = measure.measure(Case("train", "regnetx_002", 2, "float32", 32), "cpu", EAGER, 2, lambda text: None)
-    assert found["status"] == "timed"
-    assert "training mode runs the host's own forward" in found["variants"]["regnet_fast"]["reason"]
-    step = found["variants"]["timm"]
-    assert 0 < step["forward_ms"] < 10 * step["median_ms"] and step["backward_ms"] > 0
+    assert found["status"] == "timed" and found["details"]["auto"] == "14 of 14 blocks fused"
+    assert found["ratios"]["eager"]["ratio"] > 0
+    for name in ("timm", "regnet_fast"):
+        step = found["variants"][name]
+        assert 0 < step["forward_ms"] < 10 * step["median_ms"] and step["backward_ms"] > 0
+
+
+def test_training_by_the_host_is_not_called_ours(monkeypatch):
+    monkeypatch.setattr(training, "unserved", lambda x: "not today")
+    found = measure.measure(Case("train", "regnetx_002", 2, "float32", 32), "cpu", EAGER, 2, lambda text: None)
+    assert found["status"] == "timed" and found["ratios"] == {}
+    assert "runs the host's own forward: not today" in found["variants"]["regnet_fast"]["reason"]
 
 
 # A run, its processes and its file

@@ -15,7 +15,6 @@ from regnet_fast.blocks import fused
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "in_float64"),
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
-    pytest.mark.xdist_group("processes"),
 ]
 
 
@@ -99,7 +98,7 @@ def test_synchronised_norms(found, case):
 
 @pytest.mark.parametrize("scenario", ["fsdp", "fsdp with the stem"])
 def test_sharded_parameters(found, scenario):
-    """The stem's parameters are gone when the next block, which makes the stem's map again, goes backward."""
+    """With the stem apart as well: its parameters are freed before the next block makes the stem's map again."""
     x, target = processes.images()
     _, model = processes.networks("regnet_y")
     copies = [{name: b.clone() for name, b in model.named_buffers()} for _ in range(processes.WORLD)]
