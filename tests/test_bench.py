@@ -186,7 +186,7 @@ TRAINING = Case("train", "regnetx_002", 2, "float32", 64)
 def test_training_is_measured():
     found = measure.measure(TRAINING, "cpu", EAGER, 2, lambda text: None)
     assert found["status"] == "timed"
-    assert found["details"]["auto"] == "14 of 14 blocks fused"
+    assert found["details"]["auto"] == "14 of 14 blocks fused" and found["ratios"]["eager"]["ratio"] > 0
     for name in ("timm", "regnet_fast"):
         step = found["variants"][name]
         assert 0 < step["forward_ms"] < 10 * step["median_ms"] and step["backward_ms"] > 0
@@ -195,7 +195,7 @@ def test_training_is_measured():
 def test_training_by_the_host_is_not_called_ours(monkeypatch):
     monkeypatch.setattr(training, "unserved", lambda x: "it is Sunday")
     found = measure.measure(TRAINING, "cpu", EAGER, 2, lambda text: None)
-    assert found["status"] == "timed"
+    assert found["status"] == "timed" and found["ratios"] == {}
     assert "it is Sunday" in found["variants"]["regnet_fast"]["reason"]
 
 
