@@ -11,7 +11,8 @@ OLDEST_PINS := "torch==2.11.0" "torchvision==0.26.0" "timm==1.0.31" "numpy<2.4"
 OLDEST_TESTS := tests/test_helpers.py tests/test_ops*.py tests/test_backends.py tests/test_blocks*.py \
 	tests/test_chains.py tests/test_freeze.py tests/test_graphs.py tests/test_compile.py tests/test_roofline.py \
 	tests/test_counting.py tests/test_bench.py tests/test_checkpoints.py tests/test_hostile_files.py \
-	tests/test_weights.py tests/test_compilation.py
+	tests/test_weights.py tests/test_compilation.py tests/test_training_ops.py tests/test_training_models.py \
+	tests/test_training_distributed.py tests/test_train_resume.py tests/test_run.py
 # Too large for two workers to share the memory.
 ALONE := regnety_640,resnetv2_50x3_bit,resnetv2_152x2_bit
 OLDEST_MODELS := regnetx_002,regnety_040_sgn,regnetz_005,repvgg_a0,resnetv2_18
@@ -24,10 +25,11 @@ PYTEST_MODELS := $(VENV)/bin/python -m pytest -q tests/test_models.py
 PYTEST_KERNELS := -m pytest -q -n $(WORKERS) tests/kernels -m "not slow"
 PYTEST_OLDEST := OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -q -n $(WORKERS)
 
-.PHONY: help demo test matrix kernels test-oldest lint host-suite bench gpu gpu-dry-run clean
+.PHONY: help demo digits test matrix kernels test-oldest lint host-suite bench gpu gpu-dry-run clean
 
 help:
 	@echo "make demo         what it does and how much faster it is here"
+	@echo "make digits       trains a small model on handwritten digits, and timm's own beside it: some ten minutes"
 	@echo "make test         lint, every test, and the quick part of timm's own model tests"
 	@echo "make test-oldest  the tests that must hold on the oldest supported versions"
 	@echo "make matrix       the numbers of all 75 architectures, the largest too (16 GB of memory)"
@@ -40,6 +42,9 @@ help:
 
 demo: $(VENV)/installed
 	$(VENV)/bin/regnet-fast demo
+
+digits: $(VENV)/installed
+	$(VENV)/bin/python examples/digits.py
 
 test: lint
 	$(PYTEST) tests --ignore=tests/test_models.py -m "not slow"

@@ -58,6 +58,7 @@ GPU_STEPS = (
 CPU_STEPS = (
     Step("models", (*cases.DEFAULT_MODELS, "regnetx_004", "resnetv2_18"), (1, 8, 32), BOTH, rounds=5, processes=3),
     Step("ops", ("regnety_016",), (1, 8), BOTH, peers=("timm*",)),
+    Step("train", ("regnety_002", "regnety_016", "repvgg_a2"), (16,), ("float32",), peers=("timm*",)),
 )
 DRY_STEPS = (
     Step("models", ("regnetx_002",), (2,), ("float32",), size=32, rounds=2),

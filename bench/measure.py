@@ -66,6 +66,10 @@ def _measure(
     timed: list[tuple[Peer, Timed]] = []
     for peer in (chosen[-1], *chosen[:-1]):  # ours first: where it is wrong the others need not be compiled
         name = peers.shown_name(peer, case.kind)
+        fault = _corrupts(peer, subject)
+        if fault:
+            found["variants"][name] = {"status": "skipped", "reason": fault}
+            continue
         announce(f"first result of {name}")
         try:
             one, module = peers.make(peer, subject, name)
@@ -75,6 +79,9 @@ def _measure(
                 if peer.name == OURS:
                     found["details"]["auto"] = served
                 check(one, module, subject, result, eager)
+                if subject.training:
+                    with one.around():
+                        check_gradients(one.name, subject)
         except NothingFused as error:
             status = "skipped" if peer.backend == "auto" else "failed"
             found["variants"][name] = {"status": status, "reason": str(error)}
@@ -97,6 +104,16 @@ def _measure(
         elif peer.group == "ours":
             variants[one.name]["ratios"] = spread.ratios(variants, one.name)
     found["status"] = "timed"
+
+
+def _corrupts(peer: Peer, subject: Subject) -> str:
+    """Why a peer must not run beside others in one process, or ''."""
+    strided = (c for c in subject.base.modules() if isinstance(c, nn.Conv2d) and c.kernel_size == (1, 1) < c.stride)
+    if not (subject.training and peer.channels_last and subject.device == "cpu" and peer.group != "ours"):
+        return ""
+    if any(conv.in_channels == 3 for conv in strided):
+        return "oneDNN writes beyond its memory in the backward pass of the strided 1x1 stem (docs/training.md)"
+    return ""
 
 
 def _first(one: Timed, peer: Peer, subject: Subject) -> tuple[Any, list[str | None]]:
@@ -150,6 +167,35 @@ def check(
         fault = find_fault({"__call__": "output"}.get(what, what), ours, expected, reference)
         if fault:
             raise WrongResult(f"{one.name}: {fault}")
+
+
+def check_gradients(name: str, subject: Subject, images: int = 4) -> None:
+    """Raise WrongResult unless our gradients of a step on a few images are as close to float64's as eager's, in the RMS
+    over parameters of the relative error, times two.
+
+    A gradient that is zero but for rounding, such as that of a shift before a norm, counts relative to the others.
+    """
+
+    def gradients(module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+        torch.manual_seed(0)
+        x, target = (t[:images] for t in subject.inputs)
+        autocast = subject.autocast if dtype == torch.float32 else None
+        with torch.autocast(subject.device, autocast, enabled=autocast is not None):
+            loss = nn.functional.cross_entropy(module(_channels_last(x.to(dtype))), target)
+        loss.backward()
+        return [p.grad.double() for p in module.parameters()]
+
+    def error(found: list[Tensor]) -> float:
+        shares = (float((a - b).square().mean()) / max(s, least) for a, b, s in zip(found, exact, sizes, strict=True))
+        return statistics.fmean(shares) ** 0.5
+
+    exact = gradients(copy.deepcopy(subject.base).double(), torch.float64)
+    sizes = [float(b.square().mean()) for b in exact]
+    least = 1e-6 * statistics.median(sizes)
+    eager = error(gradients(copy.deepcopy(subject.base), torch.float32))
+    ours = error(gradients(subject.fuse(copy.deepcopy(subject.base)), torch.float32))
+    if not ours <= 2 * eager:
+        raise WrongResult(f"{name}: gradients are {ours:.1e} from float64, eager's {eager:.1e}")
 
 
 def _work(case: Case, subject: Subject) -> dict[str, Any]:

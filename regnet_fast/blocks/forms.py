@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..backends.deferred import Deferred, computed
 from ..ops.convolution import pixel_means
-from .units import ConvUnit, GateUnit, HostNormUnit, LinearUnit, NormActUnit, SqueezeExciteUnit, Unit
+from .units import ConvUnit, GateUnit, HostNormUnit, LinearUnit, NormActUnit, Refused, SqueezeExciteUnit, Unit
 
 
 class Form:
@@ -28,6 +28,19 @@ class Form:
 
     casts_input: bool = True
     dense: bool = False
+    drop_path: nn.Module | None = None
+
+    def check_evaluation(self) -> None:
+        """Raise `Refused` where a norm or stochastic depth is in training mode."""
+        for path, norm in self.norms():
+            if norm.training and isinstance(norm, nn.modules.batchnorm._NormBase):
+                raise Refused(f"{path} is in training mode")
+        if self.drop_path is not None and self.drop_path.training:
+            raise Refused(f"drop_path is an active {type(self.drop_path).__name__}")
+
+    def norms(self) -> list[tuple[str, nn.Module]]:
+        """The BatchNorm modules of all units, with their names."""
+        return [norm for unit in self.units().values() for norm in unit.norms()]
 
     def units(self) -> dict[str, Unit]:
         """The units by field."""
@@ -117,6 +130,7 @@ class Bottleneck(Form):
     shortcut: ConvUnit | None = None
     pool: nn.Module | None = None
     identity: bool = False
+    drop_path: nn.Module | None = None
 
     @property
     def casts_input(self) -> bool:
@@ -142,9 +156,8 @@ class PreAct(Form):
     """`conv3(norm3(se(conv2(norm2(conv1(norm1(x))))))) + shortcut`: RegNetV and ResNetV2.
 
     norm2, and norm3 where no squeeze-excite stands before it, are folded into conv1 and conv2. Without `conv3` it is
-    the
-    basic block of two convolutions. `shortcut` reads the normalised input; an identity adds the normalised input where
-    `identity_after_norm` (RegNetV), else x itself (ResNetV2).
+    the basic block of two convolutions. `shortcut` reads the normalised input; an identity adds the normalised input
+    where `identity_after_norm` (RegNetV), else x itself (ResNetV2).
     """
 
     norm1: NormActUnit | HostNormUnit
@@ -158,6 +171,7 @@ class PreAct(Form):
     identity: bool = True
     identity_after_norm: bool = False
     owns_norm: bool = True
+    drop_path: nn.Module | None = None
     casts_input = False
 
     def run(self, x: Tensor, own: bool = False) -> Tensor:
@@ -188,6 +202,7 @@ class RepVgg(Form):
     squeeze_excite: SqueezeExciteUnit | None = None
     gate: GateUnit | None = None
     casts_input: bool = True
+    drop_path: nn.Module | None = None
     dense: bool = True
 
     def laid_out(self, x: Tensor) -> Tensor:

@@ -16,13 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import BackendError, forced_backend
+from . import training
 from .forms import Form
 from .units import ConvUnit, LinearUnit, Refused
-from .watch import Watch, global_hooks
+from .watch import Structure, Watch, global_hooks
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STATE = "_regnet_fast_plans"
+_TRAINED = "_regnet_fast_training"
 _FROZEN = "_regnet_fast_frozen"
+_DERIVED = (_STATE, _TRAINED, _FROZEN)
 
 recorder: ContextVar[Callable | None] = ContextVar("regnet_fast_recorder", default=None)
 """What `explain` listens with: called with each block, its reason or form, while it runs."""
@@ -54,6 +57,7 @@ class Plan(Watch):
         try:
             with torch.inference_mode(False), torch.no_grad():
                 unbound = block.fused_form()
+                unbound.check_evaluation()
                 _check_tensors(unbound, self.tensors, dtype)
                 self.form = unbound.bind(lambda unit: unit.pack(dtype))
                 self.unbound, self.in_channels = unbound, unbound.in_channels()
@@ -68,6 +72,26 @@ class Plan(Watch):
         """What keeps the memory of the packed weights in use now from being freed, as long as it is held."""
         units = [getattr(unit, "conv", unit) for unit in vars(self.form).values()]
         return self, [unit._runs for unit in units if hasattr(unit, "_runs")]
+
+
+class Trained(Structure):
+    """A form over the live modules for training mode; or the reason why there is none.
+
+    Attributes: `form`; `refusal`, set where there is no form; `lost`, whether that costs a block that has one.
+    """
+
+    def __init__(self, block: Fused):
+        super().__init__(block)
+        self.form: Form | None = None
+        self.refusal: str | None = None
+        self.lost = True
+        try:
+            form = block.fused_form()
+            self.lost = False
+            training.check(form)
+            self.form = form
+        except Refused as refusal:
+            self.refusal = str(refusal)
 
 
 def _check_tensors(form: Form, tensors: list[Tensor], dtype: torch.dtype) -> None:
@@ -95,9 +119,13 @@ def transformed() -> str | None:
 
 
 class Fused:
-    """Mixin before a host's block class. Subclasses set `host` and define `fused_form`."""
+    """Mixin before a host's block class. Subclasses set `host` and define `fused_form`.
+
+    `trains` says that there is something to fuse in training mode: a norm with statistics of the batch.
+    """
 
     host: type[nn.Module]
+    trains: bool = True
 
     def fused_form(self) -> Form:
         """The block as a form over its own modules. Raises `Refused` where it is not exactly that form."""
@@ -113,6 +141,8 @@ class Fused:
 
         `own` says so of x, which may then be overwritten.
         """
+        if self.training:
+            return self._trained(x) if self.trains else super().forward(x), False
         reason = self._unfit(x)
         plan = None
         if reason is None:
@@ -135,10 +165,29 @@ class Fused:
         with torch.autocast(device, enabled=False):
             return plan.form.run(plan.form.laid_out(x), own)
 
+    def _trained(self, x: Tensor) -> Tensor:
+        """The output in training mode."""
+        reason, form, lost = self._unfit(x), None, False
+        if reason is None and forced_backend() == "reference":
+            return super().forward(x)
+        if reason is None:
+            reason = training.unserved(x)
+        if reason is None:
+            found = self.__dict__.get(_TRAINED)
+            if found is None or not found.current():
+                found = self.__dict__[_TRAINED] = Trained(self)
+            form, reason, lost = found.form, found.refusal, found.lost
+        if reason is None:
+            reason = training.unfit(form, x)
+        listen = recorder.get()
+        if listen is not None:
+            listen(self, x, None, reason)
+        if reason is not None:
+            return self._by_host(x, f"in training mode {reason}", lost_speed=lost)
+        return training.run(form, x)
+
     def _unfit(self, x: Tensor) -> str | None:
         """Why this call cannot be fused, from what is known without looking at the weights."""
-        if self.training:
-            return "training mode runs the host's own forward"
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             return f"the input is a {type(x).__name__}, not a plain tensor"
         if x.is_meta:
@@ -183,7 +232,7 @@ class Fused:
 
     def plan(self, x: Tensor) -> Plan | None:
         """The current plan for inputs like x of any shape, without autocast; None where a step would not use one."""
-        if self._unfit(x) is not None:
+        if self.training or self._unfit(x) is not None:
             return None
         plan = self._current(x.dtype)
         if plan.refusal is not None or (plan.parameters and plan.parameters[0].device != x.device):
@@ -208,6 +257,7 @@ class Fused:
             return super().forward(x)
         try:
             form = self.fused_form()
+            form.check_evaluation()
         except Refused:
             return super().forward(x)
         if not form.casts_input and torch.is_autocast_enabled(x.device.type):
@@ -225,8 +275,8 @@ class Fused:
 
     def _forget(self) -> None:
         """Drop the packed weights, and with them the promise that nothing changes."""
-        self.__dict__.pop(_STATE, None)
-        self.__dict__.pop(_FROZEN, None)
+        for name in _DERIVED:
+            self.__dict__.pop(name, None)
 
     def train(self, mode: bool = True):
         self._forget()
@@ -241,7 +291,7 @@ class Fused:
         return super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in (_STATE, _FROZEN)}
+        return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript compiles the host's own block."""

@@ -49,6 +49,10 @@ class Unit:
         """The unit with its weights folded and packed, computing in `dtype`."""
         raise NotImplementedError
 
+    def norms(self) -> list[tuple[str, nn.Module]]:
+        """The BatchNorm modules that the unit folds, with their names."""
+        return []
+
 
 @dataclass(eq=False)
 class ConvUnit(Unit):
@@ -64,6 +68,10 @@ class ConvUnit(Unit):
     then: nn.Module | None = None
     activation: str = "none"
     standardize: float | None = None
+    norm_path: str = ""
+
+    def norms(self) -> list[tuple[str, nn.Module]]:
+        return [] if self.norm is None else [(self.norm_path, self.norm)]
 
     def weights(self) -> tuple[Tensor, Tensor | None]:
         """The folded weights and bias in float64."""
@@ -187,6 +195,10 @@ class RepVggUnit(ConvUnit):
     pointwise_norm: nn.Module = None
     identity: nn.Module | None = None
 
+    def norms(self) -> list[tuple[str, nn.Module]]:
+        found = [*super().norms(), ("conv_1x1.bn", self.pointwise_norm)]
+        return found if self.identity is None else [*found, ("identity", self.identity)]
+
     def weights(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = super().weights()
         weight1, bias1 = fold(self.pointwise.weight, self.pointwise.bias, batch_norm(self.pointwise_norm))
@@ -255,6 +267,9 @@ class NormActUnit(Unit):
     path: str
     norm: nn.Module
     activation: str = "none"
+
+    def norms(self) -> list[tuple[str, nn.Module]]:
+        return [(self.path, self.norm)]
 
     def __call__(self, x: Tensor, gate: Tensor | None = None, *, consume: bool = False, defer: bool = False) -> Tensor:
         return norm_act(x, batch_norm(self.norm), activation=self.activation, gate=gate)

@@ -11,15 +11,10 @@ from torch.utils.hooks import RemovableHandle
 _CONFIG = ("stride", "padding", "dilation", "groups", "padding_mode", "eps")
 
 
-class Watch:
-    """The facts that packed weights and recorded calls of a module rest on.
+class Structure:
+    """What a module is but for its tensors: the structure below it, the settings of its layers, hooks, training flags.
 
-    `current()` is the whole of cache invalidation: the structure below the module, the settings of its layers, hooks,
-    training flags, and the identity, memory and version of every parameter and buffer. Attributes and hooks of the
-    module itself are not looked at.
-
-    Attributes: `parameters` of the module; `tensors`, them and its buffers; `blind`, whether some of these were made in
-    inference mode, where changes to them cannot be seen.
+    Attributes and hooks of the module itself are not looked at.
     """
 
     def __init__(self, module: nn.Module):
@@ -32,18 +27,6 @@ class Watch:
         self._hooks_seen, self._hooked = RemovableHandle.next_id, any(hooked(m) for m in self._modules[1:])
         self._structure = self._read_structure()
         self._kept_children = [dict(children) for children in self._children]
-        tables = [table for m in self._modules for table in (m._parameters, m._buffers) if table]
-        self._tables = tables
-        self._held = [t for table in tables for t in table.values()]
-        self.tensors: list[Tensor] = [
-            t for table in tables for name, t in table.items() if t is not None and name != "num_batches_tracked"
-        ]
-        self.parameters = [t for t in self.tensors if isinstance(t, nn.Parameter)]
-        self.blind = any(t.is_inference() for t in self.tensors)
-        if self.blind:
-            self.tensors = []
-        self._versions = [t._version for t in self.tensors]
-        self._pointers = [t.data_ptr() for t in self.tensors]
 
     def _read_structure(self) -> tuple[list, ...]:
         """Class, mode and settings of every module, and how many attributes each has: one that was added may be a
@@ -63,11 +46,41 @@ class Watch:
             if any(hooked(m) for m in self._modules[1:]) != self._hooked:
                 return False
             self._hooks_seen = seen
-        return (
-            self._children == self._kept_children
-            and self._read_structure() == self._structure
-            and self.tensors_current()
-        )
+        return self._children == self._kept_children and self._read_structure() == self._structure
+
+    @property
+    def inner_hooks(self) -> bool:
+        """Whether somebody listened to a module below when this was made."""
+        return self._hooked
+
+
+class Watch(Structure):
+    """The facts that packed weights and recorded calls of a module rest on.
+
+    `current()` is the whole of cache invalidation: the structure, and the identity, memory and version of every
+    parameter and buffer.
+
+    Attributes: `parameters` of the module; `tensors`, them and its buffers; `blind`, whether some of these were made in
+    inference mode, where changes to them cannot be seen.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__(module)
+        tables = [table for m in self._modules for table in (m._parameters, m._buffers) if table]
+        self._tables = tables
+        self._held = [t for table in tables for t in table.values()]
+        self.tensors: list[Tensor] = [
+            t for table in tables for name, t in table.items() if t is not None and name != "num_batches_tracked"
+        ]
+        self.parameters = [t for t in self.tensors if isinstance(t, nn.Parameter)]
+        self.blind = any(t.is_inference() for t in self.tensors)
+        if self.blind:
+            self.tensors = []
+        self._versions = [t._version for t in self.tensors]
+        self._pointers = [t.data_ptr() for t in self.tensors]
+
+    def current(self) -> bool:
+        return super().current() and self.tensors_current()
 
     def tensors_current(self) -> bool:
         """Whether every parameter and buffer is the one that it was, unchanged."""
@@ -78,11 +91,6 @@ class Watch:
             and [t._version for t in self.tensors] == self._versions
             and [t.data_ptr() for t in self.tensors] == self._pointers
         )
-
-    @property
-    def inner_hooks(self) -> bool:
-        """Whether somebody listened to a module below when this was made."""
-        return self._hooked
 
 
 def hooked(module: nn.Module) -> bool:

@@ -63,6 +63,15 @@ def _check_inert(path: str, module: nn.Module | None) -> None:
         raise Refused(f"{path} is an active {type(module).__name__}")
 
 
+def _drop_path(module: nn.Module | None) -> DropPath | None:
+    """A block's stochastic depth, None where it has none. Raises `Refused` for any other module."""
+    if module is None or type(module) is nn.Identity:
+        return None
+    if type(module) is not DropPath:
+        raise Refused(f"drop_path is {type(module).__name__}, which has no fused form")
+    return module
+
+
 def _check_quiet(block: nn.Module) -> None:
     """Refuse a block below which somebody listens, trains or has replaced a forward."""
     for path, module in block.named_modules():
@@ -81,8 +90,6 @@ def _folds(norm: nn.Module) -> bool:
 
 def _norm_activation(path: str, norm: nn.Module) -> str:
     """The activation that a BatchNorm module carries. Raises `Refused` where it does anything else."""
-    if norm.training and not isinstance(norm, (FrozenBatchNormAct2d, FrozenBatchNorm2d)):
-        raise Refused(f"{path} is in training mode")
     if not isinstance(norm, _NORM_ACTS):  # torch's conversion to SyncBatchNorm keeps an `act` that is never applied
         return "none"
     if hasattr(norm, "drop"):
@@ -118,7 +125,7 @@ def _conv_norm(
         if after != "none":
             raise Refused(f"{norm_path} has an activation of its own before the block's sum")
         unit.activation = activation
-    unit.norm = norm
+    unit.norm, unit.norm_path = norm, norm_path
     return unit
 
 
@@ -195,6 +202,7 @@ class Conv2d(Fused, nn.Conv2d):
     """`torch.nn.Conv2d` with packed weights: the bare stem convolutions of RegNetV and ResNetV2."""
 
     host = nn.Conv2d
+    trains = False
 
     def fused_form(self) -> forms.Single:
         return forms.Single(_conv_norm("", self, "", None))
@@ -205,6 +213,7 @@ class StdConv(Fused, StdConv2d):
     """timm's `StdConv2d` with its standardised weights kept between evaluations: the stem of the BiT models."""
 
     host = StdConv2d
+    trains = False
 
     def fused_form(self) -> forms.Single:
         if self.padding_mode != "zeros" or isinstance(self.padding, str):
@@ -233,13 +242,13 @@ class Bottleneck(Fused, regnet.Bottleneck):
 
     def fused_form(self) -> forms.Bottleneck:
         _check_quiet(self)
-        _check_inert("drop_path", self.drop_path)
         return forms.Bottleneck(
             _conv_norm_act("conv1", self.conv1),
             _conv_norm_act("conv2", self.conv2),
             _conv_norm_act("conv3", self.conv3, after=_activation("act3", self.act3)),
             _squeeze_excite("se", self.se),
             **_shortcut("downsample", self.downsample, norm=True),
+            drop_path=None if self.downsample is None else _drop_path(self.drop_path),
         )
 
 
@@ -251,7 +260,6 @@ class BottleneckBlock(Fused, byobnet.BottleneckBlock):
 
     def fused_form(self) -> forms.Bottleneck:
         _check_quiet(self)
-        _check_inert("drop_path", self.drop_path)
         for path in ("conv2b_kxk", "attn_last"):
             if type(getattr(self, path)) is not nn.Identity:
                 raise Refused(f"{path} has no fused form")
@@ -261,6 +269,7 @@ class BottleneckBlock(Fused, byobnet.BottleneckBlock):
             _conv_norm_act("conv3_1x1", self.conv3_1x1, after=_activation("act", self.act)),
             _squeeze_excite("attn", self.attn),
             **_shortcut("shortcut", self.shortcut, norm=True),
+            drop_path=_drop_path(self.drop_path),
         )
 
 
@@ -272,7 +281,6 @@ class PreBottleneck(Fused, regnet.PreBottleneck):
 
     def fused_form(self) -> forms.PreAct:
         _check_quiet(self)
-        _check_inert("drop_path", self.drop_path)
         squeeze_excite = _squeeze_excite("se", self.se)
         norm1 = _norm("norm1", self.norm1)
         return forms.PreAct(
@@ -285,6 +293,7 @@ class PreBottleneck(Fused, regnet.PreBottleneck):
             identity_after_norm=True,
             owns_norm=isinstance(norm1, NormActUnit),
             **_shortcut("downsample", self.downsample, norm=False),
+            drop_path=None if self.downsample is None else _drop_path(self.drop_path),
         )
 
 
@@ -296,13 +305,13 @@ class PreActBottleneck(Fused, resnetv2.PreActBottleneck):
 
     def fused_form(self) -> forms.PreAct:
         _check_quiet(self)
-        _check_inert("drop_path", self.drop_path)
         return forms.PreAct(
             _norm("norm1", self.norm1),
             _conv_norm("conv1", self.conv1, "norm2", self.norm2),
             _conv_norm("conv2", self.conv2, "norm3", self.norm3),
             _conv_norm("conv3", self.conv3, "", None),
             **_raw_shortcut(self.downsample),
+            drop_path=_drop_path(self.drop_path),
         )
 
 
@@ -314,12 +323,12 @@ class PreActBasic(Fused, resnetv2.PreActBasic):
 
     def fused_form(self) -> forms.PreAct:
         _check_quiet(self)
-        _check_inert("drop_path", self.drop_path)
         return forms.PreAct(
             _norm("norm1", self.norm1),
             _conv_norm("conv1", self.conv1, "norm2", self.norm2),
             _conv_norm("conv2", self.conv2, "", None),
             **_raw_shortcut(self.downsample),
+            drop_path=_drop_path(self.drop_path),
         )
 
 
@@ -342,11 +351,11 @@ class RepVggBlock(Fused, byobnet.RepVggBlock):
 
         def form(unit: ConvUnit, casts_input: bool) -> forms.RepVgg:
             gate = None if squeeze_excite is None else GateUnit("act", unit.conv, activation)
-            return forms.RepVgg(unit, squeeze_excite, gate, casts_input=casts_input)
+            drop_path = None if self.identity is None else _drop_path(self.drop_path)
+            return forms.RepVgg(unit, squeeze_excite, gate, casts_input=casts_input, drop_path=drop_path)
 
         if self.reparam_conv is not None:
             return form(_conv_norm("reparam_conv", self.reparam_conv, "", None, after), True)
-        _check_inert("drop_path", self.drop_path)
         kxk = _conv_norm_act("conv_kxk", self.conv_kxk)
         pointwise = _conv_norm_act("conv_1x1", self.conv_1x1)
         folded = [kxk, pointwise] if self.identity is None else [kxk, pointwise, _norm("identity", self.identity)]
@@ -367,6 +376,7 @@ class RepVggBlock(Fused, byobnet.RepVggBlock):
             self.conv_kxk.conv,
             self.conv_kxk.bn,
             activation=after,
+            norm_path="conv_kxk.bn",
             pointwise=self.conv_1x1.conv,
             pointwise_norm=self.conv_1x1.bn,
             identity=self.identity,
@@ -379,6 +389,7 @@ class ClassifierHead(Fused, TimmClassifierHead):
     """timm's `ClassifierHead`: global average pooling and a linear classifier. Constructor and state are timm's."""
 
     host = TimmClassifierHead
+    trains = False
 
     def fused_form(self) -> forms.Head:
         _check_quiet(self)

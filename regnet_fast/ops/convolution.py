@@ -264,7 +264,7 @@ def run_operator(
 def activation_gradient(dy: Tensor, y: Tensor, before: Tensor | None, activation: str) -> Tensor:
     """dL/dz for `y = activation(z)`: from y for ReLU, from z (`before`) for SiLU."""
     if activation == "relu":
-        return torch.where(y > 0, dy, torch.zeros_like(dy))
+        return torch.where(y <= 0, torch.zeros_like(dy), dy)  # NaN lets it pass, as in torch
     if activation == "silu":
         if not torch.is_grad_enabled():  # one pass, rounded once; but it cannot be differentiated again
             return torch.ops.aten.silu_backward(dy, before)

@@ -1,0 +1,403 @@
+"""The passes of a training step over feature maps, on the framework's own calls.
+
+A convolution leaves its result raw, and whoever reads the map normalises and activates it on the way:
+`activation((x - mean) / sqrt(var + eps) * weight + bias)`. Backward, the gradient of a raw map is an affine function of
+the gradient of the normalised one and of the map itself, and is formed where it is read as well. On a CPU the passes
+that belong together run on some images at a time, so that what one writes the next still finds in the cache
+(docs/training.md).
+
+All maps are channels_last, but images may come in any layout; nothing is written to an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+
+_PART_BYTES = 4e6
+"""How many bytes of one map a thread takes at a time (docs/training.md)."""
+
+_LAST = torch.channels_last
+_ALL = slice(None)
+
+
+class Norm(NamedTuple):
+    """How a map is read: with which statistics (the biased variance), affine parameters, epsilon and activation."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    activation: str
+
+
+class Excite(NamedTuple):
+    """Squeeze-and-excitation of the map that a convolution reads: (R, C) and (C, R) weights, biases, activation."""
+
+    fc1: Tensor
+    bias1: Tensor
+    fc2: Tensor
+    bias2: Tensor
+    activation: str
+
+
+class Sums(NamedTuple):
+    """Over images and pixels, for the gradient dz of a normalised map xhat: sum(dz * xhat) and sum(dz)."""
+
+    product: Tensor
+    plain: Tensor
+
+
+class ConvGradients(NamedTuple):
+    """Gradients of a convolution: of the map as it is read (before its activation where it has a norm), of the norm's
+    sums, of the weight, and of squeeze-excite's four parameters.
+    """
+
+    x: Tensor | None
+    sums: Sums | None
+    weight: Tensor | None
+    excite: tuple[Tensor, ...] | None
+
+
+def parts(x: Tensor, wider: float = 1.0) -> list[slice]:
+    """The images to take at a time, so that a thread has `_PART_BYTES` of x, or of a map so many times as large if that
+    is more. On a GPU, all.
+    """
+    n = x.shape[0]
+    if not x.is_cpu or n == 1:
+        return [_ALL]
+    step = max(1, int(_PART_BYTES * torch.get_num_threads() * n / (x.nbytes * max(wider, 1.0))))
+    if step >= n:
+        return [_ALL]
+    step = -(-n // -(-n // step))
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def _of(x: Tensor | None, part: slice) -> Tensor | None:
+    return x if part is _ALL or x is None else x[part]
+
+
+def _laid_out(x: Tensor, part: slice) -> Tensor:
+    """Some images, in channels_last whatever the layout of all."""
+    return _of(x, part).contiguous(memory_format=_LAST)
+
+
+def _images(x: Tensor, part: slice) -> int:
+    return x.shape[0] if part is _ALL else part.stop - part.start
+
+
+def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_LAST)
+
+
+def normalised(x: Tensor, norm: Norm) -> Tensor:
+    """The map after its norm, before its activation: a new tensor."""
+    return torch.native_batch_norm(x, norm.weight, norm.bias, norm.mean, norm.var, False, 0.0, norm.eps)[0]
+
+
+def _activated(z: Tensor, activation: str, keep: bool = False) -> Tensor:
+    """The activation of z, in z's memory unless it is to be kept."""
+    if activation == "relu":
+        return torch.relu_(z)
+    return z if activation == "none" else F.silu(z, inplace=not keep)
+
+
+def _inactivated(grad: Tensor, z: Tensor, a: Tensor, activation: str, out: Tensor) -> None:
+    """The gradient before an activation into `out`, which may be its own memory, from that behind it."""
+    if activation == "relu":
+        torch.ops.aten.threshold_backward.grad_input(grad, a, 0, grad_input=out)
+    elif activation == "silu":
+        torch.ops.aten.silu_backward.grad_input(grad, z, grad_input=out)
+    elif out is not grad:
+        out.copy_(grad)
+
+
+def _sums(grad: Tensor, x: Tensor, norm: Norm) -> Sums:
+    invstd = (norm.var + norm.eps).rsqrt_()
+    found = torch.ops.aten.native_batch_norm_backward(
+        grad, x, norm.weight, None, None, norm.mean, invstd, True, norm.eps, [False, True, True]
+    )
+    return Sums(found[1], found[2])
+
+
+def _summed(found: Sequence[Tensor]) -> Tensor:
+    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+
+
+def _total(found: Sequence[Sums]) -> Sums:
+    return Sums(*(_summed(one) for one in zip(*found, strict=True)))
+
+
+def merged(statistics: Sequence[tuple[Tensor, Tensor]], counts: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of all parts, from those of each part and how many values it has.
+
+    Source: T. Chan, G. Golub and R. LeVeque, "Updating formulae and a pairwise algorithm", 1979.
+    """
+    if len(statistics) == 1:
+        return statistics[0]
+    means, variances = (torch.stack(t) for t in zip(*statistics, strict=True))
+    share = means.new_tensor(counts)[:, None] / sum(counts)
+    mean = (means * share).sum(0)
+    return mean, ((variances + (means - mean).square_()) * share).sum(0)
+
+
+def _measured(x: Tensor) -> tuple[Tensor, Tensor]:
+    running = [None, None]
+    if x.dtype in (torch.bfloat16, torch.float16):  # torch gives the statistics in the dtype of the running ones
+        running = [x.new_zeros(x.shape[1], dtype=torch.float32) for _ in range(2)]
+    return torch.batch_norm_update_stats(x, *running, 0.0)
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel, in float32 at least."""
+    cut = parts(x)
+    found = [_measured(_of(x, part)) for part in cut]
+    return merged(found, [_images(x, part) for part in cut])
+
+
+class _Gate:
+    """The gate of some images, and its gradients."""
+
+    def __init__(self, a: Tensor, excite: Excite):
+        self.a, self.excite = a, excite
+        self.means = a.mean((2, 3), dtype=excite.fc1.dtype)
+        self.before = F.linear(self.means, excite.fc1, excite.bias1)
+        self.hidden = reference.activate(self.before, excite.activation)
+        self.gate = torch.sigmoid(F.linear(self.hidden, excite.fc2, excite.bias2))
+        self.factor = self.gate.to(a.dtype)[:, :, None, None]
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The gradient of the map from that of the gated map, in its memory, and of the four parameters."""
+        fc1, _, fc2, _, activation = self.excite
+        dgate = (grad * self.a).sum((2, 3), dtype=self.gate.dtype)
+        d2 = dgate * self.gate * (1 - self.gate)
+        dhidden = d2 @ fc2
+        d1 = torch.empty_like(dhidden)
+        _inactivated(dhidden, self.before, self.hidden, activation, d1)
+        dmeans = (d1 @ fc1) / (self.a.shape[2] * self.a.shape[3])
+        grad = torch.addcmul(dmeans.to(grad.dtype)[:, :, None, None], grad, self.factor, out=grad)
+        return grad, (d1.t() @ self.means, d1.sum(0), d2.t() @ self.hidden, d2.sum(0))
+
+
+def conv(
+    x: Tensor, norm: Norm | None, excite: Excite | None, weight: Tensor, geometry: Sequence, measured: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """`conv2d(excite(activation(norm(x))), weight, None, *geometry)`, and its channels' mean and variance if measured.
+
+    `geometry` is stride, padding, dilation and groups.
+    """
+    y, found = None, []
+    stride = geometry[0]
+    cut = parts(x, weight.shape[0] / (x.shape[1] * stride[0] * stride[1]))
+    for part in cut:
+        a = _laid_out(x, part)
+        a = a if norm is None else _activated(normalised(a, norm), norm.activation)
+        if excite is not None:
+            factor = _Gate(a, excite).factor
+            a = a * factor if norm is None else a.mul_(factor)
+        one = torch.conv2d(a, weight, None, *geometry)
+        if measured:
+            found.append(_measured(one))
+        if part is _ALL:
+            y = one
+        else:
+            y = _empty((x.shape[0], *one.shape[1:]), one) if y is None else y
+            y[part] = one
+    return y, merged(found, [_images(x, part) for part in cut]) if measured else None
+
+
+class Own(NamedTuple):
+    """The norm behind a convolution, for the gradient of its raw result y: with batch statistics
+
+        dy = weight * invstd * (dz - sum(dz) / count - xhat * sum(dz * xhat) / count)
+
+    and with fixed ones, where `sums` is None, `dy = weight * invstd * dz`.
+    """
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    eps: float
+    sums: Sums | None
+    count: float
+
+    def coefficients(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """a, q and k of `dy = a * dz + q * y + k`, shaped (1, C, 1, 1)."""
+        invstd = (self.var + self.eps).rsqrt_()
+        a = invstd if self.weight is None else invstd * self.weight
+        if self.sums is None:
+            return a.view(1, -1, 1, 1), None, None
+        q = (a * invstd).mul_(self.sums.product).mul_(-1.0 / self.count)
+        k = torch.addcmul(q * self.mean, a, self.sums.plain, value=1.0 / self.count).neg_()
+        return a.view(1, -1, 1, 1), q.view(1, -1, 1, 1), k.view(1, -1, 1, 1)
+
+
+def raw_gradient(grad: Tensor, y: Tensor, coefficients: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:
+    """`a * dz + q * y + k` in a new tensor of the gradient's dtype."""
+    a, q, k = coefficients
+    found = grad * a if q is None else torch.addcmul(k, y, q).addcmul_(grad, a)
+    return found.to(grad.dtype)
+
+
+def conv_backward(
+    grad: Tensor,
+    own: Own | None,
+    y: Tensor | None,
+    x: Tensor,
+    norm: Norm | None,
+    excite: Excite | None,
+    weight: Tensor,
+    geometry: Sequence,
+    needs_x: bool,
+    needs_weight: bool,
+    through: bool = True,
+) -> ConvGradients:
+    """The gradients of `conv`, from that of its raw result y, or of its norm's result where it has its `own`.
+
+    The gradient of x goes `through` its norm, or is that of the map that was read.
+    """
+    coefficients = None if own is None else own.coefficients()
+    activation = "none" if norm is None else norm.activation
+    through = through and norm is not None
+    cut = parts(x, grad.nbytes / x.nbytes)
+    dx = _empty(x.shape, x) if needs_x and len(cut) > 1 else None
+    dweight, sums, excited = None, [], []
+    for part in cut:
+        dy = _of(grad, part)
+        dy = dy if coefficients is None else raw_gradient(dy, _of(y, part), coefficients)
+        read = z = a = e = _laid_out(x, part)
+        if norm is not None:
+            z = normalised(read, norm)
+            a = e = _activated(z, activation, keep=True)
+        if excite is not None:
+            gate = _Gate(a, excite)
+            e = a * gate.factor
+        da, dw = _convolution_backward(dy, e, weight, geometry, needs_x, needs_weight)
+        if needs_weight:
+            dw = dw if part is _ALL else dw.to(torch.promote_types(dw.dtype, torch.float32))
+            dweight = dw if dweight is None else dweight.add_(dw)
+        if needs_x:
+            if excite is not None:
+                da, found = gate.backward(da)
+                excited.append(found)
+            out = da if part is _ALL else dx[part]
+            _inactivated(da, z, a, activation if through else "none", out)
+            if through:
+                sums.append(_sums(out, read, norm))
+            dx = da if part is _ALL else dx
+    dweight = None if dweight is None else dweight.to(weight.dtype)
+    totals = tuple(_summed(found) for found in zip(*excited, strict=True)) if excited else None
+    return ConvGradients(dx, _total(sums) if sums else None, dweight, totals)
+
+
+def _convolution_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Sequence, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    stride, padding, dilation, groups = geometry
+    if needs_weight and x.is_cpu and weight.shape[2:] == (1, 1) and weight.shape[1] < 16 and groups == 1:
+        # oneDNN writes beyond its memory for the weights of a strided 1x1 convolution of RGB images (docs/training.md).
+        padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
+        rows = padded[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        dw = (dy.permute(0, 2, 3, 1).reshape(-1, dy.shape[1]).t() @ rows).view(weight.shape)
+        return _convolution_backward(dy, x, weight, geometry, True, False)[0] if needs_x else None, dw
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [needs_x, needs_weight, False]
+    )
+    return dx, dw
+
+
+class Term(NamedTuple):
+    """One summand of a join: a map, read through its norm where it has one, times a factor for each image."""
+
+    x: Tensor
+    norm: Norm | None
+    factor: Tensor | None
+
+
+def _value(term: Term, part: slice) -> tuple[Tensor, bool]:
+    """A term as it is added, and whether it is a new tensor."""
+    x, norm, factor = term
+    value = _of(x, part)
+    if norm is not None:
+        value = _activated(normalised(value, norm), norm.activation)
+    if factor is not None:
+        value = value * _of(factor, part)
+    return value, norm is not None or factor is not None
+
+
+def _added(terms: Sequence[Term], part: slice, out: Tensor | None) -> Tensor:
+    """The sum of the terms, into `out` or into new memory."""
+    (total, new), *others = [_value(term, part) for term in terms]
+    if out is None:
+        out = total if new else next((value for value, new in others[:1] if new), None)
+    if not others:
+        return total.clone() if out is None else total if out is total else out.copy_(total)
+    for value, _ in others:
+        total = torch.add(total, value, out=out)
+        out = total
+    return total
+
+
+def join(terms: Sequence[Term], activation: str) -> Tensor:
+    """`activation(sum(factor * read(x)))` of some terms: a new map."""
+    cut = parts(terms[0].x)
+    if len(cut) == 1:
+        return _activated(_added(terms, _ALL, None), activation)
+    y = _empty(terms[0].x.shape, terms[0].x)
+    for part in cut:
+        _activated(_added(terms, part, y[part]), activation)
+    return y
+
+
+def join_backward(
+    grad: Tensor, y: Tensor, terms: Sequence[Term], activation: str, needs: Sequence[bool]
+) -> list[tuple[Tensor | None, Sums | None]]:
+    """For every term the gradient of the map as it is read (before its own activation), and its norm's sums."""
+    cut = parts(grad)
+    summed = grad if activation == "none" else _empty(grad.shape, grad)
+    shared = [term.factor is None and (term.norm is None or term.norm.activation == "none") for term in terms]
+    results = [
+        None if not need else summed if same else _empty(grad.shape, grad)
+        for need, same in zip(needs, shared, strict=True)
+    ]
+    sums: list[list[Sums]] = [[] for _ in terms]
+    for part in cut:
+        d = _of(summed, part)
+        if activation != "none":
+            z = None if activation == "relu" else _added(terms, part, None)
+            _inactivated(_of(grad, part), z, None if y is None else _of(y, part), activation, d)
+        for i, (x, norm, factor) in enumerate(terms):
+            if results[i] is None:
+                continue
+            read, out = _of(x, part), _of(results[i], part)
+            if results[i] is not summed:
+                z = a = None
+                if norm is not None and norm.activation != "none":
+                    z = normalised(read, norm)
+                    a = _activated(z, norm.activation, keep=True)
+                one = d if factor is None else d * _of(factor, part)
+                _inactivated(one, z, a, "none" if norm is None else norm.activation, out)
+            if norm is not None:
+                sums[i].append(_sums(out, read, norm))
+    return [(found, _total(s) if s else None) for found, s in zip(results, sums, strict=True)]
+
+
+def entered_backward(grad: Tensor, own: Own, x: Tensor, identity: Tensor | None) -> Tensor:
+    """The gradient of a map that was normalised, from that of the normalised map; plus `identity`."""
+    coefficients = own.coefficients()
+    cut = parts(x)
+    dx = None if len(cut) == 1 else _empty(x.shape, x)
+    for part in cut:
+        one = raw_gradient(_of(grad, part), _of(x, part), coefficients)
+        one = one if identity is None else one.add_(_of(identity, part))
+        if dx is None:
+            return one
+        dx[part] = one
+    return dx

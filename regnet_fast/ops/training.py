@@ -1,0 +1,411 @@
+"""The operations of a training step, with their gradients.
+
+A convolution returns its raw result, whose norm is left to whoever reads the map: `Normed` is a raw map with its
+statistics and affine parameters. So nothing is saved for backward but raw maps and the outputs of blocks, and no pass
+over memory has the sole purpose of normalising.
+
+Between the operations the gradient of a raw map is that of the *normalised* map, before its activation, and the
+gradients of its mean and variance are sum(dz * xhat) and sum(dz): what the operation that made the map needs to form
+the gradient of its raw result as it reads it. Who uses `Normed` only through this module sees ordinary gradients.
+
+Source: W. Jung et al., "Restructuring Batch Normalization to Accelerate CNN Training", MLSys 2019, arXiv 1807.01702.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backends import passes
+from ..backends.passes import Excite, Norm, Own, Sums, Term
+
+_LAST = torch.channels_last
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Which statistics a norm takes: those of the batch, or given ones.
+
+    Attributes: `mean` and `var`, given ones, or None for the batch's; `eps`; `group`, the processes over which the
+    batch is spread, or None.
+    """
+
+    mean: Tensor | None
+    var: Tensor | None
+    eps: float
+    group: Any = None
+
+    @property
+    def batch(self) -> bool:
+        return self.mean is None
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The parameters of a norm and the activation behind it."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    activation: str = "none"
+
+
+@dataclass(frozen=True)
+class Normed:
+    """A raw map that is read as `activation((map - mean) / sqrt(var + eps) * weight + bias)`.
+
+    `count` is the number of values of a channel behind mean and var, of all processes.
+    """
+
+    map: Tensor
+    mean: Tensor
+    var: Tensor
+    affine: Affine
+    eps: float
+    count: float
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.map.shape
+
+
+Map = Tensor | Normed
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """A context in which nothing is cast."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _flat(x: Map) -> tuple:
+    if isinstance(x, Tensor):
+        return x, None, None, None, None
+    return x.map, x.mean, x.var, x.affine.weight, x.affine.bias
+
+
+def _reading(x: Map) -> tuple[float, str] | None:
+    """How a map is read, beside the tensors: epsilon and activation, or None where it is read as it is."""
+    return None if isinstance(x, Tensor) else (x.eps, x.affine.activation)
+
+
+def _norm(
+    reading: tuple[float, str] | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Norm | None:
+    return None if reading is None else Norm(mean, var, weight, bias, *reading)
+
+
+def _of_norm(sums: Sums, norm: Norm) -> tuple[Tensor | None, ...]:
+    """The gradients of a norm's mean, variance, weight and bias, in the convention of this module."""
+    product, plain = sums
+    return product, plain, None if norm.weight is None else product, None if norm.bias is None else plain
+
+
+def _count(x: Tensor) -> float:
+    return x.numel() / x.shape[1]
+
+
+def _merged(mean: Tensor, var: Tensor, count: float, group: Any) -> tuple[Tensor, Tensor, float]:
+    """Statistics of all processes of a group, and their count."""
+    if group is None:
+        return mean, var, count
+    mine = torch.cat([mean, var, mean.new_tensor([count])])
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, mine, group=group)
+    counts = [float(t[-1]) for t in found]
+    present = [(t, n) for t, n in zip(found, counts, strict=True) if n]
+    pairs = [t[:-1].chunk(2) for t, _ in present]
+    return *passes.merged(pairs, [n for _, n in present]), sum(counts)
+
+
+def _own(stats: Statistics, weight: Tensor | None, mean: Tensor, var: Tensor, sums: Sums, count: float) -> Own:
+    """The norm behind a map as its backward needs it, with the sums of all processes."""
+    if not stats.batch:
+        return Own(mean, var, weight, stats.eps, None, count)
+    if stats.group is not None:
+        both = torch.cat(sums)
+        dist.all_reduce(both, group=stats.group)
+        sums = Sums(*both.chunk(2))
+    return Own(mean, var, weight, stats.eps, sums, count)
+
+
+class _Conv(torch.autograd.Function):
+    """x and its norm, squeeze-excite, weight -> the raw result, and its statistics with their count."""
+
+    @staticmethod
+    def forward(ctx, spec, x, mean, var, scale, shift, fc1, bias1, fc2, bias2, weight, own_weight):
+        reading, stats, geometry, se_activation, recipe = spec
+        norm = _norm(reading, mean, var, scale, shift)
+        excite = None if fc1 is None else Excite(fc1, bias1, fc2, bias2, se_activation)
+        y, found = passes.conv(x, norm, excite, weight, geometry, stats is not None and stats.batch)
+        own = (None, None, 0.0)
+        if stats is not None:
+            own = _statistics(stats, found, y)
+        if recipe is not None:
+            reading, (x, mean, var, scale, shift) = recipe
+        ctx.spec, ctx.count = (reading, stats, geometry, se_activation, recipe is None), own[2]
+        ctx.save_for_backward(
+            x, mean, var, scale, shift, fc1, bias1, fc2, bias2, weight,
+            own_weight, None if stats is None or not stats.batch else y, *own[:2],
+        )  # fmt: skip
+        return y, *own
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, product, plain, _):
+        x, mean, var, scale, shift, *excite, weight, own_weight, y, own_mean, own_var = ctx.saved_tensors
+        reading, stats, geometry, se_activation, through = ctx.spec
+        norm = _norm(reading, mean, var, scale, shift)
+        excite = None if excite[0] is None else Excite(*excite, se_activation)
+        grad = grad.contiguous(memory_format=_LAST)
+        own = None if stats is None else _own(stats, own_weight, own_mean, own_var, Sums(product, plain), ctx.count)
+        needs_x, needs_weight = any(ctx.needs_input_grad[1:10]), ctx.needs_input_grad[10]
+        with without_autocast(x.device.type):
+            found = passes.conv_backward(
+                grad, own, y, x, norm, excite, weight, geometry, needs_x, needs_weight, through
+            )
+        sums = (None,) * 4 if found.sums is None else _of_norm(found.sums, norm)
+        excited = (None,) * 4
+        if found.excite is not None:
+            excited = [None if t is None else g for t, g in zip(excite, found.excite, strict=False)]
+        return None, found.x, *sums, *excited, found.weight, None
+
+
+def conv(
+    x: Map,
+    weight: Tensor,
+    geometry: Sequence,
+    stats: Statistics | None = None,
+    affine: Affine | None = None,
+    excite: Excite | None = None,
+) -> Map:
+    """`conv2d(excite(x), weight, None, *geometry)`, and the norm behind it where statistics are asked for.
+
+    Args:
+        x: a channels_last map, or one that is read through its norm.
+        weight: in x's dtype.
+        geometry: stride, padding, dilation (pairs) and groups.
+        stats: the statistics of the norm behind the convolution.
+        affine: its parameters and activation.
+        excite: squeeze-and-excitation of what is read.
+
+    Returns the raw result, as a tensor or, with a norm, as `Normed`.
+    """
+    y, mean, var, count = _Conv.apply(
+        (_reading(x), stats, geometry, None if excite is None else excite.activation, _recipe(x)),
+        *_flat(x),
+        *((None,) * 4 if excite is None else excite[:4]),
+        weight,
+        None if affine is None or affine.weight is None else affine.weight.detach(),
+    )
+    return y if stats is None else Normed(y, mean, var, affine, stats.eps, count)
+
+
+def _statistics(stats: Statistics, found: tuple[Tensor, Tensor] | None, y: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Mean, variance and count: the batch's, of all processes, or copies of the given ones."""
+    if not stats.batch:
+        return stats.mean.clone(), stats.var.clone(), _count(y)
+    return _merged(*found, _count(y), stats.group)
+
+
+class _Enter(torch.autograd.Function):
+    """x -> x as a map to normalise, its statistics with their count, and x itself."""
+
+    @staticmethod
+    def forward(ctx, stats, x, own_weight):
+        mean, var, ctx.count = _statistics(stats, passes.statistics(x) if stats.batch else None, x)
+        ctx.stats = stats
+        ctx.save_for_backward(x, own_weight, mean, var)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), mean, var, ctx.count, x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, product, plain, _, identity):
+        x, weight, mean, var = ctx.saved_tensors
+        if grad is None:
+            return None, identity, None
+        own = _own(ctx.stats, weight, mean, var, Sums(product, plain), ctx.count)
+        grad = grad.contiguous(memory_format=_LAST)
+        return None, passes.entered_backward(grad, own, x, identity), None
+
+
+def enter(x: Tensor, stats: Statistics, affine: Affine) -> tuple[Normed, Tensor]:
+    """x as a map that is read through a norm, and x as it is: both to be used in place of x.
+
+    The gradients of the two meet in one pass.
+    """
+    own_weight = None if affine.weight is None else affine.weight.detach()
+    read, mean, var, count, identity = _Enter.apply(stats, x, own_weight)
+    return Normed(read, mean, var, affine, stats.eps, count), identity
+
+
+class _Join(torch.autograd.Function):
+    """Terms -> the activation of their sum."""
+
+    @staticmethod
+    def forward(ctx, spec, *tensors):
+        activation, readings, factors = spec
+        terms = _terms(readings, factors, tensors)
+        y = passes.join(terms, activation)
+        ctx.spec = (activation, readings, [t is not None for t in factors])
+        kept = y if activation == "relu" else None
+        ctx.save_for_backward(kept, *tensors, *(t for t in factors if t is not None))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        activation, readings, factored = ctx.spec
+        y, *tensors = ctx.saved_tensors
+        found = iter(tensors[5 * len(readings) :])
+        factors = [next(found) if there else None for there in factored]
+        terms = _terms(readings, factors, tensors)
+        grad = grad.contiguous(memory_format=_LAST)
+        needs = [any(ctx.needs_input_grad[1 + 5 * i : 6 + 5 * i]) for i in range(len(terms))]
+        results = []
+        for term, (dx, sums) in zip(terms, passes.join_backward(grad, y, terms, activation, needs), strict=True):
+            results += [dx, *((None,) * 4 if sums is None else _of_norm(sums, term.norm))]
+        return None, *results
+
+
+def _terms(readings: Sequence, factors: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Term]:
+    found = []
+    for i, (reading, factor) in enumerate(zip(readings, factors, strict=True)):
+        x, *norm = tensors[5 * i : 5 * i + 5]
+        found.append(Term(x, _norm(reading, *norm), factor))
+    return found
+
+
+def join(*terms: Map, activation: str = "none", factor: Tensor | None = None) -> Tensor:
+    """`activation(factor * read(terms[0]) + read(terms[1]))` of one or two terms.
+
+    Args:
+        terms: maps, or maps that are read through their norms.
+        factor: (N, 1, 1, 1), of the first term: stochastic depth.
+    """
+    factors = [factor, None][: len(terms)]
+    flat = [t for term in terms for t in _flat(term)]
+    y = _Join.apply((activation, [_reading(term) for term in terms], factors), *flat)
+    alone = len(terms) == 1 and isinstance(terms[0], Normed) and activation == "none" and factor is None
+    if alone and not y.is_inference():
+        kept = [t.detach() for t in flat[:3]] + [None if t is None else t.detach().clone() for t in flat[3:]]
+        y._regnet_fast_recipe = (y._version, _reading(terms[0]), kept)
+    return y
+
+
+def _recipe(x: Map) -> tuple | None:
+    """How to make a map again that is nothing but a raw one read through its norm: kept in its place, since the raw map
+    is kept anyway. None where there is none, or where the map was changed since.
+    """
+    version, *recipe = getattr(x, "_regnet_fast_recipe", (None,))
+    return tuple(recipe) if recipe and version == x._version and x.is_contiguous(memory_format=_LAST) else None
+
+
+class _RepVgg(torch.autograd.Function):
+    """x, two weights and three norms -> the activation of the sum of three branches.
+
+    The result of the 1x1 branch is not kept: backward computes it again.
+    """
+
+    @staticmethod
+    def forward(ctx, spec, factor, x, weight, pointwise, *affine):
+        (activation, geometries, statistics), note = spec
+        weights = (weight, pointwise)[: len(geometries)]
+        maps, own = [], []
+        for one, geometry, stats in zip(weights, geometries, statistics, strict=False):
+            y, found = passes.conv(x, None, None, one, geometry, stats.batch)
+            maps.append(y)
+            own.append(_statistics(stats, found, y))
+        if len(statistics) > len(maps):
+            stats = statistics[-1]
+            own.append(_statistics(stats, passes.statistics(x) if stats.batch else None, x))
+            maps.append(x)
+        terms = _branches(statistics, maps, own, affine, factor)
+        if note is not None:
+            for i, (term, found) in enumerate(zip(terms, own, strict=True)):
+                note(i, *found, term.x.shape)
+        y = passes.join(terms, activation)
+        ctx.spec, ctx.counts = spec[0], [count for _, _, count in own]
+        kept = [t for mean, var, _ in own for t in (mean, var)]
+        seen = y if activation == "relu" else None
+        ctx.save_for_backward(factor, x, weight, pointwise, maps[0], seen, *kept, *affine)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        activation, geometries, statistics = ctx.spec
+        factor, x, weight, pointwise, kxk, y, *rest = ctx.saved_tensors
+        count = len(statistics)
+        own = [(rest[2 * i], rest[2 * i + 1], ctx.counts[i]) for i in range(count)]
+        affine = rest[2 * count :]
+        maps = [kxk, passes.conv(x, None, None, pointwise, geometries[1], False)[0], x][:count]
+        grad = grad.contiguous(memory_format=_LAST)
+        terms = _branches(statistics, maps, own, affine, factor)
+        found = passes.join_backward(grad, y, terms, activation, [True] * count)
+        norms = [
+            _own(stats, affine[2 * i], mean, var, sums, n)
+            for i, (stats, (mean, var, n), (_, sums)) in enumerate(zip(statistics, own, found, strict=True))
+        ]
+        needs_x, *needs = ctx.needs_input_grad[2:5]
+        results = [
+            passes.conv_backward(dz, norm, raw, x, None, None, one, geometry, needs_x, need)
+            for (dz, _), norm, raw, one, geometry, need in zip(
+                found, norms, maps, (weight, pointwise), geometries, needs, strict=False
+            )
+        ]
+        dx = None
+        if needs_x:
+            dx = results[0].x.add_(results[1].x)
+            if count == 3:
+                dx = passes.entered_backward(found[2][0], norms[2], x, dx)
+        sums = [t for term, (_, sums) in zip(terms, found, strict=True) for t in _of_norm(sums, term.norm)[2:]]
+        return None, None, dx, results[0].weight, results[1].weight, *sums
+
+
+def _branches(
+    statistics: Sequence[Statistics],
+    maps: Sequence[Tensor],
+    own: Sequence[tuple[Tensor, Tensor, float]],
+    affine: Sequence[Tensor | None],
+    factor: Tensor | None,
+) -> list[Term]:
+    norms = [
+        Norm(mean, var, affine[2 * i], affine[2 * i + 1], stats.eps, "none")
+        for i, (stats, (mean, var, _)) in enumerate(zip(statistics, own, strict=True))
+    ]
+    return [Term(x, norm, factor if i < 2 else None) for i, (x, norm) in enumerate(zip(maps, norms, strict=True))]
+
+
+def repvgg(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    geometries: Sequence[Sequence],
+    statistics: Sequence[Statistics],
+    affines: Sequence[Affine],
+    activation: str,
+    factor: Tensor | None = None,
+    note: Callable[[int, Tensor, Tensor, float, torch.Size], None] | None = None,
+) -> Tensor:
+    """`activation(factor * (norm(kxk(x)) + norm(pointwise(x))) + norm(x))`, the last term where there is a third norm.
+
+    Args:
+        x: a channels_last map.
+        weights, geometries: of the k x k convolution and of the 1x1 convolution.
+        statistics, affines: of the norms of the two branches and of the identity.
+        factor: (N, 1, 1, 1): stochastic depth.
+        note: called with the number of each norm, its mean, variance and count, and the shape of its map.
+    """
+    affine = [t for one in affines for t in (one.weight, one.bias)]
+    spec = (activation, tuple(geometries), tuple(statistics))
+    return _RepVgg.apply((spec, note), factor, x, *weights, *affine)
