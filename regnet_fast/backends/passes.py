@@ -292,9 +292,17 @@ def conv_backward(
             if through:
                 sums.append(_sums(out, read, norm))
             dx = da if part is _ALL else dx
-    dweight = None if dweight is None else dweight.to(weight.dtype)
+    if dweight is not None:
+        dweight = dweight.to(weight.dtype)
+        if weight.shape[2:] == (1, 1):  # the same memory in the weight's own strides, so that autograd need not copy it
+            dweight = dweight.as_strided(weight.shape, weight.stride()) if _rows(weight) and _rows(dweight) else dweight
     totals = tuple(_summed(found) for found in zip(*excited, strict=True)) if excited else None
     return ConvGradients(dx, _total(sums) if sums else None, dweight, totals)
+
+
+def _rows(weight: Tensor) -> bool:
+    """Whether the channels of each output channel of a 1x1 convolution lie together, one output after another."""
+    return weight.stride()[:2] == (weight.shape[1], 1)
 
 
 def _convolution_backward(
