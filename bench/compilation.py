@@ -33,9 +33,16 @@ MODELS = (
     *("regnetz_005", "regnetz_040", "regnetz_b16", "regnetz_c16", "regnetz_d8", "regnetz_d32"),
     *("regnetv_040", "repvgg_a2", "repvgg_b1g4", "repvgg_d2se", "resnetv2_50"),
 )
+NORMS = ("regnetv", "resnetv2", "repvgg_d2se")
+"""Models with norms or gates that no convolution computes for every shape."""
+
 BATCHES = (1, 256)
 PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+WITHOUT_PRODUCT = ("norm_act.kernel", "depthwise_conv.kernel")
+DEPTHWISE = ((32, 56), (96, 28), (240, 14), (1024, 7))
+"""Channels and output sizes of depthwise convolutions, which no model of the table has: of custom configurations."""
+
 INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
 
 
@@ -74,7 +81,9 @@ class Compiled:
             return f"spills {self.spilled} bytes"
         if self.shared > SHARED_BYTES[self.job.arch]:
             return f"needs {self.shared} bytes of shared memory, there are {SHARED_BYTES[self.job.arch]}"
-        return "" if self.instruction else "multiplies without matrix instructions"
+        return (
+            "" if self.instruction or self.job.kernel in WITHOUT_PRODUCT else "multiplies without matrix instructions"
+        )
 
 
 def jobs(models: Sequence[str], archs: Sequence[int], dtypes: Sequence[str]) -> list[Job]:
@@ -88,6 +97,11 @@ def jobs(models: Sequence[str], archs: Sequence[int], dtypes: Sequence[str]) -> 
                     found.update(dict.fromkeys(_KINDS[operation["op"]](operation, batch, arch, dtype)))
                 for conv1, shortcut in _pairs(operations):
                     found.update(dict.fromkeys(_pair(conv1, shortcut, batch, arch, dtype)))
+                for operation in operations:
+                    if "hw" in operation and any(model.startswith(NORMS) for model in operation["models"]):
+                        found.update(dict.fromkeys(_norm_act(operation, batch, arch, dtype)))
+                for channels, size in DEPTHWISE:
+                    found.update(dict.fromkeys(_depthwise(channels, size, batch, arch, dtype)))
     return list(found)
 
 
@@ -160,8 +174,6 @@ def _convolution(operation: dict[str, Any], batch: int, arch: int, dtype: str) -
     geometry = [(size, size), (operation["stride"],) * 2, (operation["dilation"] * (size // 2),) * 2]
     geometry.append((operation["dilation"],) * 2)
     integers = ("tiles", "image_pixels", "out_columns", "height", "columns", "channel_units", "out_units")
-    if groups == operation["in"] == operation["out"] and groups > 1:
-        raise AssertionError("no architecture of the table has a depthwise convolution")
     from regnet_fast.kernels import implicit_gemm as kernels
 
     widths = operation["in"] // groups, operation["out"] // groups
@@ -183,6 +195,38 @@ def _convolution(operation: dict[str, Any], batch: int, arch: int, dtype: str) -
         pointers |= {"partial": "float32"} if constants["HAS_PARTIAL"] else {}
         pointers |= {"residual": dtype} if constants["HAS_RESIDUAL"] else {}
         yield _job("implicit_gemm.kernel", config, arch, dtype, pointers, integers, constants)
+
+
+def _norm_act(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:
+    """The norm before a convolution, and RepVGG's gate and activation behind one."""
+    from regnet_fast.kernels import norm_act as kernels
+
+    for gate, activation, channels in ((False, "relu", operation["in"]), (True, "relu", operation["out"])):
+        shape = kernels.Shape(batch * operation["hw"] ** 2, channels, DTYPES[dtype].itemsize, gate)
+        config = kernels.heuristic(shape)
+        pointers = {"x": dtype, "scale": "float32", "shift": "float32", "y": dtype} | ({"gate": dtype} if gate else {})
+        constants = {"UNIT": kernels.unit(channels), "ACTIVATION": activation, "HAS_GATE": gate, "UPCAST": False}
+        constants |= {"BLOCK_P": config.block_p, "BLOCK_C": config.block_c}
+        integers = ("pixels", "image_pixels", "channel_units")
+        yield _job("norm_act.kernel", config, arch, dtype, pointers, integers, constants)
+
+
+def _depthwise(channels: int, size: int, batch: int, arch: int, dtype: str) -> Iterator[Job]:
+    """A 3x3 depthwise convolution in both strides, with and without parts of its means."""
+    from regnet_fast.kernels import depthwise_conv as kernels
+
+    for stride, means in ((1, False), (1, True), (2, False), (2, True)):
+        operands = (9, stride**2, DTYPES[dtype].itemsize, means)
+        config = kernels.heuristic(kernels.Shape(batch * size**2, size**2, channels, *operands))
+        pointers = {"x": dtype, "weight": dtype, "bias": "float32", "y": dtype} | (
+            {"partial": "float32"} if means else {}
+        )
+        constants = {"UNIT": kernels.unit(channels), "KH": 3, "KW": 3, "STRIDE_H": stride, "STRIDE_W": stride}
+        constants |= {"PAD_H": 1, "PAD_W": 1, "DILATION_H": 1, "DILATION_W": 1, "ACTIVATION": "silu"}
+        constants |= {"HAS_BIAS": True, "HAS_PARTIAL": means, "UPCAST": False}
+        constants |= {"BLOCK_P": config.block_p, "BLOCK_C": config.block_c}
+        integers = ("tiles", "image_pixels", "out_columns", "height", "columns", "channel_units")
+        yield _job("depthwise_conv.kernel", config, arch, dtype, pointers, integers, constants)
 
 
 def _squeeze_excite(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:
@@ -317,8 +361,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=tuple(DTYPES))
     parser.add_argument("--model", nargs="+", default=MODELS)
+    parser.add_argument("--kernel", nargs="+", default=("",), help="only kernels whose names begin so")
     options = parser.parse_args(arguments)
-    made = compile_all(jobs(options.model, options.arch, options.dtype))
+    chosen = jobs(options.model, options.arch, options.dtype)
+    made = compile_all([job for job in chosen if job.kernel.startswith(tuple(options.kernel))])
     for one in made:
         if one.fault:
             print(
