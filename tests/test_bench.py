@@ -17,6 +17,8 @@ import torch
 from bench import __main__ as command_line
 from bench import cases, measure, peers, record, runner, spread
 from bench.cases import Case
+from regnet_fast.backends import passes
+from regnet_fast.blocks import training
 
 OPERATION = "grouped_conv/152x152-k3s1g19-14-relu"
 EAGER = peers.choose(["timm*"], "cpu", "ops")
@@ -178,12 +180,41 @@ def test_calls_take_turns_on_copies_of_the_inputs():
     assert len(set(seen[:3])) == 3 and seen[3] == seen[0] and torch.equal(results[0], results[2])
 
 
-def test_training_is_measured_and_is_not_called_ours():
-    found = measure.measure(Case("train", "regnetx_002", 2, "float32", 32), "cpu", EAGER, 2, lambda text: None)
+TRAINING = Case("train", "regnetx_002", 2, "float32", 64)
+
+
+def test_training_is_measured():
+    found = measure.measure(TRAINING, "cpu", EAGER, 2, lambda text: None)
     assert found["status"] == "timed"
-    assert "training mode runs the host's own forward" in found["variants"]["regnet_fast"]["reason"]
-    step = found["variants"]["timm"]
-    assert 0 < step["forward_ms"] < 10 * step["median_ms"] and step["backward_ms"] > 0
+    assert found["details"]["auto"] == "14 of 14 blocks fused"
+    for name in ("timm", "regnet_fast"):
+        step = found["variants"][name]
+        assert 0 < step["forward_ms"] < 10 * step["median_ms"] and step["backward_ms"] > 0
+
+
+def test_training_by_the_host_is_not_called_ours(monkeypatch):
+    monkeypatch.setattr(training, "unserved", lambda x: "it is Sunday")
+    found = measure.measure(TRAINING, "cpu", EAGER, 2, lambda text: None)
+    assert found["status"] == "timed"
+    assert "it is Sunday" in found["variants"]["regnet_fast"]["reason"]
+
+
+def test_a_wrong_gradient_is_refused_and_not_timed(monkeypatch):
+    right = passes.conv_backward
+
+    def wrong(*arguments):
+        found = right(*arguments)
+        return found._replace(weight=None if found.weight is None else found.weight * 1.001)
+
+    monkeypatch.setattr(passes, "conv_backward", wrong)
+    found = measure.measure(TRAINING, "cpu", EAGER, 2, lambda text: None)
+    assert found["status"] == "wrong" and "gradients are" in found["reason"] and not found["variants"]
+
+
+def test_a_peer_that_corrupts_memory_is_left_out():
+    case, chosen = Case("train", "repvgg_a0", 2, "float32", 32), peers.choose(["timm*"], "cpu", "train")
+    found = measure.measure(case, "cpu", chosen, 1, lambda text: None)
+    assert found["status"] == "timed" and "oneDNN" in found["variants"]["timm channels_last"]["reason"]
 
 
 # A run, its processes and its file

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..backends import forced_backend
 from ..backends.reference import activate, channel_means
 from ..ops import training as ops
-from ..ops.training import Affine, Excite, Map, Normed, Statistics
+from ..ops.training import Affine, Excite, Map, Normed, Statistics, without_autocast
 from . import forms
 from .units import ConvUnit, NormActUnit, Refused, SqueezeExciteUnit
 
@@ -67,15 +67,22 @@ class Step:
 
     @torch.no_grad()
     def _finish(self) -> None:
+        """Bring the statistics into the running ones, those with the same momentum together."""
+        counters = [norm.num_batches_tracked for norm, *_ in self._seen if norm.num_batches_tracked is not None]
+        if counters:
+            torch._foreach_add_(counters, 1)
+        together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         for norm, mean, var, count in self._seen:
             factor = norm.momentum
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-                if factor is None:
-                    factor = 1.0 / float(norm.num_batches_tracked)
-            factor = 0.0 if factor is None else factor
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
-            norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), factor)
+            if factor is None:
+                factor = 0.0 if norm.num_batches_tracked is None else 1.0 / float(norm.num_batches_tracked)
+            running, found = together.setdefault(factor, ([], []))
+            running += [norm.running_mean, norm.running_var]
+            found += [mean, var * (count / (count - 1))]
+        for factor, (running, found) in together.items():
+            if running[0].dtype != found[0].dtype:
+                found = [new.to(old.dtype) for old, new in zip(running, found, strict=True)]
+            torch._foreach_lerp_(running, found, factor)
 
     def conv(self, unit: ConvUnit, x: Map, activation: str | None = None, excite: Excite | None = None) -> Map:
         """A convolution and its norm; `activation`, where it is not the unit's, is applied by whoever reads it."""
@@ -227,7 +234,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def run(form: forms.Form, x: Tensor) -> Tensor:
     """The output of a block in training mode."""
     dtype = compute_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         x = x.to(dtype)
         if not isinstance(form, forms.Single):  # a convolution takes any layout, and need not keep another copy
             x = x.contiguous(memory_format=torch.channels_last)

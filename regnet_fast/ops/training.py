@@ -14,6 +14,7 @@ Source: W. Jung et al., "Restructuring Batch Normalization to Accelerate CNN Tra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,11 @@ class Normed:
 
 
 Map = Tensor | Normed
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """A context in which nothing is cast."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _flat(x: Map) -> tuple:
@@ -157,7 +163,7 @@ class _Conv(torch.autograd.Function):
         grad = grad.contiguous(memory_format=_LAST)
         own = None if stats is None else _own(stats, own_weight, own_mean, own_var, Sums(product, plain), ctx.count)
         needs_x, needs_weight = any(ctx.needs_input_grad[1:10]), ctx.needs_input_grad[10]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             found = passes.conv_backward(
                 grad, own, y, x, norm, excite, weight, geometry, needs_x, needs_weight, through
             )
