@@ -18,7 +18,7 @@ from .channel_tiles import Config, launch_tiles, new_sums, shape_of, tiles
 from .common import launch
 from .tables import choose
 
-_MERGE = {"BLOCK_T": 64, "BLOCK_M": 16}
+BLOCKS = {"BLOCK_T": 64, "BLOCK_M": 16}
 
 
 @triton.jit
@@ -106,5 +106,5 @@ def statistics(x: Tensor, config: Config | None = None) -> tuple[Tensor, Tensor]
     parts, mean, var = (new_sums(size, x) for size in ((tiles(config, shape), 3, channels), (channels,), (channels,)))
     launch_tiles(statistics_kernel, config, shape, x=x, parts=parts, pixels=shape.pixels)
     sizes = (len(parts), shape.pixels, config.block_p * config.steps, channels)
-    launch(merge_kernel, (triton.cdiv(channels, _MERGE["BLOCK_M"]),), parts, mean, var, *sizes, **_MERGE, num_warps=4)
+    launch(merge_kernel, (triton.cdiv(channels, BLOCKS["BLOCK_M"]),), parts, mean, var, *sizes, **BLOCKS, num_warps=4)
     return mean, var

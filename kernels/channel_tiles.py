@@ -52,7 +52,7 @@ CONFIGS = tuple(
 
 EXTENTS = ("images", "pixels")
 _MOST_STEPS = 64
-_TOTAL = {"BLOCK_T": 64, "BLOCK_M": 16}
+BLOCKS = {"BLOCK_T": 64, "BLOCK_M": 16}
 
 
 def _most_values(shape: Shape) -> int:
@@ -203,6 +203,6 @@ def total(parts: Tensor) -> Tensor:
     if tiles == 1:
         return parts[:, 0]
     sums = new_sums((batch, columns), parts)
-    grid = (batch, triton.cdiv(columns, _TOTAL["BLOCK_M"]))
-    launch(total_kernel, grid, parts, sums, tiles, columns, **_TOTAL, num_warps=4)
+    grid = (batch, triton.cdiv(columns, BLOCKS["BLOCK_M"]))
+    launch(total_kernel, grid, parts, sums, tiles, columns, **BLOCKS, num_warps=4)
     return sums

@@ -1,7 +1,8 @@
 """The passes of a training step on the kernels of kernels/: `passes` function by function.
 
-A 1x1 convolution normalises what it reads itself; for any other the map is made first. Dense convolutions and all
-convolutions' gradients are the framework's own.
+1x1 convolutions, and the gradients of grouped ones, normalise what they read, and the latter make the gradient of their
+raw result as they read it as well; for all others the map is made first. Dense convolutions and the gradients of 1x1
+convolutions are the framework's own.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels import implicit_gemm, training_join
+from ..kernels import grouped_input_gradient, implicit_gemm, training_join
 from ..kernels.channel_statistics import statistics as kernel_statistics
 from ..kernels.channel_tiles import total
+from ..kernels.grouped_weight_gradient import weight_gradient
 from ..kernels.pointwise_conv import pointwise_conv
 from ..kernels.squeeze_excite import squeeze_excite
 from ..kernels.training_passes import image_parts, raw_gradient
@@ -69,7 +71,7 @@ def _convolved(x: Tensor, norm: Norm | None, excite: Excite | None, weight: Tens
             gate = squeeze_excite(_means(term), *weights, activation=excite.activation, dtype=torch.float32)
             term = term._replace(factor=gate)
         x = training_join.join(term)
-    if groups > 1 and _aligned(weight, groups):
+    if _is_grouped(weight, geometry):
         x = x.contiguous(memory_format=_LAST)
         packed, size = implicit_gemm.packed_weight(weight), tuple(weight.shape[2:])
         return implicit_gemm.convolution(
@@ -87,9 +89,11 @@ def _affine(norm: Norm) -> tuple[Tensor, Tensor, str]:
     return scale, shift, norm.activation
 
 
-def _aligned(weight: Tensor, groups: int) -> bool:
-    """Whether the kernels take the groups of a convolution."""
-    return weight.shape[1] % 4 == 0 and (weight.shape[0] // groups) % 4 == 0
+def _is_grouped(weight: Tensor, geometry: Sequence) -> bool:
+    """Whether there are kernels for a convolution's groups."""
+    stride, _, _, groups = geometry
+    width, out_width = weight.shape[1], weight.shape[0] // groups
+    return groups > 1 and width % 4 == 0 and out_width % 4 == 0 and max(stride) <= 2
 
 
 def conv_backward(
@@ -112,11 +116,14 @@ def conv_backward(
         if excite is not None:
             gate = Gate(total(_means(term)), excite)
             factor = gate.gate.float()
-        read = x
-        if factor is not None or (norm is not None and needs_weight):
-            read = training_join.join(term._replace(factor=factor))
-        dy = grad if own is None else _raw(grad, y, own)
-        da, dweight = passes.convolution_backward(dy, read, weight, geometry, needs_x, needs_weight)
+        if excite is None and _is_grouped(weight, geometry):
+            da, dweight = _grouped_backward(grad, own, y, x, norm, weight, geometry, needs_x, needs_weight)
+        else:
+            read = x
+            if factor is not None or (norm is not None and needs_weight):
+                read = training_join.join(term._replace(factor=factor))
+            dy = grad if own is None else raw_gradient(grad, y, *_coefficients(own))
+            da, dweight = passes.convolution_backward(dy, read, weight, geometry, needs_x, needs_weight)
         if not needs_x:
             return ConvGradients(None, None, dweight, None)
         da, extra = da.contiguous(memory_format=_LAST), None
@@ -131,10 +138,32 @@ def conv_backward(
         return ConvGradients(dz, None if product is None else Sums(product, plain), dweight, found)
 
 
-def _raw(grad: Tensor, y: Tensor, own: Own, identity: Tensor | None = None) -> Tensor:
-    """The gradient of a raw map y from that of the normalised one; plus `identity`."""
-    coefficients = (None if t is None else t.flatten().float() for t in own.coefficients())
-    return raw_gradient(grad, y, *coefficients, identity=identity)
+def _coefficients(own: Own) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return tuple(None if t is None else t.flatten().float() for t in own.coefficients())
+
+
+def _grouped_backward(
+    grad: Tensor,
+    own: Own | None,
+    y: Tensor | None,
+    x: Tensor,
+    norm: Norm | None,
+    weight: Tensor,
+    geometry: Sequence,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the map that a grouped convolution reads, and of its weight."""
+    *pairs, groups = geometry
+    shape, affine = (tuple(weight.shape[2:]), *map(tuple, pairs)), None if own is None else _coefficients(own)
+    da = dweight = None
+    if needs_x:
+        packed = grouped_input_gradient.packed_weight(weight, groups)
+        da = grouped_input_gradient.input_gradient(grad, y, affine, packed, tuple(x.shape[2:]), *shape, groups)
+    if needs_weight:
+        read = None if norm is None else _affine(norm)
+        dweight = weight_gradient(x, read, grad, y, affine, *shape, groups).to(weight.dtype)
+    return da, dweight
 
 
 def _terms(terms: Sequence[Term]) -> list[training_join.Term]:
@@ -159,4 +188,5 @@ def join_backward(
 def entered_backward(grad: Tensor, own: Own, x: Tensor, identity: Tensor | None) -> Tensor:
     """`passes.entered_backward`."""
     with current(x):
-        return _raw(grad, x, own, None if identity is None else identity.contiguous(memory_format=_LAST))
+        identity = None if identity is None else identity.contiguous(memory_format=_LAST)
+        return raw_gradient(grad, x, *_coefficients(own), identity=identity)

@@ -20,6 +20,8 @@ def guarded(monkeypatch):
         channel_tiles,
         common,
         depthwise_conv,
+        grouped_input_gradient,
+        grouped_weight_gradient,
         implicit_gemm,
         norm_act,
         pointwise_conv,
@@ -45,9 +47,10 @@ def guarded(monkeypatch):
         return between(original(size, like).zero_(), 7.0)
 
     original, passes = channel_tiles.new_sums, (training_join, training_passes)
-    for module in (pointwise_conv, pointwise_pair, implicit_gemm, depthwise_conv, norm_act, *passes):
+    convolutions = (pointwise_conv, pointwise_pair, implicit_gemm, depthwise_conv, grouped_input_gradient)
+    for module in (*convolutions, norm_act, *passes):
         monkeypatch.setattr(module, "new_output", new_output)
-    for module in (channel_statistics, channel_tiles, *passes):
+    for module in (channel_statistics, channel_tiles, grouped_weight_gradient, *passes):
         monkeypatch.setattr(module, "new_sums", new_sums)
     yield lambda tensor: None if tensor is None else between(tensor, float("nan"))
     for flat, value in guards:
