@@ -35,8 +35,9 @@ def statistics_kernel(
     x += first.to(tl.int64) * channels
     inside = (rows < count)[:, None] & known[None, :]
     v = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-    pivot = (tl.sum(v, 0) / tl.minimum(count, BLOCK_P)).to(tl.int32, bitcast=True) & -4096  # 12 bits: differences
-    pivot = pivot.to(tl.float32, bitcast=True)  # of 16-bit values from it, and sums of a few, are exact
+    # 12 bits: the differences of 16-bit values from it, and sums of a few of them, are exact
+    pivot = (tl.sum(v, 0) / tl.minimum(count, BLOCK_P)).to(tl.int32, bitcast=True) & -4096
+    pivot = pivot.to(tl.float32, bitcast=True)
     plain, square = tl.zeros((BLOCK_P, BLOCK_C), tl.float32), tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for step in tl.range(STEPS):
         inside = (rows < count - step * BLOCK_P)[:, None] & known[None, :]
