@@ -39,7 +39,7 @@ NORMS = ("regnetv", "resnetv2", "repvgg_d2se")
 BATCHES = (1, 256)
 PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-WITHOUT_PRODUCT = ("norm_act.kernel", "depthwise_conv.kernel")
+WITHOUT_PRODUCT = ("norm_act.", "depthwise_conv.", "channel_", "training_")
 DEPTHWISE = ((32, 56), (96, 28), (240, 14), (1024, 7))
 """Channels and output sizes of depthwise convolutions, which no model of the table has: of custom configurations."""
 
@@ -82,12 +82,16 @@ class Compiled:
         if self.shared > SHARED_BYTES[self.job.arch]:
             return f"needs {self.shared} bytes of shared memory, there are {SHARED_BYTES[self.job.arch]}"
         return (
-            "" if self.instruction or self.job.kernel in WITHOUT_PRODUCT else "multiplies without matrix instructions"
+            ""
+            if self.instruction or self.job.kernel.startswith(WITHOUT_PRODUCT)
+            else "multiplies without matrix instructions"
         )
 
 
 def jobs(models: Sequence[str], archs: Sequence[int], dtypes: Sequence[str]) -> list[Job]:
     """Every kernel in its default configurations for every operation of some models, each once."""
+    from . import training_jobs
+
     operations = [found for found in cases.operations().values() if set(models) & found["models"].keys()]
     found: dict[Job, None] = {}
     for arch in archs:
@@ -100,6 +104,8 @@ def jobs(models: Sequence[str], archs: Sequence[int], dtypes: Sequence[str]) -> 
                 for operation in operations:
                     if "hw" in operation and any(model.startswith(NORMS) for model in operation["models"]):
                         found.update(dict.fromkeys(_norm_act(operation, batch, arch, dtype)))
+                for operation in operations:
+                    found.update(dict.fromkeys(training_jobs.jobs(operation, batch, arch, dtype)))
                 for channels, size in DEPTHWISE:
                     found.update(dict.fromkeys(_depthwise(channels, size, batch, arch, dtype)))
     return list(found)
@@ -132,7 +138,7 @@ def _pair(conv1: dict[str, Any], shortcut: dict[str, Any], batch: int, arch: int
     pointers |= {"scale": "float32", "shift": "float32"} if before else {"other_bias": "float32"}
     integers = ("pixels", "other_pixels", "out_area", "out_width", "in_area", "in_width")
     integers += ("channel_units", "out_units", "other_units")
-    yield _job("pointwise_pair.kernel", config, arch, dtype, pointers, integers, constants)
+    yield make_job("pointwise_pair.kernel", config, arch, dtype, pointers, integers, constants)
 
 
 def _pointwise(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:
@@ -163,7 +169,7 @@ def _pointwise(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> 
         pointers |= dict.fromkeys(("scale", "shift"), "float32") if norm else {}
         pointers |= dict.fromkeys(("residual_scale", "residual_shift"), "float32") if residual_norm else {}
         form = "resident" if config.resident else "streamed"
-        yield _job(f"pointwise_conv.{form}_kernel", config, arch, dtype, pointers, integers, constants)
+        yield make_job(f"pointwise_conv.{form}_kernel", config, arch, dtype, pointers, integers, constants)
 
 
 def _convolution(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:
@@ -194,7 +200,7 @@ def _convolution(operation: dict[str, Any], batch: int, arch: int, dtype: str) -
         pointers = {"x": dtype, "weight": dtype, "bias": "float32", "y": dtype}
         pointers |= {"partial": "float32"} if constants["HAS_PARTIAL"] else {}
         pointers |= {"residual": dtype} if constants["HAS_RESIDUAL"] else {}
-        yield _job("implicit_gemm.kernel", config, arch, dtype, pointers, integers, constants)
+        yield make_job("implicit_gemm.kernel", config, arch, dtype, pointers, integers, constants)
 
 
 def _norm_act(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:
@@ -208,7 +214,7 @@ def _norm_act(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> I
         constants = {"UNIT": kernels.unit(channels), "ACTIVATION": activation, "HAS_GATE": gate, "UPCAST": False}
         constants |= {"BLOCK_P": config.block_p, "BLOCK_C": config.block_c}
         integers = ("pixels", "image_pixels", "channel_units")
-        yield _job("norm_act.kernel", config, arch, dtype, pointers, integers, constants)
+        yield make_job("norm_act.kernel", config, arch, dtype, pointers, integers, constants)
 
 
 def _depthwise(channels: int, size: int, batch: int, arch: int, dtype: str) -> Iterator[Job]:
@@ -226,7 +232,7 @@ def _depthwise(channels: int, size: int, batch: int, arch: int, dtype: str) -> I
         constants |= {"HAS_BIAS": True, "HAS_PARTIAL": means, "UPCAST": False}
         constants |= {"BLOCK_P": config.block_p, "BLOCK_C": config.block_c}
         integers = ("tiles", "image_pixels", "out_columns", "height", "columns", "channel_units")
-        yield _job("depthwise_conv.kernel", config, arch, dtype, pointers, integers, constants)
+        yield make_job("depthwise_conv.kernel", config, arch, dtype, pointers, integers, constants)
 
 
 def _squeeze_excite(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:
@@ -240,12 +246,14 @@ def _squeeze_excite(operation: dict[str, Any], batch: int, arch: int, dtype: str
     counts = ("images", "channels", "hidden")
     if config.whole:
         name, pointers = "squeeze_excite.whole_kernel", {**first, **second}
-        yield _job(name, config, arch, dtype, pointers, (*counts, "tiles"), {**blocks, **act, **narrow})
+        yield make_job(name, config, arch, dtype, pointers, (*counts, "tiles"), {**blocks, **act, **narrow})
         return
     pointers = {**first, "result": "float32"}
-    yield _job("squeeze_excite.hidden_kernel", config, arch, "float32", pointers, (*counts, "tiles"), {**blocks, **act})
+    yield make_job(
+        "squeeze_excite.hidden_kernel", config, arch, "float32", pointers, (*counts, "tiles"), {**blocks, **act}
+    )
     pointers = {"values": "float32", **second}
-    yield _job("squeeze_excite.gate_kernel", config, arch, dtype, pointers, counts, {**blocks, **narrow})
+    yield make_job("squeeze_excite.gate_kernel", config, arch, dtype, pointers, counts, {**blocks, **narrow})
 
 
 _KINDS = {
@@ -257,7 +265,7 @@ _KINDS = {
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-def _job(
+def make_job(
     kernel: str,
     config: Any,
     arch: int,
@@ -265,8 +273,11 @@ def _job(
     pointers: dict[str, str],
     integers: Sequence[str],
     constants: dict[str, Any],
+    floats: Sequence[str] = (),
 ) -> Job:
+    """A job from the arguments by kind: the dtypes of pointers, integers, compile-time constants, floats."""
     arguments = {**{name: f"*{_SHORT[kind]}" for name, kind in pointers.items()}, **dict.fromkeys(integers, "i32")}
+    arguments |= dict.fromkeys(floats, "fp32")
     tiles = [str(value) for name, value in vars(config).items() if name.startswith("block_")]
     stages = f", {config.stages} stages" if hasattr(config, "stages") else ""
     return Job(

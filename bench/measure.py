@@ -181,7 +181,7 @@ def check_gradients(name: str, subject: Subject, images: int = 4) -> None:
         x, target = (t[:images] for t in subject.inputs)
         autocast = subject.autocast if dtype == torch.float32 else None
         with torch.autocast(subject.device, autocast, enabled=autocast is not None):
-            loss = nn.functional.cross_entropy(module(_channels_last(x.to(dtype))), target)
+            loss = nn.functional.cross_entropy(module(x.to(dtype)), target)
         loss.backward()
         return [p.grad.double() for p in module.parameters()]
 

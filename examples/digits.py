@@ -106,7 +106,7 @@ def plot(curves: dict[str, list[list[dict[str, float]]]], file: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Train, plot and report; the exit status says whether the two agree."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--figure", type=Path, default=FIGURE)
     options = parser.parse_args(arguments)

@@ -29,7 +29,10 @@ from typing import Any, get_type_hints
 
 import torch
 
-KERNELS = ("pointwise_conv", "pointwise_pair", "implicit_gemm", "depthwise_conv", "squeeze_excite", "norm_act")
+KERNELS = (
+    *("pointwise_conv", "pointwise_pair", "implicit_gemm", "depthwise_conv", "squeeze_excite", "norm_act"),
+    *("channel_tiles", "grouped_input_gradient", "grouped_weight_gradient"),
+)
 SHIPPED = Path(__file__).parent / "tuned"
 SCHEMA = 1
 FARTHEST = 4  # so many times as much to compute, or as little, is still near

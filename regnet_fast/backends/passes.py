@@ -162,28 +162,39 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return merged(found, [_images(x, part) for part in cut])
 
 
-class _Gate:
-    """The gate of some images, and its gradients."""
+class Gate:
+    """Squeeze-and-excitation's gate from the channel means of some images, and its gradients."""
 
-    def __init__(self, a: Tensor, excite: Excite):
-        self.a, self.excite = a, excite
-        self.means = a.mean((2, 3), dtype=excite.fc1.dtype)
-        self.before = F.linear(self.means, excite.fc1, excite.bias1)
+    def __init__(self, means: Tensor, excite: Excite):
+        self.means, self.excite = means, excite
+        self.before = F.linear(means, excite.fc1, excite.bias1)
         self.hidden = reference.activate(self.before, excite.activation)
         self.gate = torch.sigmoid(F.linear(self.hidden, excite.fc2, excite.bias2))
-        self.factor = self.gate.to(a.dtype)[:, :, None, None]
 
-    def backward(self, grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The gradient of the map from that of the gated map, in its memory, and of the four parameters."""
+    def backward(self, dgate: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The gradients of the means and of the four parameters."""
         fc1, _, fc2, _, activation = self.excite
-        dgate = (grad * self.a).sum((2, 3), dtype=self.gate.dtype)
         d2 = dgate * self.gate * (1 - self.gate)
         dhidden = d2 @ fc2
         d1 = torch.empty_like(dhidden)
         _inactivated(dhidden, self.before, self.hidden, activation, d1)
-        dmeans = (d1 @ fc1) / (self.a.shape[2] * self.a.shape[3])
-        grad = torch.addcmul(dmeans.to(grad.dtype)[:, :, None, None], grad, self.factor, out=grad)
-        return grad, (d1.t() @ self.means, d1.sum(0), d2.t() @ self.hidden, d2.sum(0))
+        return d1 @ fc1, (d1.t() @ self.means, d1.sum(0), d2.t() @ self.hidden, d2.sum(0))
+
+
+class _Gated:
+    """A map and its gate."""
+
+    def __init__(self, a: Tensor, excite: Excite):
+        self.a = a
+        self.gate = Gate(a.mean((2, 3), dtype=excite.fc1.dtype), excite)
+        self.factor = self.gate.gate.to(a.dtype)[:, :, None, None]
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The gradient of the map from that of the gated map, in its memory, and of the four parameters."""
+        dgate = (grad * self.a).sum((2, 3), dtype=self.gate.gate.dtype)
+        dmeans, found = self.gate.backward(dgate)
+        dmeans = dmeans / (self.a.shape[2] * self.a.shape[3])
+        return torch.addcmul(dmeans.to(grad.dtype)[:, :, None, None], grad, self.factor, out=grad), found
 
 
 def conv(
@@ -200,7 +211,7 @@ def conv(
         a = _laid_out(x, part)
         a = a if norm is None else _activated(normalised(a, norm), norm.activation)
         if excite is not None:
-            factor = _Gate(a, excite).factor
+            factor = _Gated(a, excite).factor
             a = a * factor if norm is None else a.mul_(factor)
         one = torch.conv2d(a, weight, None, *geometry)
         if measured:
@@ -277,9 +288,9 @@ def conv_backward(
             z = normalised(read, norm)
             a = e = _activated(z, activation, keep=True)
         if excite is not None:
-            gate = _Gate(a, excite)
+            gate = _Gated(a, excite)
             e = a * gate.factor
-        da, dw = _convolution_backward(dy, e, weight, geometry, needs_x, needs_weight)
+        da, dw = convolution_backward(dy, e, weight, geometry, needs_x, needs_weight)
         if needs_weight:
             dw = dw if part is _ALL else dw.to(torch.promote_types(dw.dtype, torch.float32))
             dweight = dw if dweight is None else dweight.add_(dw)
@@ -292,21 +303,30 @@ def conv_backward(
             if through:
                 sums.append(_sums(out, read, norm))
             dx = da if part is _ALL else dx
-    dweight = None if dweight is None else dweight.to(weight.dtype)
+    if dweight is not None:
+        dweight = dweight.to(weight.dtype)
+        if weight.shape[2:] == (1, 1):  # the same memory in the weight's own strides, so that autograd need not copy it
+            dweight = dweight.as_strided(weight.shape, weight.stride()) if _rows(weight) and _rows(dweight) else dweight
     totals = tuple(_summed(found) for found in zip(*excited, strict=True)) if excited else None
     return ConvGradients(dx, _total(sums) if sums else None, dweight, totals)
 
 
-def _convolution_backward(
+def _rows(weight: Tensor) -> bool:
+    """Whether the channels of each output channel of a 1x1 convolution lie together, one output after another."""
+    return weight.stride()[:2] == (weight.shape[1], 1)
+
+
+def convolution_backward(
     dy: Tensor, x: Tensor, weight: Tensor, geometry: Sequence, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and of the weight of a convolution alone."""
     stride, padding, dilation, groups = geometry
     if needs_weight and x.is_cpu and weight.shape[2:] == (1, 1) and weight.shape[1] < 16 and groups == 1:
         # oneDNN writes beyond its memory for the weights of a strided 1x1 convolution of RGB images (docs/training.md).
         padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
         rows = padded[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1).reshape(-1, x.shape[1])
         dw = (dy.permute(0, 2, 3, 1).reshape(-1, dy.shape[1]).t() @ rows).view(weight.shape)
-        return _convolution_backward(dy, x, weight, geometry, True, False)[0] if needs_x else None, dw
+        return convolution_backward(dy, x, weight, geometry, True, False)[0] if needs_x else None, dw
     dx, dw, _ = torch.ops.aten.convolution_backward(
         dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [needs_x, needs_weight, False]
     )

@@ -36,6 +36,18 @@ def refuse(problem: Problem) -> str | None:
     return None
 
 
+def refuse_training(x: Tensor) -> str | None:
+    """Why there are no kernels for the passes of a training step over maps like x, or None."""
+    reason = _refuse_device(str(x.device))
+    if reason is not None:
+        return reason
+    if x.dtype not in _DTYPES:
+        return f"the kernels compute in float32, float16 and bfloat16, not in {x.dtype}"
+    if x.shape[0] * _area(x.shape) > _MOST:
+        return "too many pixels to count in 32 bits"
+    return None
+
+
 def _refuse_device(device: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; it comes with the CUDA builds of torch"
@@ -87,7 +99,7 @@ def _depthwise(problem: ConvProblem) -> bool:
     return problem.groups > 1 and problem.groups == problem.input_shape[1] == problem.out_channels
 
 
-def _on(x: Tensor) -> AbstractContextManager:
+def current(x: Tensor) -> AbstractContextManager:
     """Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
@@ -126,7 +138,7 @@ class PointwiseConv:
             residual = computed(residual)
         gate = None if gate is None else gate.to(x.dtype).contiguous()
         options = {"stride": self.stride, "activation": self.activation, **norms}
-        with _on(x):
+        with current(x):
             return self.launch(x, self.weight, self.bias, gate, residual, **options)
 
     def beside(self, other: PointwiseConv, x: Tensor | Deferred) -> tuple[Tensor, Tensor] | None:
@@ -141,7 +153,7 @@ class PointwiseConv:
                 return None
             norm, x = x.run.affine, x.x
         options = {"norm": norm, "stride": other.stride, "activation": self.activation}
-        with _on(x):
+        with current(x):
             return pointwise_pair(x, self.weight, self.bias, other.weight, other.bias, **options)
 
 
@@ -179,7 +191,7 @@ class GroupedConv:
         return self._run(x, None, True)
 
     def _run(self, x: Tensor, residual: Tensor | None, means: bool) -> tuple[Tensor, Tensor | None]:
-        with _on(x):
+        with current(x):
             if self.depthwise:
                 return self.launch(x, self.weight, self.bias, *self.geometry, self.activation, means)
             return self.launch(x, self.weight, self.bias, residual, *self.geometry, self.groups, self.activation, means)
@@ -206,7 +218,7 @@ class SqueezeExcite:
 
     def from_parts(self, parts: Tensor, dtype: torch.dtype) -> Tensor:
         """The gate in a dtype, from (N, T, C) parts whose sum over T are the means."""
-        with _on(parts):
+        with current(parts):
             return self.launch(parts.float().contiguous(), *self.weights, activation=self.activation, dtype=dtype)
 
 
@@ -232,7 +244,7 @@ class NormAct:
     def __call__(self, x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:
         scale, shift, activation = self.affine
         gate = None if gate is None else gate.contiguous()
-        with _on(x):
+        with current(x):
             return self.launch(x, scale, shift, gate, activation=activation)
 
 

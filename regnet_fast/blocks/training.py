@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..backends import forced_backend
+from ..backends import forced_backend, triton
 from ..backends.reference import activate, channel_means
 from ..ops import training as ops
 from ..ops.training import Affine, Excite, Map, Normed, Statistics, without_autocast
@@ -172,8 +172,8 @@ _RUN: dict[type[forms.Form], Callable[[Step, forms.Form, Tensor], Tensor]] = {
 def unserved(x: Tensor) -> str | None:
     """Why the operations are not used for such an input, or None."""
     forced = forced_backend()
-    if forced == "triton":
-        return "the backend 'triton' has no operations yet"
+    if forced == triton.NAME:
+        return triton.refuse_training(x)
     if not x.is_cpu and forced is None:
         return f"the operations have not been measured on the device type {x.device.type!r}"
     return None

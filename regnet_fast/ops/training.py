@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import passes
 from ..backends.passes import Excite, Norm, Own, Sums, Term
+from ..backends.training import passes_for
 
 _LAST = torch.channels_last
 
@@ -146,7 +147,8 @@ class _Conv(torch.autograd.Function):
         reading, stats, geometry, se_activation, recipe = spec
         norm = _norm(reading, mean, var, scale, shift)
         excite = None if fc1 is None else Excite(fc1, bias1, fc2, bias2, se_activation)
-        y, found = passes.conv(x, norm, excite, weight, geometry, stats is not None and stats.batch)
+        ctx.passes = passes_for(x)
+        y, found = ctx.passes.conv(x, norm, excite, weight, geometry, stats is not None and stats.batch)
         own = (None, None, 0.0)
         if stats is not None:
             own = _statistics(stats, found, y)
@@ -170,7 +172,7 @@ class _Conv(torch.autograd.Function):
         own = None if stats is None else _own(stats, own_weight, own_mean, own_var, Sums(product, plain), ctx.count)
         needs_x, needs_weight = any(ctx.needs_input_grad[1:10]), ctx.needs_input_grad[10]
         with without_autocast(x.device.type):
-            found = passes.conv_backward(
+            found = ctx.passes.conv_backward(
                 grad, own, y, x, norm, excite, weight, geometry, needs_x, needs_weight, through
             )
         sums = (None,) * 4 if found.sums is None else _of_norm(found.sums, norm)
@@ -222,7 +224,8 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, stats, x, own_weight):
-        mean, var, ctx.count = _statistics(stats, passes.statistics(x) if stats.batch else None, x)
+        ctx.passes = passes_for(x)
+        mean, var, ctx.count = _statistics(stats, ctx.passes.statistics(x) if stats.batch else None, x)
         ctx.stats = stats
         ctx.save_for_backward(x, own_weight, mean, var)
         ctx.set_materialize_grads(False)
@@ -236,7 +239,7 @@ class _Enter(torch.autograd.Function):
             return None, identity, None
         own = _own(ctx.stats, weight, mean, var, Sums(product, plain), ctx.count)
         grad = grad.contiguous(memory_format=_LAST)
-        return None, passes.entered_backward(grad, own, x, identity), None
+        return None, ctx.passes.entered_backward(grad, own, x, identity), None
 
 
 def enter(x: Tensor, stats: Statistics, affine: Affine) -> tuple[Normed, Tensor]:
@@ -256,7 +259,8 @@ class _Join(torch.autograd.Function):
     def forward(ctx, spec, *tensors):
         activation, readings, factors = spec
         terms = _terms(readings, factors, tensors)
-        y = passes.join(terms, activation)
+        ctx.passes = passes_for(terms[0].x)
+        y = ctx.passes.join(terms, activation)
         ctx.spec = (activation, readings, [t is not None for t in factors])
         kept = y if activation == "relu" else None
         ctx.save_for_backward(kept, *tensors, *(t for t in factors if t is not None))
@@ -273,7 +277,7 @@ class _Join(torch.autograd.Function):
         grad = grad.contiguous(memory_format=_LAST)
         needs = [any(ctx.needs_input_grad[1 + 5 * i : 6 + 5 * i]) for i in range(len(terms))]
         results = []
-        for term, (dx, sums) in zip(terms, passes.join_backward(grad, y, terms, activation, needs), strict=True):
+        for term, (dx, sums) in zip(terms, ctx.passes.join_backward(grad, y, terms, activation, needs), strict=True):
             results += [dx, *((None,) * 4 if sums is None else _of_norm(sums, term.norm))]
         return None, *results
 
@@ -321,20 +325,21 @@ class _RepVgg(torch.autograd.Function):
     def forward(ctx, spec, factor, x, weight, pointwise, *affine):
         (activation, geometries, statistics), note = spec
         weights = (weight, pointwise)[: len(geometries)]
+        ctx.passes = passes_for(x)
         maps, own = [], []
         for one, geometry, stats in zip(weights, geometries, statistics, strict=False):
-            y, found = passes.conv(x, None, None, one, geometry, stats.batch)
+            y, found = ctx.passes.conv(x, None, None, one, geometry, stats.batch)
             maps.append(y)
             own.append(_statistics(stats, found, y))
         if len(statistics) > len(maps):
             stats = statistics[-1]
-            own.append(_statistics(stats, passes.statistics(x) if stats.batch else None, x))
+            own.append(_statistics(stats, ctx.passes.statistics(x) if stats.batch else None, x))
             maps.append(x)
         terms = _branches(statistics, maps, own, affine, factor)
         if note is not None:
             for i, (term, found) in enumerate(zip(terms, own, strict=True)):
                 note(i, *found, term.x.shape)
-        y = passes.join(terms, activation)
+        y = ctx.passes.join(terms, activation)
         ctx.spec, ctx.counts = spec[0], [count for _, _, count in own]
         kept = [t for mean, var, _ in own for t in (mean, var)]
         seen = y if activation == "relu" else None
@@ -349,17 +354,17 @@ class _RepVgg(torch.autograd.Function):
         count = len(statistics)
         own = [(rest[2 * i], rest[2 * i + 1], ctx.counts[i]) for i in range(count)]
         affine = rest[2 * count :]
-        maps = [kxk, passes.conv(x, None, None, pointwise, geometries[1], False)[0], x][:count]
+        maps = [kxk, ctx.passes.conv(x, None, None, pointwise, geometries[1], False)[0], x][:count]
         grad = grad.contiguous(memory_format=_LAST)
         terms = _branches(statistics, maps, own, affine, factor)
-        found = passes.join_backward(grad, y, terms, activation, [True] * count)
+        found = ctx.passes.join_backward(grad, y, terms, activation, [True] * count)
         norms = [
             _own(stats, affine[2 * i], mean, var, sums, n)
             for i, (stats, (mean, var, n), (_, sums)) in enumerate(zip(statistics, own, found, strict=True))
         ]
         needs_x, *needs = ctx.needs_input_grad[2:5]
         results = [
-            passes.conv_backward(dz, norm, raw, x, None, None, one, geometry, needs_x, need)
+            ctx.passes.conv_backward(dz, norm, raw, x, None, None, one, geometry, needs_x, need)
             for (dz, _), norm, raw, one, geometry, need in zip(
                 found, norms, maps, (weight, pointwise), geometries, needs, strict=False
             )
@@ -368,7 +373,7 @@ class _RepVgg(torch.autograd.Function):
         if needs_x:
             dx = results[0].x.add_(results[1].x)
             if count == 3:
-                dx = passes.entered_backward(found[2][0], norms[2], x, dx)
+                dx = ctx.passes.entered_backward(found[2][0], norms[2], x, dx)
         sums = [t for term, (_, sums) in zip(terms, found, strict=True) for t in _of_norm(sums, term.norm)[2:]]
         return None, None, dx, results[0].weight, results[1].weight, *sums
 

@@ -15,7 +15,20 @@ def guarded(monkeypatch):
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield None
         return
-    from regnet_fast.kernels import common, depthwise_conv, implicit_gemm, norm_act, pointwise_conv, pointwise_pair
+    from regnet_fast.kernels import (
+        channel_statistics,
+        channel_tiles,
+        common,
+        depthwise_conv,
+        grouped_input_gradient,
+        grouped_weight_gradient,
+        implicit_gemm,
+        norm_act,
+        pointwise_conv,
+        pointwise_pair,
+        training_join,
+        training_passes,
+    )
 
     guards = []
 
@@ -30,8 +43,15 @@ def guarded(monkeypatch):
     def new_output(size, like):
         return between(common.new_output(size, like).zero_(), 7.0)
 
-    for module in (pointwise_conv, pointwise_pair, implicit_gemm, depthwise_conv, norm_act):
+    def new_sums(size, like):
+        return between(original(size, like).zero_(), 7.0)
+
+    original, passes = channel_tiles.new_sums, (training_join, training_passes)
+    convolutions = (pointwise_conv, pointwise_pair, implicit_gemm, depthwise_conv, grouped_input_gradient)
+    for module in (*convolutions, norm_act, *passes):
         monkeypatch.setattr(module, "new_output", new_output)
+    for module in (channel_statistics, channel_tiles, grouped_weight_gradient, *passes):
+        monkeypatch.setattr(module, "new_sums", new_sums)
     yield lambda tensor: None if tensor is None else between(tensor, float("nan"))
     for flat, value in guards:
         ends = torch.cat([flat[:256], flat[-256:]])

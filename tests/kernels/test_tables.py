@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from regnet_fast.kernels import (
+    channel_tiles,
     common,
     depthwise_conv,
+    grouped_input_gradient,
+    grouped_weight_gradient,
     implicit_gemm,
     norm_act,
     pointwise_conv,
@@ -32,6 +35,9 @@ SHAPES = {
     depthwise_conv: depthwise_conv.Shape(1568, 196, 64, 9, 1, 2, True),
     squeeze_excite: squeeze_excite.Shape(8, 7, 72, 18, 90),
     norm_act: norm_act.Shape(1000, 64, 2, False),
+    channel_tiles: channel_tiles.Shape(1, 1000, 64, 2, 3, 2, 132),
+    grouped_input_gradient: grouped_input_gradient.Shape(1568, 196, 3, 24, 24, 9, 1, 2, 2, False, 90, 132),
+    grouped_weight_gradient: grouped_weight_gradient.Shape(8, 196, 3, 24, 24, 9, 1, 2, 2, True, False, 90, 132),
 }
 
 

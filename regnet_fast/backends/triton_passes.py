@@ -1,0 +1,192 @@
+"""The passes of a training step on the kernels of kernels/: `passes` function by function.
+
+1x1 convolutions, and the gradients of grouped ones, normalise what they read, and the latter make the gradient of their
+raw result as they read it as well; for all others the map is made first. Dense convolutions and the gradients of 1x1
+convolutions are the framework's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels import grouped_input_gradient, implicit_gemm, training_join
+from ..kernels.channel_statistics import statistics as kernel_statistics
+from ..kernels.channel_tiles import total
+from ..kernels.grouped_weight_gradient import weight_gradient
+from ..kernels.pointwise_conv import pointwise_conv
+from ..kernels.squeeze_excite import squeeze_excite
+from ..kernels.training_passes import image_parts, raw_gradient
+from . import passes
+from .passes import ConvGradients, Excite, Gate, Norm, Own, Sums, Term
+from .triton import current
+
+_LAST = torch.channels_last
+
+
+def _wide(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float().contiguous()
+
+
+def _read(x: Tensor, norm: Norm | None, factor: Tensor | None = None) -> training_join.Term:
+    """A map as the kernels read it."""
+    factor = None if factor is None else factor.contiguous()
+    if norm is None:
+        return training_join.Term(x, factor=factor)
+    return training_join.Term(x, *map(_wide, norm[:4]), norm.eps, norm.activation, factor)
+
+
+def _means(term: training_join.Term) -> Tensor:
+    """Parts of the channel means of every image."""
+    return image_parts(term, share=1.0 / (term.x.shape[2] * term.x.shape[3]))
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel, in float32."""
+    with current(x):
+        return kernel_statistics(x)
+
+
+def conv(
+    x: Tensor, norm: Norm | None, excite: Excite | None, weight: Tensor, geometry: Sequence, measured: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """`passes.conv`."""
+    with current(x):
+        y = _convolved(x, norm, excite, weight, geometry)
+        return y, kernel_statistics(y) if measured else None
+
+
+def _convolved(x: Tensor, norm: Norm | None, excite: Excite | None, weight: Tensor, geometry: Sequence) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    pointwise = weight.shape[2:] == (1, 1) and groups == 1 and not any(padding) and stride[0] == stride[1]
+    if norm is not None and excite is None and pointwise:
+        x, packed = x.contiguous(memory_format=_LAST), weight.flatten(1).contiguous()
+        return pointwise_conv(x, packed, stride=stride[0], norm=_affine(norm))
+    if norm is not None or excite is not None:
+        term = _read(x.contiguous(memory_format=_LAST), norm)
+        if excite is not None:
+            weights = [t.float().contiguous() for t in excite[:4]]
+            gate = squeeze_excite(_means(term), *weights, activation=excite.activation, dtype=torch.float32)
+            term = term._replace(factor=gate)
+        x = training_join.join(term)
+    if _is_grouped(weight, geometry):
+        x = x.contiguous(memory_format=_LAST)
+        packed, size = implicit_gemm.packed_weight(weight), tuple(weight.shape[2:])
+        return implicit_gemm.convolution(
+            x, packed, None, None, size, tuple(stride), tuple(padding), tuple(dilation), groups, "none"
+        )[0]
+    return torch.conv2d(x, weight, None, *geometry).contiguous(memory_format=_LAST)
+
+
+def _affine(norm: Norm) -> tuple[Tensor, Tensor, str]:
+    """Scale, shift and activation of a norm."""
+    mean, var, weight, bias = map(_wide, norm[:4])
+    scale = (var + norm.eps).rsqrt_()
+    scale = scale if weight is None else scale.mul_(weight)
+    shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1.0)
+    return scale, shift, norm.activation
+
+
+def _is_grouped(weight: Tensor, geometry: Sequence) -> bool:
+    """Whether there are kernels for a convolution's groups."""
+    stride, _, _, groups = geometry
+    width, out_width = weight.shape[1], weight.shape[0] // groups
+    return groups > 1 and width % 4 == 0 and out_width % 4 == 0 and max(stride) <= 2
+
+
+def conv_backward(
+    grad: Tensor,
+    own: Own | None,
+    y: Tensor | None,
+    x: Tensor,
+    norm: Norm | None,
+    excite: Excite | None,
+    weight: Tensor,
+    geometry: Sequence,
+    needs_x: bool,
+    needs_weight: bool,
+    through: bool = True,
+) -> ConvGradients:
+    """`passes.conv_backward`."""
+    with current(x):
+        x = x.contiguous(memory_format=_LAST)
+        term, factor, found = _read(x, norm), None, None
+        if excite is not None:
+            gate = Gate(total(_means(term)), excite)
+            factor = gate.gate.float()
+        if excite is None and _is_grouped(weight, geometry):
+            da, dweight = _grouped_backward(grad, own, y, x, norm, weight, geometry, needs_x, needs_weight)
+        else:
+            read = x
+            if factor is not None or (norm is not None and needs_weight):
+                read = training_join.join(term._replace(factor=factor))
+            dy = grad if own is None else raw_gradient(grad, y, *_coefficients(own))
+            da, dweight = passes.convolution_backward(dy, read, weight, geometry, needs_x, needs_weight)
+        if not needs_x:
+            return ConvGradients(None, None, dweight, None)
+        da, extra = da.contiguous(memory_format=_LAST), None
+        if excite is not None:
+            dmeans, found = gate.backward(total(image_parts(term, da)))
+            extra = dmeans / (x.shape[2] * x.shape[3])
+        if not through:
+            term = _read(x, None)
+        if excite is None and term.mean is None:
+            return ConvGradients(da, None, dweight, None)
+        dz, product, plain = training_join.inactivated(da, term._replace(factor=factor), extra)
+        return ConvGradients(dz, None if product is None else Sums(product, plain), dweight, found)
+
+
+def _coefficients(own: Own) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return tuple(None if t is None else t.flatten().float() for t in own.coefficients())
+
+
+def _grouped_backward(
+    grad: Tensor,
+    own: Own | None,
+    y: Tensor | None,
+    x: Tensor,
+    norm: Norm | None,
+    weight: Tensor,
+    geometry: Sequence,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the map that a grouped convolution reads, and of its weight."""
+    *pairs, groups = geometry
+    shape, affine = (tuple(weight.shape[2:]), *map(tuple, pairs)), None if own is None else _coefficients(own)
+    da = dweight = None
+    if needs_x:
+        packed = grouped_input_gradient.packed_weight(weight, groups)
+        da = grouped_input_gradient.input_gradient(grad, y, affine, packed, tuple(x.shape[2:]), *shape, groups)
+    if needs_weight:
+        read = None if norm is None else _affine(norm)
+        dweight = weight_gradient(x, read, grad, y, affine, *shape, groups).to(weight.dtype)
+    return da, dweight
+
+
+def _terms(terms: Sequence[Term]) -> list[training_join.Term]:
+    return [_read(x, norm, None if factor is None else factor.flatten()) for x, norm, factor in terms]
+
+
+def join(terms: Sequence[Term], activation: str) -> Tensor:
+    """`passes.join` of at most three terms."""
+    with current(terms[0].x):
+        return training_join.join(*_terms(terms), activation=activation)
+
+
+def join_backward(
+    grad: Tensor, y: Tensor, terms: Sequence[Term], activation: str, needs: Sequence[bool]
+) -> list[tuple[Tensor | None, Sums | None]]:
+    """`passes.join_backward`."""
+    with current(grad):
+        found = training_join.join_backward(grad, y, _terms(terms), activation, needs)
+    return [(one.dz, None if one.product is None else Sums(one.product, one.plain)) for one in found]
+
+
+def entered_backward(grad: Tensor, own: Own, x: Tensor, identity: Tensor | None) -> Tensor:
+    """`passes.entered_backward`."""
+    with current(x):
+        identity = None if identity is None else identity.contiguous(memory_format=_LAST)
+        return raw_gradient(grad, x, *_coefficients(own), identity=identity)

@@ -1,0 +1,142 @@
+"""Blocks and models in training mode with the backend `triton` forced, in the interpreter, against float64."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from helpers import assert_close_to_reference, randomize_bn, reasons
+from timm.layers import BatchNormAct2d, create_conv2d
+from timm.models import byobnet, regnet, resnetv2
+from torch import nn
+
+import regnet_fast
+from regnet_fast.backends import BackendError, backend, passes, triton_passes
+from regnet_fast.backends.training import passes_for
+from regnet_fast.ops import training as ops
+
+DTYPES = (torch.float32, torch.bfloat16)
+MODELS = ("regnetx_002", "regnety_002", "regnetz_005", "repvgg_a0", "resnetv2_18")
+
+
+def small_regnet(**options) -> nn.Module:
+    config = dict(w0=8, wa=12.0, wm=2.0, depth=6, group_size=8, stem_width=8)
+    return regnet.RegNet(regnet.RegNetCfg(**config | options), num_classes=5, drop_path_rate=0.2)
+
+
+def small_repvgg() -> nn.Module:
+    blocks = tuple(byobnet.ByoBlockCfg(type="rep", d=2, c=c, s=2, br=0.0, gs=0) for c in (16, 24))
+    config = byobnet.ByoModelCfg(blocks=blocks, stem_type="rep", stem_chs=8, act_layer="silu")
+    return byobnet.ByobNet(config, num_classes=5)
+
+
+def small_resnet() -> nn.Module:
+    layers = dict(act_layer=nn.SiLU, conv_layer=create_conv2d, norm_layer=BatchNormAct2d)
+    return resnetv2.ResNetV2((1, 2), (16, 24), stem_chs=8, stem_type="", num_classes=5, **layers)
+
+
+NETWORKS = {
+    "regnet_x": lambda: small_regnet(act_layer="silu"),
+    "regnet_y": lambda: small_regnet(act_layer="silu", se_ratio=0.25),
+    "regnet_y of width 6": lambda: small_regnet(act_layer="silu", group_size=6, se_ratio=0.25),
+    "regnet_z": lambda: small_regnet(
+        act_layer="silu", linear_out=True, bottle_ratio=2.0, se_ratio=0.25, downsample=None
+    ),
+    "regnet_v": lambda: small_regnet(act_layer="silu", preact=True, downsample="avg", se_ratio=0.25),
+    "repvgg": small_repvgg,
+    "resnet_v2": small_resnet,
+}
+
+
+def step(model, x, dy, forced="auto"):
+    """The output, and gradients and running statistics, each with an RMS near 1, as two long vectors."""
+    torch.manual_seed(0)
+    with backend(forced):
+        y = model(x)
+    y.backward(dy.to(y.dtype))
+    return {
+        "output": y.detach(),
+        "gradients": {name: p.grad for name, p in model.named_parameters()},
+        "statistics": {name: b for name, b in model.named_buffers() if b.is_floating_point()},
+    }
+
+
+def check(theirs: nn.Module, dtype: torch.dtype, x: torch.Tensor) -> None:
+    """One step of a rebuilt model with the backend forced is as near to float64 as eager's."""
+    randomize_bn(theirs, 0, (4, 3, 64, 64)).train()
+    ours, exact = regnet_fast.rebuild(copy.deepcopy(theirs)).model, copy.deepcopy(theirs).double()
+    with backend("triton"):
+        assert reasons(copy.deepcopy(ours).to(dtype), x.to(dtype)) == {None}
+    dy = torch.randn(copy.deepcopy(theirs)(x).shape)
+    x = x.contiguous(memory_format=torch.channels_last)
+    found = [
+        step(model.to(memory_format=torch.channels_last).to(kind), x.to(kind), dy, forced)
+        for model, kind, forced in ((ours, dtype, "triton"), (theirs, dtype, "auto"), (exact, torch.float64, "auto"))
+    ]
+    assert_close_to_reference(*(one["output"] for one in found), "output")
+    for what in ("gradients", "statistics"):
+        scale = {name: value.square().mean().sqrt() + 1e-12 for name, value in found[2][what].items()}
+        vectors = [torch.cat([(one[what][k].double() / s).flatten() for k, s in scale.items()]) for one in found]
+        assert_close_to_reference(*(v.to(dtype if i < 2 else torch.float64) for i, v in enumerate(vectors)), what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_blocks(name, dtype):
+    check(NETWORKS[name](), dtype, torch.randn(4, 3, 40, 40))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", MODELS)
+def test_whole_models(model, dtype):
+    options = {"act_layer": "silu"} if model.startswith("regnet") else {"act_layer": nn.SiLU}
+    check(timm.create_model(model, num_classes=10, **options), dtype, torch.randn(4, 3, 48, 48))
+
+
+def test_backward_runs_on_the_kernels_of_forward(monkeypatch):
+    """It runs where nothing is forced any more."""
+    called = []
+    for module in (passes, triton_passes):
+        for name in ("conv_backward", "join_backward", "entered_backward"):
+            monkeypatch.setattr(module, name, spied(module, name, called))
+    model, x = regnet_fast.rebuild(small_regnet(preact=True)).model.train(), torch.randn(2, 3, 16, 16)
+    with backend("triton"):
+        y = model(x)
+    y.sum().backward()
+    assert {module for module, _ in called} == {triton_passes}
+    called.clear()
+    model(x).sum().backward()
+    assert {module for module, _ in called} == {passes}
+    assert {name for _, name in called} == {"conv_backward", "join_backward", "entered_backward"}
+
+
+def spied(module, name, called):
+    before = getattr(module, name)
+
+    def spy(*arguments):
+        called.append((module, name))
+        return before(*arguments)
+
+    return spy
+
+
+def test_what_the_kernels_cannot_compute_is_refused():
+    x = torch.randn(2, 8, 3, 3, dtype=torch.float64)
+    assert passes_for(x) is passes
+    with backend("triton"), pytest.raises(BackendError, match=r"not in torch\.float64"):
+        ops.join(x, activation="relu")
+    with backend("triton"):
+        assert passes_for(x.float()) is triton_passes
+    with backend("aten"):
+        assert passes_for(x.float()) is passes
+
+
+def test_two_steps_agree_to_the_bit():
+    model, x = small_regnet(se_ratio=0.25).train(), torch.randn(2, 3, 16, 16)
+    runs = []
+    for _ in range(2):
+        ours = regnet_fast.rebuild(copy.deepcopy(model)).model
+        found = step(ours, x, torch.ones(2, 5), "triton")
+        runs.append([found["output"], *found["gradients"].values(), *found["statistics"].values()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
