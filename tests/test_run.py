@@ -153,7 +153,13 @@ def test_control_c_reaches_the_script(tmp_path):
     waits = "try:\n    time.sleep(60)\nfinally:\n    print('cleaned')\n"
     script.write_text(f"import time\nprint('ready', flush=True)\n{waits}")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([*OURS, str(script)], **pipes, text=True, env=HERE)
+    process = subprocess.Popen(
+        [*OURS, str(script)],
+        **pipes,
+        text=True,
+        env=HERE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored below a shell's background jobs
+    )
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
