@@ -141,7 +141,8 @@ def _gradients(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> 
     constants = kernels.constants(config, shape, *geometry, DTYPES[dtype]) | {"UPCAST": False}
     pointers = affine | {"weight": dtype, "dx": dtype}
     name = "grouped_input_gradient.kernel"
-    yield make_job(name, config, arch, dtype, pointers, ("out_height", *sizes), constants)
+    for one in kernels.classes(*geometry):
+        yield make_job(name, config, arch, dtype, pointers, ("out_height", *sizes), constants | one)
 
     kernels = grouped_weight_gradient
     operands = (itemsize, 2, True, tf32)

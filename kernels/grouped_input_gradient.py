@@ -2,9 +2,9 @@
 
     dx[p, g, c] = sum_(tap, k) dy[o(p, tap), g, k] * weight[g, k, c, tap]        dy = a * dz + q * y + b
 
-o(p, tap) is the output's pixel that read p under a tap; where there is none, dy is 0. With a stride, pixels of the same
-remainders are one tile, since they have the same taps: none is multiplied in vain. dy is made where it is read, of the
-normalised map's gradient dz and the raw map y (docs/training.md).
+o(p, tap) is the output's pixel that read p under a tap; where there is none, dy is 0. With a stride, the pixels of the
+same remainders have a launch of their own, since they have the same taps: none is multiplied in vain. dy is made where
+it is read, of the normalised map's gradient dz and the raw map y (docs/training.md).
 """
 
 from __future__ import annotations
@@ -99,52 +99,36 @@ def heuristic(shape: Shape) -> Config:
 
 
 @triton.jit
-def taps_of(first, PAD: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr):
-    """The first tap of the pixels with a remainder, the step to the next, and how many there are."""
-    rest = (first + PAD) % STRIDE
-    step: tl.constexpr = STRIDE if DILATION % STRIDE != 0 else 1
-    if step == 1:
-        tap, count = 0, TAPS
-        if STRIDE > 1:
-            count = tl.where(rest == 0, TAPS, 0)
-    else:  # an odd dilation and a stride of 2
-        tap, count = rest, (TAPS - rest + 1) // 2
-    return tap, step, count
-
-
-@triton.jit
 def kernel(
     dz, y, a, q, b, weight, dx,
     tiles, out_height, out_columns, height, columns, channel_units, out_units,
     UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    REST_H: tl.constexpr, TAP_H: tl.constexpr, STEP_H: tl.constexpr, TAPS_H: tl.constexpr,
+    REST_W: tl.constexpr, TAP_W: tl.constexpr, STEP_W: tl.constexpr, TAPS_W: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): some pixels of one image whose rows and columns have the same remainders, and of the channels of
-    one group tile j.
-    """
+    """Program (i, j): some pixels of one image with these remainders, and of the channels of one group tile j."""
     channels, out_channels = channel_units * UNIT, out_units * OUT_UNIT
-    tile, rest = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    image, first_row, first_column = rest // (STRIDE_H * STRIDE_W), rest // STRIDE_W % STRIDE_H, rest % STRIDE_W
+    image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    terms: tl.constexpr = TAPS_H * TAPS_W * OUT_WIDTH
     across: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     group, first = tl.program_id(1) // across, (tl.program_id(1) % across) * BLOCK_N
-    per_row = tl.maximum(tl.cdiv(columns - first_column, STRIDE_W), 1)
+    per_row = (columns - REST_W + STRIDE_W - 1) // STRIDE_W
     pixels, ns = tile * BLOCK_M + tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_N)
-    ih, iw = (pixels // per_row) * STRIDE_H + first_row, (pixels % per_row) * STRIDE_W + first_column
-    there = (ih < height) & (iw < columns)
-    tap_h, step_h, taps_h = taps_of(first_row, PAD_H, KH, STRIDE_H, DILATION_H)
-    tap_w, step_w, taps_w = taps_of(first_column, PAD_W, KW, STRIDE_W, DILATION_W)
+    ih, iw = (pixels // per_row) * STRIDE_H + REST_H, (pixels % per_row) * STRIDE_W + REST_W
+    there = ih < height
     bottom, right = (ih + PAD_H) // STRIDE_H, (iw + PAD_W) // STRIDE_W
     origin = image.to(tl.int64) * out_height * out_columns * out_channels + group * OUT_WIDTH
     weight += (group * WIDTH).to(tl.int64) * (KH * KW * OUT_WIDTH)
     corners = (bottom * out_columns + right) * out_channels
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in tl.range(0, taps_h * taps_w * OUT_WIDTH, BLOCK_K, num_stages=STAGES):
+    for start in tl.range(0, terms, BLOCK_K, num_stages=STAGES):
         ks = start + tl.arange(0, BLOCK_K)
-        known, tap, k = ks < taps_h * taps_w * OUT_WIDTH, ks // OUT_WIDTH, ks % OUT_WIDTH
-        kh, kw = tap_h + (tap // taps_w) * step_h, tap_w + (tap % taps_w) * step_w
+        known, tap, k = ks < terms, ks // OUT_WIDTH, ks % OUT_WIDTH
+        kh, kw = TAP_H + (tap // TAPS_W) * STEP_H, TAP_W + (tap % TAPS_W) * STEP_W
         up, left = kh * DILATION_H // STRIDE_H, kw * DILATION_W // STRIDE_W
         oh, ow = bottom[:, None] - up[None, :], right[:, None] - left[None, :]
         inside = (oh >= 0) & (oh < out_height) & (ow >= 0) & (ow < out_columns) & there[:, None] & known[None, :]
@@ -204,6 +188,25 @@ def constants(
     return found | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
 
 
+def classes(
+    kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> list[dict[str, int]]:
+    """For all remainders of a pixel's row and column by the strides, as compile-time arguments: these, the first tap
+    that reaches such pixels, the step to the next, and how many there are.
+    """
+    found: list[dict[str, int]] = [{}]
+    for i, axis in enumerate("HW"):
+        options = []
+        for rest in range(stride[i]):
+            taps = [t for t in range(kernel_size[i]) if (rest + padding[i] - t * dilation[i]) % stride[i] == 0]
+            first, step = taps[0] if taps else 0, taps[1] - taps[0] if len(taps) > 1 else 1
+            values = {"REST": rest, "TAP": first, "STEP": step, "TAPS": len(taps)}
+            options.append({f"{name}_{axis}": value for name, value in values.items()})
+        found = [one | other for one in found for other in options]
+    # Where one axis has no tap there is nothing to sum, and no division by 0.
+    return [one if one["TAPS_H"] and one["TAPS_W"] else one | {"TAPS_H": 0, "TAPS_W": 1} for one in found]
+
+
 def input_gradient(
     dz: Tensor,
     y: Tensor | None,
@@ -236,9 +239,15 @@ def input_gradient(
     widths, taps = (channels // groups, out_channels // groups), kernel_size[0] * kernel_size[1]
     a, q, b = (None, None, None) if affine is None else affine
     operands = (dz.element_size(), 1 + (q is not None), precision(dz.dtype) == "tf32")
-    classes = stride[0] * stride[1]
     shape = Shape(
-        n * height * columns, height * columns, groups, *widths, taps, classes, *operands, *machine(dz.device)
+        n * height * columns,
+        height * columns,
+        groups,
+        *widths,
+        taps,
+        stride[0] * stride[1],
+        *operands,
+        *machine(dz.device),
     )
     geometry = (kernel_size, stride, padding, dilation)
 
@@ -246,13 +255,15 @@ def input_gradient(
         return input_gradient(dz, y, affine, weight, size, *geometry, groups, config)
 
     config = choose(__name__, shape, dz.device, config, run)
-    tiles = triton.cdiv(triton.cdiv(height, stride[0]) * triton.cdiv(columns, stride[1]), config.block_m)
-    launch(
-        kernel,
-        (n * classes * tiles, groups * triton.cdiv(shape.width, config.block_n)),
-        dz, None if q is None else y, a, q, b, weight, dx,
-        tiles, out_height, out_columns, height, columns, channels // unit(channels), out_channels // unit(out_channels),
-        **constants(config, shape, *geometry, dz.dtype),
-        num_warps=config.warps, **LIMITS,
-    )  # fmt: skip
+    for one in classes(*geometry):
+        rows, per_row = (triton.cdiv(size[i] - one[f"REST_{axis}"], stride[i]) for i, axis in enumerate("HW"))
+        tiles = triton.cdiv(rows * per_row, config.block_m)
+        if tiles:
+            launch(
+                kernel,
+                (n * tiles, groups * triton.cdiv(shape.width, config.block_n)),
+                dz, None if q is None else y, a, q, b, weight, dx, tiles, out_height, out_columns, height, columns,
+                channels // unit(channels), out_channels // unit(out_channels),
+                **constants(config, shape, *geometry, dz.dtype), **one, num_warps=config.warps, **LIMITS,
+            )  # fmt: skip
     return dx

@@ -664,11 +664,8 @@ def test_modes_that_are_set_by_hand():
 # Around the operations
 
 
-@each_network
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize(("name", "compiler"), [*((name, "eager") for name in NETWORKS), ("regnet_y", "aot_eager")])
 def test_compiled_steps(name, compiler, in_float64, fresh_compiler):
-    if compiler == "aot_eager" and name != "regnet_y":
-        pytest.skip("one is enough")
     ours, theirs = in_double(name)
     x = images(4)
     expected = run(theirs, x)
