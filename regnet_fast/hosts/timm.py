@@ -351,7 +351,8 @@ class RepVggBlock(Fused, byobnet.RepVggBlock):
 
         def form(unit: ConvUnit, casts_input: bool) -> forms.RepVgg:
             gate = None if squeeze_excite is None else GateUnit("act", unit.conv, activation)
-            drop_path = None if self.identity is None else _drop_path(self.drop_path)
+            branches = self.reparam_conv is None  # a deployed block has lost them
+            drop_path = _drop_path(self.drop_path) if branches and self.identity is not None else None
             return forms.RepVgg(unit, squeeze_excite, gate, casts_input=casts_input, drop_path=drop_path)
 
         if self.reparam_conv is not None:
