@@ -57,7 +57,7 @@ BLOCKS = {"BLOCK_T": 64, "BLOCK_M": 16}
 
 def _most_values(shape: Shape) -> int:
     """How many values of a tile a thread can hold in its registers beside the sums."""
-    if shape.sums < 2 or shape.maps <= 2:
+    if shape.maps <= 2 or (shape.sums < 2 and shape.maps < 4):
         return 32
     return 16 if shape.sums <= 4 else 8
 
@@ -66,7 +66,7 @@ def config_supports(config: Config, shape: Shape) -> str | None:
     """Why a configuration cannot serve, or None."""
     values = config.block_p * config.block_c // (32 * config.warps)
     if values > _most_values(shape):
-        return f"{shape.sums} sums beside {values} values in a thread do not fit in the registers"
+        return f"{values} values of each of {shape.maps} maps and {shape.sums} sums do not fit in a thread's registers"
     return None
 
 
