@@ -44,7 +44,8 @@ class Form:
 
     def units(self) -> dict[str, Unit]:
         """The units by field."""
-        return {name: unit for name, unit in vars(self).items() if isinstance(unit, Unit)}
+        named = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: unit for name, unit in named.items() if isinstance(unit, Unit)}
 
     def bind(self, wrap: Callable[[Unit], Callable]) -> Form:
         """The same form with every unit replaced by `wrap(unit)`."""
