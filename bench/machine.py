@@ -55,10 +55,11 @@ GPU_STEPS = (
     Step("train", cases.DEFAULT_MODELS, (128,)),
     Step("blocks", ("regnetx_032", "regnety_016", "regnetz_b16"), (256,)),
 )
+TRAINED = ("regnety_002", "regnety_016", "repvgg_a2")
 CPU_STEPS = (
     Step("models", (*cases.DEFAULT_MODELS, "regnetx_004", "resnetv2_18"), (1, 8, 32), BOTH, rounds=5, processes=3),
     Step("ops", ("regnety_016",), (1, 8), BOTH, peers=("timm*",)),
-    Step("train", ("regnety_002", "regnety_016", "repvgg_a2"), (16,), ("float32",), peers=("timm*",)),
+    Step("train", TRAINED, (16,), ("float32",), peers=("timm*", "regnet_fast channels_last"), processes=3),
 )
 DRY_STEPS = (
     Step("models", ("regnetx_002",), (2,), ("float32",), size=32, rounds=2),
