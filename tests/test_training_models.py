@@ -122,13 +122,13 @@ def test_ten_steps(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_fifty_steps(name):
-    """With ReLU: over the run our losses, and after it gradients and running statistics, are as near to float64's as
-    those of timm in some order of the images.
+    """Over the run our losses, and after it gradients and running statistics, are as near to float64's as those of timm
+    in some order of the images: the RMS over the run or over all tensors is at most twice the largest of timm's.
 
-    By then the errors are no longer rounding: an early leap at a kink has grown until learning itself bounds it. What
-    is left to compare is their size, the RMS over the run or over all tensors, with the largest of timm's.
+    With SiLU as in `test_ten_steps`. With ReLU a leap at a kink grows until learning itself bounds it, and by then the
+    errors of timm's own runs differ by a factor of four.
     """
-    ours, timms, exact = runs(name, 64, 50, 4)
+    ours, timms, exact = runs(name, 64, 50, 4, act_layer=nn.SiLU)
     assert exact[0][-4:].mean() < 0.2 * exact[0][:4].mean()
     for i, what in enumerate(("losses", "gradients", "running statistics")):
         least = 1e-6 * torch.stack([t.square().mean().sqrt() for t in exact[i]]).median()
