@@ -3,15 +3,32 @@
 A `Launch` names a source file of csrc/ and a template instantiation in it, and holds grid, threads of a block, bytes of
 dynamic shared memory and arguments. An argument that is a string names a tensor, whose address is passed as 64 bits (a
 null pointer where the option that would use it is off); an int is passed as int32, a float as float32. All tensors are
-dense; feature maps are NHWC and, like all of them, 16-byte aligned.
+dense and 16-byte aligned; feature maps are NHWC. `buffers` are the float32 tensors whose shapes the plan decides.
+
+    problem = GroupedConv(images, height, columns, groups, width, stride, "bfloat16")
+    reason = refuse(problem)                                         why there is no kernel, or None
+    launch = grouped_conv_forward(problem, "relu", parts=True)       a Launch; parts: of the channel means
+
+Sources are compiled as C++17 with `-I csrc -I csrc/device`; a launch above 48 KB of shared memory needs the function's
+attribute for it. Choices are made once for each problem and are never a matter of measurement here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Dynamic shared memory that one block may have."""
+
+PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+
+TYPES = {"bfloat16": "BFloat16", "float16": "Float16"}
+ACTIVATIONS = {"none": "NONE", "relu": "RELU", "silu": "SILU"}
+
+WIDEST = 264
+_MOST = 2**31 - 2**16
 
 
 @dataclass(frozen=True)
@@ -24,3 +41,212 @@ class Launch:
     threads: int
     shared: int
     arguments: tuple[str | int | float, ...]
+    buffers: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class GroupedConv:
+    """A 3x3 convolution with padding 1 of (images, height, columns, groups * width), as wide as its result."""
+
+    images: int
+    height: int
+    columns: int
+    groups: int
+    width: int
+    stride: int
+    dtype: str
+
+    @property
+    def channels(self) -> int:
+        return self.groups * self.width
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        return _cdiv(self.height, self.stride), _cdiv(self.columns, self.stride)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The machine: compute capability times ten, and its processors."""
+
+    arch: int = 90
+    processors: int = 132
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _pitch(chunks: int) -> int:
+    """Bytes between neighbours of so many 16-byte chunks: an odd number of these."""
+    return (chunks | 1) * 16
+
+
+def refuse(
+    problem: GroupedConv,
+    *,
+    kernel: tuple[int, int] = (3, 3),
+    padding: tuple[int, int] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
+    arch: int = 90,
+) -> str | None:
+    """Why csrc/ has no grouped convolution for a problem, or None."""
+    if arch < 80:
+        return "the kernels need a GPU of compute capability 8.0 or newer"
+    if problem.dtype not in TYPES:
+        return f"the kernels compute in {' and '.join(TYPES)}, not in {problem.dtype}"
+    if kernel != (3, 3) or padding != (1, 1):
+        return f"a kernel of {kernel} with padding {padding}: only 3x3 with padding 1"
+    if dilation != (1, 1):
+        return f"a dilation of {dilation}"
+    if problem.stride not in (1, 2):
+        return f"a stride of {problem.stride}"
+    if problem.width % 8 or not 8 <= problem.width <= WIDEST:
+        return f"groups of {problem.width} channels: only multiples of 8 from 8 to {WIDEST}"
+    if min(problem.images, problem.height, problem.columns, problem.groups) < 1:
+        return "an empty map"
+    if problem.height * problem.columns * problem.channels > _MOST:
+        return "an image of too many elements to count in 32 bits"
+    if problem.images * problem.height * problem.columns > _MOST:
+        return "too many pixels to count in 32 bits"
+    return None
+
+
+def _check(problem: GroupedConv) -> None:
+    reason = refuse(problem)
+    if reason is not None:
+        raise ValueError(f"no kernel for {problem}: {reason}")
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """The compile-time sizes of `grouped_conv_forward`."""
+
+    groups: int
+    chunk: int
+    out_tile: int
+    unit: int
+    tile_h: int
+    tile_w: int
+    warps_m: int
+    warps_n: int
+    stages: int
+
+    def shared_bytes(self, width: int, stride: int) -> int:
+        """Dynamic shared memory: pixels and weights in flight, resident weights, results, and sums of columns."""
+        halo = (
+            ((self.tile_h - 1) * stride + 3) * ((self.tile_w - 1) * stride + 3) * _pitch(self.groups * self.chunk // 8)
+        )
+        weights = self.groups * self.out_tile * _pitch(9 * self.chunk // 8)
+        sixteens = _cdiv(self.tile_h * self.tile_w, 16 * self.warps_m)
+        results = self.warps_m * self.warps_n * sixteens * 16 * _pitch(self.unit)
+        held = (weights, 0) if self.chunk >= width else (0, weights)
+        sums = 4 * self.warps_m * self.groups * self.out_tile
+        return self.stages * (halo + held[1]) + held[0] + results + sums
+
+
+_TILES = ((8, 16), (8, 14), (8, 8), (7, 7), (4, 14), (4, 8), (4, 4))
+_ACCUMULATORS = 64  # of a thread at most, in whole tiles of 16x8
+_BYTES_PER_CLOCK, _PRODUCTS_PER_CLOCK, _TILE_CLOCKS = 19, 1320, 400  # of one H200 processor, roughly
+
+
+def _forward_configs(width: int, groups: int) -> Iterator[ForwardConfig]:
+    """Whole groups with their weights in shared memory; and parts of one group, with weights for each step."""
+    eights = width // 8
+    for tile in _TILES:
+        sixteens = _cdiv(tile[0] * tile[1], 16)
+        for warps_m in (1, 2, 4, 8):
+            held = _cdiv(sixteens, warps_m)
+            if warps_m > sixteens or held > 4:
+                continue
+            for slab in (
+                range(1, min(groups, 72 // width) + 1) if eights <= 8 and held * eights * 4 <= _ACCUMULATORS else ()
+            ):
+                for warps_n in {min(slab, 3), min(slab, 4)}:
+                    for stages in (3, 2):
+                        yield ForwardConfig(slab, width, width, eights, *tile, warps_m, warps_n, stages)
+            for unit in range(3, 9):
+                for warps_n in (1, 2, 4):
+                    if held * unit * 4 > _ACCUMULATORS or unit * (warps_n - 1) >= eights:
+                        continue
+                    for chunk in (16, 24, 32):
+                        if chunk < width:
+                            yield ForwardConfig(1, chunk, 8 * unit * warps_n, unit, *tile, warps_m, warps_n, 2)
+
+
+def _resident_blocks(shared: int, threads: int, arch: int) -> int:
+    """Blocks of a processor at once, by shared memory and, with 168 registers a thread, by registers."""
+    return max(1, min(SHARED_BYTES[arch] // shared, 65536 // (168 * threads)))
+
+
+def _sectors(channels: int) -> int:
+    """Bytes moved for so many channels of a pixel, in sectors of 32, wherever the first of them lies."""
+    return 2 * channels if channels % 16 == 0 else 2 * channels + 16
+
+
+def _forward_cost(config: ForwardConfig, problem: GroupedConv, arch: int, processors: int) -> tuple[float, int]:
+    """Clocks of the busiest processor, modelled, and shared memory where they are equal."""
+    c, p, (out_height, out_columns) = config, problem, problem.out_size
+    tiles = _cdiv(out_height, c.tile_h) * _cdiv(out_columns, c.tile_w)
+    slabs = _cdiv(p.groups, c.groups) * _cdiv(p.width, c.out_tile)
+    shared, threads = c.shared_bytes(p.width, p.stride), 32 * c.warps_m * c.warps_n
+    halo = min(p.height, (c.tile_h - 1) * p.stride + 3) * min(p.columns, (c.tile_w - 1) * p.stride + 3)
+    pixels = min(out_height, c.tile_h) * min(out_columns, c.tile_w)
+    depth = _cdiv(p.width, c.chunk) * c.chunk
+    bytes_moved = halo * _sectors(c.groups * p.width) + pixels * _sectors(c.groups * min(c.out_tile, p.width))
+    if c.chunk < p.width:
+        bytes_moved += c.out_tile * 9 * depth  # from the L2 cache, at twice the rate
+    units = _cdiv(c.groups * c.out_tile // (8 * c.unit), c.warps_n) * c.warps_n * c.unit * 8
+    products = _cdiv(c.tile_h * c.tile_w, 16 * c.warps_m) * 16 * c.warps_m * units * 9 * depth
+    busy = max(bytes_moved / _BYTES_PER_CLOCK, products / _PRODUCTS_PER_CLOCK)
+    count = _cdiv(p.images * tiles * slabs, processors)
+    together = min(count, _resident_blocks(shared, threads, arch))
+    warps = min(1.0, together * threads / 256)  # fewer than eight warps do not keep a processor busy
+    return count * (busy / warps + _TILE_CLOCKS / min(together, 2)), shared
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_config(problem: GroupedConv, target: Target) -> ForwardConfig:
+    """The configuration that a rough model of the machine takes for the fastest; no measurement stands behind it."""
+    fits = [
+        config
+        for config in _forward_configs(problem.width, problem.groups)
+        if config.shared_bytes(problem.width, problem.stride) <= SHARED_BYTES[target.arch]
+        and 4 <= config.warps_m * config.warps_n <= 12
+    ]
+    return min(fits, key=lambda config: _forward_cost(config, problem, target.arch, target.processors))
+
+
+def grouped_conv_forward(
+    problem: GroupedConv,
+    activation: str = "none",
+    parts: bool = False,
+    target: Target = Target(),
+    config: ForwardConfig | None = None,
+) -> Launch:
+    """`activation(conv(x) + bias)`: tensors x, weight, bias (may be null), y, parts (null without `parts`).
+
+    The weight is (channels, 9 * width), tap by tap. parts are (images, tiles, channels): their sum over tiles are the
+    means of y over an image's pixels.
+    """
+    _check(problem)
+    config = config or forward_config(problem, target)
+    (out_height, out_columns), p, c = problem.out_size, problem, config
+    tiles = _cdiv(out_height, c.tile_h) * _cdiv(out_columns, c.tile_w)
+    slabs = _cdiv(p.groups, c.groups) * _cdiv(p.width, c.out_tile)
+    shared = c.shared_bytes(p.width, p.stride)
+    resident = _resident_blocks(shared, 32 * c.warps_m * c.warps_n, target.arch)
+    workers = min(p.images * tiles, max(1, _cdiv(resident * target.processors, slabs)))
+    facts = (
+        TYPES[p.dtype], p.width, c.groups, c.chunk, c.out_tile, c.unit, p.stride, c.tile_h, c.tile_w, c.warps_m,
+        c.warps_n, c.stages, ACTIVATIONS[activation], str(parts).lower(),
+    )  # fmt: skip
+    return Launch(
+        "grouped_conv_forward.cu",
+        f"grouped_conv_forward<{', '.join(map(str, facts))}>",
+        (workers, slabs, 1),
+        32 * c.warps_m * c.warps_n,
+        shared,
+        ("x", "weight", "bias", "y", "parts", p.images, p.height, p.columns, out_height, out_columns, p.groups),
+        {"parts": (p.images, tiles, p.channels)} if parts else {},
+    )
