@@ -78,6 +78,7 @@ PEERS = (
     Peer("regnet_fast graph", "ours", graph=True, frozen=True, devices=("cuda",), kinds=("models",)),
     Peer("regnet_fast reference", "ours", backend="reference", extra=("cpu", "cuda")),
     Peer(f"{OURS} frozen", "ours", frozen=True, kinds=("blocks", "models")),
+    Peer(f"{OURS} channels_last", "ours", channels_last=True, kinds=("train",)),
     Peer(OURS, "ours"),
 )
 

@@ -200,13 +200,13 @@ def test_training_by_the_host_is_not_called_ours(monkeypatch):
 
 
 def test_a_wrong_gradient_is_refused_and_not_timed(monkeypatch):
-    right = passes.conv_backward
+    right = passes.convs_backward
 
     def wrong(*arguments):
         found = right(*arguments)
-        return found._replace(weight=None if found.weight is None else found.weight * 1.001)
+        return found._replace(weights=[None if dw is None else dw * 1.001 for dw in found.weights])
 
-    monkeypatch.setattr(passes, "conv_backward", wrong)
+    monkeypatch.setattr(passes, "convs_backward", wrong)
     found = measure.measure(TRAINING, "cpu", EAGER, 2, lambda text: None)
     assert found["status"] == "wrong" and "gradients are" in found["reason"] and not found["variants"]
 

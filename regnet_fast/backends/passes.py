@@ -55,14 +55,21 @@ class Sums(NamedTuple):
     plain: Tensor
 
 
+class Filter(NamedTuple):
+    """A convolution: its weight in the map's dtype, and stride, padding, dilation (pairs) and groups."""
+
+    weight: Tensor
+    geometry: Sequence
+
+
 class ConvGradients(NamedTuple):
-    """Gradients of a convolution: of the map as it is read (before its activation where it has a norm), of the norm's
-    sums, of the weight, and of squeeze-excite's four parameters.
+    """Gradients of convolutions of one map: of the map as it is read (before its activation where it has a norm), of
+    the norm's sums, of every weight, and of squeeze-excite's four parameters.
     """
 
     x: Tensor | None
     sums: Sums | None
-    weight: Tensor | None
+    weights: list[Tensor | None]
     excite: tuple[Tensor, ...] | None
 
 
@@ -197,31 +204,34 @@ class _Gated:
         return torch.addcmul(dmeans.to(grad.dtype)[:, :, None, None], grad, self.factor, out=grad), found
 
 
-def conv(
-    x: Tensor, norm: Norm | None, excite: Excite | None, weight: Tensor, geometry: Sequence, measured: bool
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """`conv2d(excite(activation(norm(x))), weight, None, *geometry)`, and its channels' mean and variance if measured.
-
-    `geometry` is stride, padding, dilation and groups.
+def convs(
+    x: Tensor, norm: Norm | None, excite: Excite | None, filters: Sequence[Filter], measured: Sequence[bool]
+) -> list[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
+    """For every filter `conv2d(excite(activation(norm(x))), weight, None, *geometry)`, and its channels' mean and
+    variance where they are measured. The map is read once.
     """
-    y, found = None, []
-    stride = geometry[0]
-    cut = parts(x, weight.shape[0] / (x.shape[1] * stride[0] * stride[1]))
+    wider = max(weight.shape[0] / (x.shape[1] * stride[0] * stride[1]) for weight, (stride, *_) in filters)
+    cut = parts(x, wider)
+    results: list[Tensor | None] = [None] * len(filters)
+    found: list[list] = [[] for _ in filters]
     for part in cut:
         a = _laid_out(x, part)
         a = a if norm is None else _activated(normalised(a, norm), norm.activation)
         if excite is not None:
             factor = _Gated(a, excite).factor
             a = a * factor if norm is None else a.mul_(factor)
-        one = torch.conv2d(a, weight, None, *geometry)
-        if measured:
-            found.append(_measured(one))
-        if part is _ALL:
-            y = one
-        else:
-            y = _empty((x.shape[0], *one.shape[1:]), one) if y is None else y
-            y[part] = one
-    return y, merged(found, [_images(x, part) for part in cut]) if measured else None
+        for i, (weight, geometry) in enumerate(filters):
+            y = torch.conv2d(a, weight, None, *geometry)
+            if measured[i]:
+                found[i].append(_measured(y))
+            if part is _ALL:
+                results[i] = y
+                continue
+            if results[i] is None:
+                results[i] = _empty((x.shape[0], *y.shape[1:]), y)
+            results[i][part] = y
+    counts = [_images(x, part) for part in cut]
+    return [(y, merged(s, counts) if s else None) for y, s in zip(results, found, strict=True)]
 
 
 class Own(NamedTuple):
@@ -257,32 +267,33 @@ def raw_gradient(grad: Tensor, y: Tensor, coefficients: tuple[Tensor, Tensor | N
     return found.to(grad.dtype)
 
 
-def conv_backward(
-    grad: Tensor,
-    own: Own | None,
-    y: Tensor | None,
+class Arriving(NamedTuple):
+    """The gradient of a convolution's raw result y, or of its norm's result where the norm is its `own`."""
+
+    grad: Tensor
+    own: Own | None
+    y: Tensor | None
+
+
+def convs_backward(
+    arriving: Sequence[Arriving],
     x: Tensor,
     norm: Norm | None,
     excite: Excite | None,
-    weight: Tensor,
-    geometry: Sequence,
+    filters: Sequence[Filter],
     needs_x: bool,
-    needs_weight: bool,
+    needs_weights: Sequence[bool],
     through: bool = True,
 ) -> ConvGradients:
-    """The gradients of `conv`, from that of its raw result y, or of its norm's result where it has its `own`.
-
-    The gradient of x goes `through` its norm, or is that of the map that was read.
-    """
-    coefficients = None if own is None else own.coefficients()
+    """The gradients of `convs`. The gradient of x goes `through` its norm, or is that of the map that was read."""
+    coefficients = [None if own is None else own.coefficients() for _, own, _ in arriving]
     activation = "none" if norm is None else norm.activation
     through = through and norm is not None
-    cut = parts(x, grad.nbytes / x.nbytes)
+    cut = parts(x, max(grad.nbytes for grad, _, _ in arriving) / x.nbytes)
     dx = _empty(x.shape, x) if needs_x and len(cut) > 1 else None
-    dweight, sums, excited = None, [], []
+    dweights: list[Tensor | None] = [None] * len(filters)
+    sums, excited = [], []
     for part in cut:
-        dy = _of(grad, part)
-        dy = dy if coefficients is None else raw_gradient(dy, _of(y, part), coefficients)
         read = z = a = e = _laid_out(x, part)
         if norm is not None:
             z = normalised(read, norm)
@@ -290,10 +301,15 @@ def conv_backward(
         if excite is not None:
             gate = _Gated(a, excite)
             e = a * gate.factor
-        da, dw = convolution_backward(dy, e, weight, geometry, needs_x, needs_weight)
-        if needs_weight:
-            dw = dw if part is _ALL else dw.to(torch.promote_types(dw.dtype, torch.float32))
-            dweight = dw if dweight is None else dweight.add_(dw)
+        da = None
+        for i, (grad, _, y) in enumerate(arriving):
+            dy = _of(grad, part)
+            dy = dy if coefficients[i] is None else raw_gradient(dy, _of(y, part), coefficients[i])
+            one, dw = convolution_backward(dy, e, *filters[i], needs_x, needs_weights[i])
+            da = one if da is None else da.add_(one)
+            if needs_weights[i]:
+                dw = dw if part is _ALL else dw.to(torch.promote_types(dw.dtype, torch.float32))
+                dweights[i] = dw if dweights[i] is None else dweights[i].add_(dw)
         if needs_x:
             if excite is not None:
                 da, found = gate.backward(da)
@@ -303,12 +319,19 @@ def conv_backward(
             if through:
                 sums.append(_sums(out, read, norm))
             dx = da if part is _ALL else dx
-    if dweight is not None:
-        dweight = dweight.to(weight.dtype)
-        if weight.shape[2:] == (1, 1):  # the same memory in the weight's own strides, so that autograd need not copy it
-            dweight = dweight.as_strided(weight.shape, weight.stride()) if _rows(weight) and _rows(dweight) else dweight
+    dweights = [
+        None if dw is None else _as_laid_out(dw, weight) for dw, (weight, _) in zip(dweights, filters, strict=True)
+    ]
     totals = tuple(_summed(found) for found in zip(*excited, strict=True)) if excited else None
-    return ConvGradients(dx, _total(sums) if sums else None, dweight, totals)
+    return ConvGradients(dx, _total(sums) if sums else None, dweights, totals)
+
+
+def _as_laid_out(dweight: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of a weight in its dtype; of a 1x1 convolution in its strides, so that autograd need not copy it."""
+    dweight = dweight.to(weight.dtype)
+    if weight.shape[2:] == (1, 1) and _rows(weight) and _rows(dweight):
+        return dweight.as_strided(weight.shape, weight.stride())
+    return dweight
 
 
 def _rows(weight: Tensor) -> bool:

@@ -20,7 +20,7 @@ from ..kernels.pointwise_conv import pointwise_conv
 from ..kernels.squeeze_excite import squeeze_excite
 from ..kernels.training_passes import image_parts, raw_gradient
 from . import passes
-from .passes import ConvGradients, Excite, Gate, Norm, Own, Sums, Term
+from .passes import Arriving, ConvGradients, Excite, Filter, Gate, Norm, Own, Sums, Term
 from .triton import current
 
 _LAST = torch.channels_last
@@ -49,13 +49,13 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         return kernel_statistics(x)
 
 
-def conv(
-    x: Tensor, norm: Norm | None, excite: Excite | None, weight: Tensor, geometry: Sequence, measured: bool
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """`passes.conv`."""
+def convs(
+    x: Tensor, norm: Norm | None, excite: Excite | None, filters: Sequence[Filter], measured: Sequence[bool]
+) -> list[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
+    """`passes.convs`; the map is read for every filter."""
     with current(x):
-        y = _convolved(x, norm, excite, weight, geometry)
-        return y, kernel_statistics(y) if measured else None
+        results = [_convolved(x, norm, excite, *one) for one in filters]
+        return [(y, kernel_statistics(y) if taken else None) for y, taken in zip(results, measured, strict=True)]
 
 
 def _convolved(x: Tensor, norm: Norm | None, excite: Excite | None, weight: Tensor, geometry: Sequence) -> Tensor:
@@ -96,46 +96,50 @@ def _is_grouped(weight: Tensor, geometry: Sequence) -> bool:
     return groups > 1 and width % 4 == 0 and out_width % 4 == 0 and max(stride) <= 2
 
 
-def conv_backward(
-    grad: Tensor,
-    own: Own | None,
-    y: Tensor | None,
+def convs_backward(
+    arriving: Sequence[Arriving],
     x: Tensor,
     norm: Norm | None,
     excite: Excite | None,
-    weight: Tensor,
-    geometry: Sequence,
+    filters: Sequence[Filter],
     needs_x: bool,
-    needs_weight: bool,
+    needs_weights: Sequence[bool],
     through: bool = True,
 ) -> ConvGradients:
-    """`passes.conv_backward`."""
+    """`passes.convs_backward`."""
     with current(x):
         x = x.contiguous(memory_format=_LAST)
         term, factor, found = _read(x, norm), None, None
         if excite is not None:
             gate = Gate(total(_means(term)), excite)
             factor = gate.gate.float()
-        if excite is None and _is_grouped(weight, geometry):
-            da, dweight = _grouped_backward(grad, own, y, x, norm, weight, geometry, needs_x, needs_weight)
-        else:
-            read = x
-            if factor is not None or (norm is not None and needs_weight):
-                read = training_join.join(term._replace(factor=factor))
-            dy = grad if own is None else raw_gradient(grad, y, *_coefficients(own))
-            da, dweight = passes.convolution_backward(dy, read, weight, geometry, needs_x, needs_weight)
+        da, read, dweights = None, None, []
+        for (grad, own, y), (weight, geometry), needs in zip(arriving, filters, needs_weights, strict=True):
+            if excite is None and _is_grouped(weight, geometry):
+                one, dweight = _grouped_backward(grad, own, y, x, norm, weight, geometry, needs_x, needs)
+            else:
+                if read is None and (factor is not None or (norm is not None and needs)):
+                    read = training_join.join(term._replace(factor=factor))
+                dy = grad if own is None else raw_gradient(grad, y, *_coefficients(own))
+                one, dweight = passes.convolution_backward(
+                    dy, x if read is None else read, weight, geometry, needs_x, needs
+                )
+            if needs_x:
+                one = one.contiguous(memory_format=_LAST)
+                da = one if da is None else da.add_(one)
+            dweights.append(dweight)
         if not needs_x:
-            return ConvGradients(None, None, dweight, None)
-        da, extra = da.contiguous(memory_format=_LAST), None
+            return ConvGradients(None, None, dweights, None)
+        extra = None
         if excite is not None:
             dmeans, found = gate.backward(total(image_parts(term, da)))
             extra = dmeans / (x.shape[2] * x.shape[3])
         if not through:
             term = _read(x, None)
         if excite is None and term.mean is None:
-            return ConvGradients(da, None, dweight, None)
+            return ConvGradients(da, None, dweights, None)
         dz, product, plain = training_join.inactivated(da, term._replace(factor=factor), extra)
-        return ConvGradients(dz, None if product is None else Sums(product, plain), dweight, found)
+        return ConvGradients(dz, None if product is None else Sums(product, plain), dweights, found)
 
 
 def _coefficients(own: Own) -> tuple[Tensor, Tensor | None, Tensor | None]:

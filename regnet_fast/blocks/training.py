@@ -6,7 +6,7 @@ included, and save raw convolution results and block outputs alone. `Refused` sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..backends import forced_backend, triton
 from ..backends.reference import activate, channel_means
 from ..ops import training as ops
-from ..ops.training import Affine, Excite, Map, Normed, Statistics, without_autocast
+from ..ops.training import Affine, Branch, Excite, Map, Normed, Statistics, without_autocast
 from . import forms
 from .units import ConvUnit, NormActUnit, Refused, SqueezeExciteUnit
 
@@ -75,16 +75,24 @@ class Step:
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
         norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), factor)
 
+    def convs(self, units: Sequence[ConvUnit], x: Map) -> list[Map]:
+        """Convolutions of one map, and their norms; the activation is applied by whoever reads a result."""
+        return self._convs(x, units, [unit.activation for unit in units], None)
+
     def conv(self, unit: ConvUnit, x: Map, activation: str | None = None, excite: Excite | None = None) -> Map:
-        """A convolution and its norm; `activation`, where it is not the unit's, is applied by whoever reads it."""
-        stride, padding, dilation, groups = unit.geometry()
-        weight, geometry = unit.conv.weight.to(self.dtype), (stride, padding, dilation, groups)
-        if unit.norm is None:
-            return ops.conv(x, weight, geometry, excite=excite)
-        stats, affine = self._norm(unit.norm, unit.activation if activation is None else activation)
-        y = ops.conv(x, weight, geometry, stats, affine, excite)
-        self._note(unit.norm, stats, y.mean, y.var, y.count, y.shape)
-        return y
+        """A convolution and its norm, with another `activation` than the unit's where one is given."""
+        return self._convs(x, [unit], [unit.activation if activation is None else activation], excite)[0]
+
+    def _convs(self, x: Map, units: Sequence[ConvUnit], activations: Sequence[str], excite: Excite | None) -> list[Map]:
+        branches = []
+        for unit, activation in zip(units, activations, strict=True):
+            norm = (None, None) if unit.norm is None else self._norm(unit.norm, activation)
+            branches.append(Branch(unit.conv.weight.to(self.dtype), unit.geometry(), *norm))
+        results = ops.convs(x, branches, excite)
+        for unit, branch, y in zip(units, branches, results, strict=True):
+            if unit.norm is not None:
+                self._note(unit.norm, branch.stats, y.mean, y.var, y.count, y.shape)
+        return results
 
     def enter(self, unit: NormActUnit, x: Tensor) -> tuple[Normed, Tensor]:
         """A map that is read through a norm, and the map itself."""
@@ -116,28 +124,34 @@ class Step:
         return ops.join(self.enter(form.unit, x)[0])
 
     def _bottleneck(self, form: forms.Bottleneck, x: Tensor) -> Tensor:
-        y = self.conv(form.conv2, self.conv(form.conv1, x))
-        y = self.conv(form.conv3, y, "none", self.excite(form.squeeze_excite))
+        first, *terms = self.convs(self._readers(form), x)
+        y = self.conv(form.conv3, self.conv(form.conv2, first), "none", self.excite(form.squeeze_excite))
         factor = self.drop(form.drop_path, y)
-        terms = [y]
-        if form.shortcut is not None:
-            terms.append(self.conv(form.shortcut, x if form.pool is None else form.pool(x)))
+        if form.pool is not None:
+            terms.append(self.conv(form.shortcut, form.pool(x)))
         elif form.identity:
             terms.append(x)
-        return ops.join(*terms, activation=form.conv3.activation, factor=factor)
+        return ops.join(y, *terms, activation=form.conv3.activation, factor=factor)
+
+    @staticmethod
+    def _readers(form: forms.Bottleneck | forms.PreAct) -> list[ConvUnit]:
+        """The convolutions that read the block's input: the first, and a shortcut that no pool precedes."""
+        return [form.conv1] if form.shortcut is None or form.pool is not None else [form.conv1, form.shortcut]
 
     def _preact(self, form: forms.PreAct, x: Tensor) -> Tensor:
         read, identity = self.enter(form.norm1, x)
-        y = self.conv(form.conv2, self.conv(form.conv1, read))
+        first, *shortcut = self.convs(self._readers(form), read)
+        y = self.conv(form.conv2, first)
         if form.conv3 is not None:
             if form.squeeze_excite is not None:
                 gate = form.squeeze_excite(channel_means(y), y.dtype)
                 y = self.enter(form.norm3, y * gate[:, :, None, None])[0]
             y = self.conv(form.conv3, y)
         factor = self.drop(form.drop_path, y)
-        if form.shortcut is not None:
-            source = read if form.pool is None else form.pool(ops.join(read))
-            return ops.join(y, self.conv(form.shortcut, source), factor=factor)
+        if form.pool is not None:
+            shortcut = [self.conv(form.shortcut, form.pool(ops.join(read)))]
+        if shortcut:
+            return ops.join(y, *shortcut, factor=factor)
         if not form.identity:
             return y if factor is None else y * factor
         return ops.join(y, read if form.identity_after_norm else identity, factor=factor)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends import passes
-from ..backends.passes import Excite, Norm, Own, Sums, Term
+from ..backends.passes import Arriving, Excite, Filter, Norm, Own, Sums, Term
 from ..backends.training import passes_for
 
 _LAST = torch.channels_last
@@ -139,47 +139,99 @@ def _own(stats: Statistics, weight: Tensor | None, mean: Tensor, var: Tensor, su
     return Own(mean, var, weight, stats.eps, sums, count)
 
 
-class _Conv(torch.autograd.Function):
-    """x and its norm, squeeze-excite, weight -> the raw result, and its statistics with their count."""
+@dataclass(frozen=True)
+class Branch:
+    """A convolution, and the norm behind it where it has statistics.
+
+    Attributes: `weight`, in the map's dtype; `geometry`: stride, padding, dilation (pairs) and groups; `stats`, the
+    statistics of the norm; `affine`, its parameters and activation.
+    """
+
+    weight: Tensor
+    geometry: Sequence
+    stats: Statistics | None = None
+    affine: Affine | None = None
+
+
+class _Convs(torch.autograd.Function):
+    """x and its norm, squeeze-excite, weights -> the raw results, and their statistics with their counts."""
 
     @staticmethod
-    def forward(ctx, spec, x, mean, var, scale, shift, fc1, bias1, fc2, bias2, weight, own_weight):
-        reading, stats, geometry, se_activation, recipe = spec
+    def forward(ctx, spec, x, mean, var, scale, shift, fc1, bias1, fc2, bias2, *weights):
+        reading, statistics, geometries, se_activation, recipe = spec
+        weights, own_weights = weights[: len(geometries)], weights[len(geometries) :]
         norm = _norm(reading, mean, var, scale, shift)
         excite = None if fc1 is None else Excite(fc1, bias1, fc2, bias2, se_activation)
         ctx.passes = passes_for(x)
-        y, found = ctx.passes.conv(x, norm, excite, weight, geometry, stats is not None and stats.batch)
-        own = (None, None, 0.0)
-        if stats is not None:
-            own = _statistics(stats, found, y)
+        filters = [Filter(*one) for one in zip(weights, geometries, strict=True)]
+        measured = [stats is not None and stats.batch for stats in statistics]
+        results, kept, ctx.counts = [], [], []
+        found = ctx.passes.convs(x, norm, excite, filters, measured)
+        for (y, seen), stats, taken, own_weight in zip(found, statistics, measured, own_weights, strict=True):
+            own = (None, None, 0.0) if stats is None else _statistics(stats, seen, y)
+            results += [y, *own]
+            kept += [own_weight, y if taken else None, *own[:2]]
+            ctx.counts.append(own[2])
         if recipe is not None:
             reading, (x, mean, var, scale, shift) = recipe
-        ctx.spec, ctx.count = (reading, stats, geometry, se_activation, recipe is None), own[2]
-        ctx.save_for_backward(
-            x, mean, var, scale, shift, fc1, bias1, fc2, bias2, weight,
-            own_weight, None if stats is None or not stats.batch else y, *own[:2],
-        )  # fmt: skip
-        return y, *own
+        ctx.spec = (reading, statistics, geometries, se_activation, recipe is None)
+        ctx.save_for_backward(x, mean, var, scale, shift, fc1, bias1, fc2, bias2, *weights, *kept)
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, product, plain, _):
-        x, mean, var, scale, shift, *excite, weight, own_weight, y, own_mean, own_var = ctx.saved_tensors
-        reading, stats, geometry, se_activation, through = ctx.spec
+    def backward(ctx, *gradients):
+        reading, statistics, geometries, se_activation, through = ctx.spec
+        x, mean, var, scale, shift, fc1, bias1, fc2, bias2, *rest = ctx.saved_tensors
+        weights, kept = rest[: len(geometries)], rest[len(geometries) :]
         norm = _norm(reading, mean, var, scale, shift)
-        excite = None if excite[0] is None else Excite(*excite, se_activation)
-        grad = grad.contiguous(memory_format=_LAST)
-        own = None if stats is None else _own(stats, own_weight, own_mean, own_var, Sums(product, plain), ctx.count)
-        needs_x, needs_weight = any(ctx.needs_input_grad[1:10]), ctx.needs_input_grad[10]
+        excite = None if fc1 is None else Excite(fc1, bias1, fc2, bias2, se_activation)
+        arriving = []
+        for i, stats in enumerate(statistics):
+            grad, product, plain, _ = gradients[4 * i : 4 * i + 4]
+            own_weight, y, *own = kept[4 * i : 4 * i + 4]
+            own = None if stats is None else _own(stats, own_weight, *own, Sums(product, plain), ctx.counts[i])
+            arriving.append(Arriving(grad.contiguous(memory_format=_LAST), own, y))
+        needs_x, needs_weights = any(ctx.needs_input_grad[1:10]), ctx.needs_input_grad[10 : 10 + len(geometries)]
+        filters = [Filter(*one) for one in zip(weights, geometries, strict=True)]
         with without_autocast(x.device.type):
-            found = ctx.passes.conv_backward(
-                grad, own, y, x, norm, excite, weight, geometry, needs_x, needs_weight, through
-            )
+            found = ctx.passes.convs_backward(arriving, x, norm, excite, filters, needs_x, needs_weights, through)
         sums = (None,) * 4 if found.sums is None else _of_norm(found.sums, norm)
         excited = (None,) * 4
         if found.excite is not None:
             excited = [None if t is None else g for t, g in zip(excite, found.excite, strict=False)]
-        return None, found.x, *sums, *excited, found.weight, None
+        return None, found.x, *sums, *excited, *found.weights, *(None for _ in geometries)
+
+
+def convs(x: Map, branches: Sequence[Branch], excite: Excite | None = None) -> list[Map]:
+    """`conv2d(excite(x), weight, None, *geometry)` for every branch, from one read of x, and the norm behind it where
+    statistics are asked for.
+
+    Args:
+        x: a channels_last map, or one that is read through its norm.
+        branches: the convolutions.
+        excite: squeeze-and-excitation of what is read.
+
+    Returns the raw results, as tensors or, with a norm, as `Normed`.
+    """
+    spec = (
+        _reading(x),
+        [branch.stats for branch in branches],
+        [branch.geometry for branch in branches],
+        None if excite is None else excite.activation,
+        _recipe(x),
+    )
+    own_weights = [
+        None if branch.affine is None or branch.affine.weight is None else branch.affine.weight.detach()
+        for branch in branches
+    ]
+    excited = (None,) * 4 if excite is None else excite[:4]
+    found = _Convs.apply(spec, *_flat(x), *excited, *(branch.weight for branch in branches), *own_weights)
+    results = []
+    for i, branch in enumerate(branches):
+        y, mean, var, count = found[4 * i : 4 * i + 4]
+        results.append(y if branch.stats is None else Normed(y, mean, var, branch.affine, branch.stats.eps, count))
+    return results
 
 
 def conv(
@@ -190,26 +242,8 @@ def conv(
     affine: Affine | None = None,
     excite: Excite | None = None,
 ) -> Map:
-    """`conv2d(excite(x), weight, None, *geometry)`, and the norm behind it where statistics are asked for.
-
-    Args:
-        x: a channels_last map, or one that is read through its norm.
-        weight: in x's dtype.
-        geometry: stride, padding, dilation (pairs) and groups.
-        stats: the statistics of the norm behind the convolution.
-        affine: its parameters and activation.
-        excite: squeeze-and-excitation of what is read.
-
-    Returns the raw result, as a tensor or, with a norm, as `Normed`.
-    """
-    y, mean, var, count = _Conv.apply(
-        (_reading(x), stats, geometry, None if excite is None else excite.activation, _recipe(x)),
-        *_flat(x),
-        *((None,) * 4 if excite is None else excite[:4]),
-        weight,
-        None if affine is None or affine.weight is None else affine.weight.detach(),
-    )
-    return y if stats is None else Normed(y, mean, var, affine, stats.eps, count)
+    """`convs` of one branch."""
+    return convs(x, [Branch(weight, geometry, stats, affine)], excite)[0]
 
 
 def _statistics(stats: Statistics, found: tuple[Tensor, Tensor] | None, y: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -324,13 +358,13 @@ class _RepVgg(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec, factor, x, weight, pointwise, *affine):
         (activation, geometries, statistics), note = spec
-        weights = (weight, pointwise)[: len(geometries)]
         ctx.passes = passes_for(x)
         maps, own = [], []
-        for one, geometry, stats in zip(weights, geometries, statistics, strict=False):
-            y, found = ctx.passes.conv(x, None, None, one, geometry, stats.batch)
+        filters = [Filter(*one) for one in zip((weight, pointwise), geometries, strict=True)]
+        found = ctx.passes.convs(x, None, None, filters, [stats.batch for stats in statistics[:2]])
+        for (y, seen), stats in zip(found, statistics, strict=False):
             maps.append(y)
-            own.append(_statistics(stats, found, y))
+            own.append(_statistics(stats, seen, y))
         if len(statistics) > len(maps):
             stats = statistics[-1]
             own.append(_statistics(stats, ctx.passes.statistics(x) if stats.batch else None, x))
@@ -354,7 +388,8 @@ class _RepVgg(torch.autograd.Function):
         count = len(statistics)
         own = [(rest[2 * i], rest[2 * i + 1], ctx.counts[i]) for i in range(count)]
         affine = rest[2 * count :]
-        maps = [kxk, ctx.passes.conv(x, None, None, pointwise, geometries[1], False)[0], x][:count]
+        filters = [Filter(*one) for one in zip((weight, pointwise), geometries, strict=True)]
+        maps = [kxk, ctx.passes.convs(x, None, None, filters[1:], [False])[0][0], x][:count]
         grad = grad.contiguous(memory_format=_LAST)
         terms = _branches(statistics, maps, own, affine, factor)
         found = ctx.passes.join_backward(grad, y, terms, activation, [True] * count)
@@ -363,19 +398,13 @@ class _RepVgg(torch.autograd.Function):
             for i, (stats, (mean, var, n), (_, sums)) in enumerate(zip(statistics, own, found, strict=True))
         ]
         needs_x, *needs = ctx.needs_input_grad[2:5]
-        results = [
-            ctx.passes.conv_backward(dz, norm, raw, x, None, None, one, geometry, needs_x, need)
-            for (dz, _), norm, raw, one, geometry, need in zip(
-                found, norms, maps, (weight, pointwise), geometries, needs, strict=False
-            )
-        ]
-        dx = None
-        if needs_x:
-            dx = results[0].x.add_(results[1].x)
-            if count == 3:
-                dx = ctx.passes.entered_backward(found[2][0], norms[2], x, dx)
+        arriving = [Arriving(dz, *one) for (dz, _), *one in zip(found[:2], norms, maps, strict=False)]
+        gradients = ctx.passes.convs_backward(arriving, x, None, None, filters, needs_x, needs)
+        dx = gradients.x
+        if needs_x and count == 3:
+            dx = ctx.passes.entered_backward(found[2][0], norms[2], x, dx)
         sums = [t for term, (_, sums) in zip(terms, found, strict=True) for t in _of_norm(sums, term.norm)[2:]]
-        return None, None, dx, results[0].weight, results[1].weight, *sums
+        return None, None, dx, *gradients.weights, *sums
 
 
 def _branches(

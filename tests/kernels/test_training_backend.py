@@ -98,7 +98,7 @@ def test_backward_runs_on_the_kernels_of_forward(monkeypatch):
     """It runs where nothing is forced any more."""
     called = []
     for module in (passes, triton_passes):
-        for name in ("conv_backward", "join_backward", "entered_backward"):
+        for name in ("convs_backward", "join_backward", "entered_backward"):
             monkeypatch.setattr(module, name, spied(module, name, called))
     model, x = regnet_fast.rebuild(small_regnet(preact=True)).model.train(), torch.randn(2, 3, 16, 16)
     with backend("triton"):
@@ -108,7 +108,7 @@ def test_backward_runs_on_the_kernels_of_forward(monkeypatch):
     called.clear()
     model(x).sum().backward()
     assert {module for module, _ in called} == {passes}
-    assert {name for _, name in called} == {"conv_backward", "join_backward", "entered_backward"}
+    assert {name for _, name in called} == {"convs_backward", "join_backward", "entered_backward"}
 
 
 def spied(module, name, called):
