@@ -34,7 +34,7 @@ def architectures() -> list[str]:
         given = sorted({capability.replace(".", "") for capability in seen}, key=int)
     if not given or not all(one.isdigit() for one in given):
         raise SetupError(
-            f"REGNET_FAST_BUILD_CUDA=1: architectures to compile for: {' '.join(given) or 'none, and no GPU is visible'}. "
+            f"REGNET_FAST_BUILD_CUDA=1: no architectures to compile for: {' '.join(given) or 'no GPU is visible'}. "
             "Set REGNET_FAST_CUDA_ARCHITECTURES to compute capabilities times ten, such as '80 90'"
         )
     return given

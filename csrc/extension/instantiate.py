@@ -1,8 +1,8 @@
 """Writes the sources of the extension module: `python csrc/extension/instantiate.py FOLDER ARCH...`.
 
-One translation unit for each kernel that a default plan launches for a model's grouped convolutions in inference, at the
-batches and in the dtypes below, and `kernels.cpp`, the table of them. REGNET_FAST_CUDA_MODELS and
-REGNET_FAST_CUDA_BATCHES name others than bench/cases.py does. Needs the standard library alone.
+One translation unit for each kernel that a default plan launches for a model's grouped convolutions in inference, with
+the parts of the means and without, and `kernels.cpp`, the table of them. REGNET_FAST_CUDA_MODELS and
+REGNET_FAST_CUDA_BATCHES name other models and batches than bench/cases.py does. Needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -48,11 +48,9 @@ def instantiations(arches: list[int], models: list[str], batches: list[int]) -> 
     operations = cases.operations().values()
     if missing := set(models) - set(cases.model_names()):
         raise ValueError(f"no model is called {missing.pop()!r}")
-    gated = {model for facts in operations if facts["op"] == "squeeze_excite" for model in facts["models"]}
     found: dict[tuple[str, str], None] = {}
     for facts in operations:
-        users = facts["models"].keys() & set(models)
-        if facts["op"] != "grouped_conv" or not users:
+        if facts["op"] != "grouped_conv" or not facts["models"].keys() & set(models):
             continue
         size, stride, groups = facts["hw"] * facts["stride"], facts["stride"], facts["groups"]
         for dtype in DTYPES:
@@ -60,7 +58,7 @@ def instantiations(arches: list[int], models: list[str], batches: list[int]) -> 
                 problem = plans.GroupedConv(batch, size, size, groups, facts["in"] // groups, stride, dtype)
                 if facts["dilation"] != 1 or facts["in"] != facts["out"] or plans.refuse(problem):
                     continue
-                for parts in sorted({model in gated for model in users}):
+                for parts in (False, True):
                     for arch in arches:
                         target = plans.Target(arch, plans.PROCESSORS[arch])
                         launch = plans.grouped_conv_forward(problem, facts["activation"], parts, target)

@@ -1,7 +1,7 @@
-"""Kernels of csrc/ compiled at first use by NVRTC, the library that CUDA builds of torch bring: no nvcc, no GPU, no driver.
+"""Kernels of csrc/ compiled at first use by NVRTC, the compiler as a library: no nvcc, no GPU, no driver.
 
-Called through its C interface: torch has loaded the very library that fits its driver requirements, and nothing else has
-to be installed to compile.
+It is called through its C interface, in the copy that torch's CUDA builds bring and have loaded: nothing else has to be
+installed to compile, and what it makes fits the CUDA version that torch runs on.
 """
 
 from __future__ import annotations

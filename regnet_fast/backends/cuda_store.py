@@ -1,8 +1,8 @@
 """Compiled kernels on disk. The key of an entry is a digest of all that its content depends on.
 
-An entry is one file: the SHA-256 of its content, then the content. It is made under a lock of its own that ends with the
-process, and put in place whole, so that readers, races and killed processes never see half of one; a file whose digest
-does not fit is made again. A folder that cannot be written costs only the keeping. The standard library alone is needed.
+An entry is one file: the SHA-256 of its content, then the content. It is made under a lock of its own that ends with
+the process, and put in place whole, so that readers, races and killed processes never see half of one; a file whose
+digest does not fit is made again. A folder that cannot be written costs only the keeping.
 """
 
 from __future__ import annotations
