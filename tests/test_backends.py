@@ -69,9 +69,7 @@ def runs_of(packed) -> list[str]:
 
 
 def test_the_libraries_are_asked_before_the_reference():
-    assert list(BACKENDS.items()) == [
-        *(("aten", aten), ("triton", triton), ("cuda", cuda), ("reference", reference))
-    ]
+    assert list(BACKENDS.items()) == [*(("aten", aten), ("triton", triton), ("cuda", cuda), ("reference", reference))]
     assert all(name == module.NAME for name, module in BACKENDS.items())
 
 
@@ -169,7 +167,8 @@ def test_several_forced_backends_are_asked_in_their_order():
     with backend("aten,reference"):
         assert select(CONV) == Selection("aten")
         assert select(dataclasses.replace(CONV, dtype=torch.float64)).name == "reference"
-    with backend("aten,cuda"), pytest.raises(BackendError, match=r"'aten,cuda' was.*aten: .*; cuda: .*can: reference\."):
+    words = r"'aten,cuda' was.*aten: .*; cuda: .*can: reference\."
+    with backend("aten,cuda"), pytest.raises(BackendError, match=words):
         select(dataclasses.replace(CONV, dtype=torch.float64))
 
 

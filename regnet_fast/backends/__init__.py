@@ -92,8 +92,8 @@ def backend(name: str) -> Iterator[None]:
         name: one of `BACKENDS`; several with commas, such as "cuda,triton", to be asked in this order; or "auto" to
             lift a force that stands outside.
 
-    Inside the block whatever none of them can serve raises `BackendError` with the reason, where `auto` would have taken
-    another way. Raises ValueError for an unknown name.
+    Inside the block whatever none of them can serve raises `BackendError` with the reason, where `auto` would have
+    taken another way. Raises ValueError for an unknown name.
     """
     token = _forced.set(_checked(name))
     try:

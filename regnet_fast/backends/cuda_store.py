@@ -7,7 +7,6 @@ digest does not fit is made again. A folder that cannot be written costs only th
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import tempfile
@@ -100,7 +99,13 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-@functools.lru_cache(maxsize=64)
-def _warn(folder: str, reason: str) -> None:
+_warned: set[str] = set()
+
+
+def _warn(folder: str, reason: str | None) -> None:
+    """Say once for each folder what it lacks."""
+    if folder in _warned:
+        return
+    _warned.add(folder)
     message = f"compiled CUDA kernels cannot be kept in {folder}: {reason}; each process compiles its own. "
     warnings.warn(message + "REGNET_FAST_CACHE names another folder", CacheWarning, stacklevel=5)
