@@ -153,12 +153,12 @@ def cuda_kernels() -> list[dict[str, Any]]:
     way cannot be taken or '', and what the compilers are.
     """
     rows = []
-    for device in [gpu["device"] for gpu in devices()[1:]] or [None]:
-        refused = cuda_launch.ways(None if device is None else cuda_launch.architecture(device))
+    for gpu in devices()[1:] or [{"device": None}]:
+        refused = cuda_launch.ways(int(gpu["capability"].replace(".", "")) if gpu["device"] else None)
         built = cuda_extension.refuse() is None
         rows.append(
             {
-                "device": device,
+                "device": gpu["device"],
                 "live": next((way for way, reason in refused.items() if reason is None), None),
                 "refused": {way: reason or "" for way, reason in refused.items()},
                 "built_for": [f"sm_{arch}" for arch in cuda_extension.architectures()] if built else [],
