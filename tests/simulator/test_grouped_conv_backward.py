@@ -31,8 +31,7 @@ class Backward:
         launches = cuda_plans.grouped_conv_backward(
             p, affine=self.affine, norm=self.norm, sums=self.sums, activation=self.activation, target=target, **options
         )
-        by_group = self.weight.view(p.groups, p.width, p.width, 3, 3)
-        weight = by_group.permute(0, 2, 3, 4, 1).reshape(p.channels, -1).contiguous()
+        weight = self.packed(self.weight, p)
         y = self.y if self.affine == 2 else None
         inputs = {"dz": self.dz, "y": y, "weight": weight, "x": self.x}
         inputs |= {"a": self.a if self.affine else None}
@@ -54,6 +53,11 @@ class Backward:
             run(launch, given, results, order, text if launch.source == "grouped_conv_backward.cu" else None)
         self.launches = launches
         return found
+
+    @staticmethod
+    def packed(weight, problem):
+        by_group = weight.view(problem.groups, problem.width, problem.width, 3, 3)
+        return by_group.permute(0, 2, 3, 4, 1).reshape(problem.channels, -1).contiguous()
 
     def expected(self, dtype):
         """dx, and the weight's gradient as (channels, 9, width); rounded as eager rounds."""
