@@ -32,7 +32,8 @@ TYPES = {"bfloat16": "BFloat16", "float16": "Float16"}
 ACTIVATIONS = {"none": "NONE", "relu": "RELU", "silu": "SILU"}
 
 WIDEST = 264
-_MOST = 2**31 - 2**16
+_MOST = 2**31 - 2**16  # of what kernels count in 32 bits, with room for the last tile
+_MOST_SLABS = 65535  # of blocks in a grid's second dimension
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Launch:
     shared: int
     arguments: tuple[str | int | float, ...]
     buffers: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self):
+        if self.grid[0] > _MOST or self.grid[1] > _MOST_SLABS:
+            raise ValueError(f"{self.kernel}: a grid of {self.grid}")
 
 
 @dataclass(frozen=True)
@@ -384,9 +389,9 @@ def grouped_conv_backward(
     """The gradients of the input and of the weight; csrc/grouped_conv_backward.cu has the equations.
 
     Tensors, by name: dz, y (with `affine` 2), a (1 and 2), q, b (2); x (for the weight's gradient and with `sums`);
-    scale, shift (with `norm` and `sums`), mean, invstd (`sums`); weight, (channels, 9 * width) with a row for each input
-    channel, tap by tap; results dx, sums (images, tiles, 2, channels), parts, and dweight, (channels, 9, width), all but
-    dx in float32. Those that an option leaves out are null.
+    scale, shift (with `norm` and `sums`), mean, invstd (`sums`); weight, (channels, 9 * width) with a row for each
+    input channel, tap by tap; results dx, sums (images, tiles, 2, channels), parts, and dweight (channels, 9, width),
+    all but dx in float32. Those that an option leaves out are null.
 
     `norm` and `sums` read the map through `activation(x * scale + shift)`. One launch makes both gradients where whole
     groups fit, two do otherwise, or without `single_pass`; the last one adds up the parts of the weight's gradient.
