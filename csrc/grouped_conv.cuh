@@ -1,4 +1,5 @@
-// What the grouped convolutions' kernels share: pixels of a map in shared memory, products over taps, results to memory.
+// What the convolutions' kernels share: activations, the taps that reach a pixel from behind, pixels of a map in shared
+// memory, and products over taps.
 //
 // A pixel's channels are 16-byte chunks of eight elements. Pixels lie PITCH bytes apart, an odd number of chunks, so that
 // the eight rows of a matrix, eight pixels beside each other, are in different banks.
@@ -16,6 +17,40 @@ DEVICE float activate(float x) {
     if constexpr (ACTIVATION == SILU) return x * sigmoid(x);
     return x;
 }
+
+template <int N>
+struct Constant {
+    static constexpr int value = N;
+};
+
+// Backwards with a stride, pixels of x fall into classes by their remainders: row % STRIDE * STRIDE + column % STRIDE.
+// Each class has taps of its own; here are all taps in the order of the classes.
+template <int STRIDE>
+struct Classes {
+    static constexpr int COUNT = STRIDE * STRIDE;
+
+    static constexpr DEVICE int first(int which) { return which == 3 ? 5 : which == 2 ? 3 : which; }
+    static constexpr DEVICE int taps(int which) { return STRIDE == 1 ? 9 : which == 3 ? 4 : which == 0 ? 1 : 2; }
+    static constexpr DEVICE int tap(int place) { return STRIDE == 1 ? place : 0x862071534LL >> 4 * place & 15; }
+    // From a pixel's own row or column of dy, which is the halo's with stride 2 and one further with stride 1.
+    static constexpr DEVICE int shift(int k) { return STRIDE == 1 ? 2 - k : k == 0; }
+};
+
+template <int ACTIVATION>
+DEVICE float slope(float z) {
+    if constexpr (ACTIVATION == RELU) return z > 0.0f ? 1.0f : 0.0f;
+    if constexpr (ACTIVATION == SILU) {
+        float s = sigmoid(z);
+        return s * (1.0f + z * (1.0f - s));
+    }
+    return 1.0f;
+}
+
+DEVICE Floats2 affine(Floats2 value, Floats2 factor, Floats2 summand) {
+    return {value.x * factor.x + summand.x, value.y * factor.y + summand.y};
+}
+
+DEVICE Floats2 load_two(const float* of, int channel) { return load_global(reinterpret_cast<const Floats2*>(of + channel)); }
 
 // ROWS x COLUMNS pixels of CHUNKS chunks. With ALTERNATE even columns come first in each row and odd ones after them: the
 // pixels under one tap of a convolution with stride 2 are then beside each other.

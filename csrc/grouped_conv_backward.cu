@@ -19,40 +19,6 @@
 // channels and c for its outputs; a weight gradient alone has a slab for each CHUNK of k as well.
 #include "grouped_conv.cuh"
 
-template <int N>
-struct Constant {
-    static constexpr int value = N;
-};
-
-// The classes of pixels, and their taps in the order of the classes.
-template <int STRIDE>
-struct Classes {
-    static constexpr int COUNT = STRIDE * STRIDE;
-
-    static constexpr DEVICE int first(int which) { return which == 3 ? 5 : which == 2 ? 3 : which; }
-    static constexpr DEVICE int taps(int which) { return STRIDE == 1 ? 9 : which == 3 ? 4 : which == 0 ? 1 : 2; }
-    static constexpr DEVICE int tap(int place) { return STRIDE == 1 ? place : 0x862071534LL >> 4 * place & 15; }
-    // From a pixel's own row or column of dy, which is the halo's with stride 2 and one further with stride 1.
-    static constexpr DEVICE int shift(int k) { return STRIDE == 1 ? 2 - k : k == 0; }
-};
-
-template <int ACTIVATION>
-DEVICE float slope(float z) {
-    if constexpr (ACTIVATION == RELU) return z > 0.0f ? 1.0f : 0.0f;
-    if constexpr (ACTIVATION == SILU) {
-        float s = sigmoid(z);
-        return s * (1.0f + z * (1.0f - s));
-    }
-    return 1.0f;
-}
-
-// pair * factor + summand for two of eight channels.
-DEVICE Floats2 affine(Floats2 value, Floats2 factor, Floats2 summand) {
-    return {value.x * factor.x + summand.x, value.y * factor.y + summand.y};
-}
-
-DEVICE Floats2 load_two(const float* of, int channel) { return load_global(reinterpret_cast<const Floats2*>(of + channel)); }
-
 template <
     class T, int WIDTH, int GROUPS, int CHUNK, int OUT_TILE, int UNIT, int STRIDE, int TILE_H, int TILE_W, int WARPS_M,
     int WARPS_N, int STAGES, bool INPUT, bool WEIGHT, int AFFINE, bool NORM, bool SUMS, int ACTIVATION>

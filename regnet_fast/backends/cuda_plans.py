@@ -8,6 +8,9 @@ dense and 16-byte aligned; feature maps are NHWC. `buffers` are the float32 tens
     problem = GroupedConv(images, height, columns, groups, width, stride, "bfloat16")
     reason = refuse(problem)                                         why there is no kernel, or None
     launch = grouped_conv_forward(problem, "relu", parts=True)       a Launch; parts: of the channel means
+    launches = grouped_conv_backward(problem, affine=2, norm=True, sums=True, activation="relu")       in this order
+    DepthwiseConv, refuse_depthwise, depthwise_conv_forward, depthwise_conv_backward                   the same
+    launch = squeeze_excite(images, tiles, channels, hidden, "bfloat16")                               parts to gate
 
 Sources are compiled as C++17 with `-I csrc -I csrc/device`; a launch above 48 KB of shared memory needs the function's
 attribute for it. Choices are made once for each problem and are never a matter of measurement here.
@@ -16,6 +19,7 @@ attribute for it. Choices are made once for each problem and are never a matter 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -28,7 +32,8 @@ TYPES = {"bfloat16": "BFloat16", "float16": "Float16"}
 ACTIVATIONS = {"none": "NONE", "relu": "RELU", "silu": "SILU"}
 
 WIDEST = 264
-_MOST = 2**31 - 2**16
+_MOST = 2**31 - 2**16  # of what kernels count in 32 bits, with room for the last tile
+_MOST_SLABS = 65535  # of blocks in a grid's second dimension
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,10 @@ class Launch:
     shared: int
     arguments: tuple[str | int | float, ...]
     buffers: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self):
+        if self.grid[0] > _MOST or self.grid[1] > _MOST_SLABS:
+            raise ValueError(f"{self.kernel}: a grid of {self.grid}")
 
 
 @dataclass(frozen=True)
@@ -380,9 +389,9 @@ def grouped_conv_backward(
     """The gradients of the input and of the weight; csrc/grouped_conv_backward.cu has the equations.
 
     Tensors, by name: dz, y (with `affine` 2), a (1 and 2), q, b (2); x (for the weight's gradient and with `sums`);
-    scale, shift (with `norm` and `sums`), mean, invstd (`sums`); weight, (channels, 9 * width) with a row for each input
-    channel, tap by tap; results dx, sums (images, tiles, 2, channels), parts, and dweight, (channels, 9, width), all but
-    dx in float32. Those that an option leaves out are null.
+    scale, shift (with `norm` and `sums`), mean, invstd (`sums`); weight, (channels, 9 * width) with a row for each
+    input channel, tap by tap; results dx, sums (images, tiles, 2, channels), parts, and dweight (channels, 9, width),
+    all but dx in float32. Those that an option leaves out are null.
 
     `norm` and `sums` read the map through `activation(x * scale + shift)`. One launch makes both gradients where whole
     groups fit, two do otherwise, or without `single_pass`; the last one adds up the parts of the weight's gradient.
@@ -397,19 +406,17 @@ def grouped_conv_backward(
         ]
     launches = [_backward_launch(work, config or backward_config(work, target), activation, target) for work in works]
     if needs_weight:
-        count, length = launches[-1].buffers["parts"][0], problem.channels * 9 * problem.width
-        launches.append(
-            Launch(
-                "ordered_sum.cu",
-                "ordered_sum<256>",
-                (_cdiv(length, 1024), 1, 1),
-                256,
-                0,
-                ("parts", "dweight", count, length),
-                {"dweight": (problem.channels, 9, problem.width)},
-            )
-        )
+        launches.append(_ordered_sum(launches[-1].buffers["parts"][0], (problem.channels, 9, problem.width)))
     return tuple(launches)
+
+
+def _ordered_sum(count: int, shape: tuple[int, ...]) -> Launch:
+    """dweight of that shape, the sum of so many parts."""
+    length = math.prod(shape)
+    arguments = ("parts", "dweight", count, length)
+    return Launch(
+        "ordered_sum.cu", "ordered_sum<256>", (_cdiv(length, 1024), 1, 1), 256, 0, arguments, {"dweight": shape}
+    )
 
 
 def _backward_launch(work: BackwardWork, config: BackwardConfig | None, activation: str, target: Target) -> Launch:
@@ -436,3 +443,114 @@ def _backward_launch(work: BackwardWork, config: BackwardConfig | None, activati
          p.height, p.columns, out_height, out_columns, p.groups),
         buffers | ({"sums": (p.images, tiles, 2, p.channels)} if work.sums else {}),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DepthwiseConv:
+    """A 3x3 convolution with padding 1 of (images, height, columns, channels), one channel in a group."""
+
+    images: int
+    height: int
+    columns: int
+    channels: int
+    stride: int
+    dtype: str
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        return _cdiv(self.height, self.stride), _cdiv(self.columns, self.stride)
+
+
+def refuse_depthwise(problem: DepthwiseConv, **geometry) -> str | None:
+    """Why csrc/ has no depthwise convolution for a problem, or None; `geometry` as for `refuse`."""
+    p = problem
+    if p.channels % 8 or p.channels < 8:
+        return f"{p.channels} channels: only multiples of 8"
+    return refuse(GroupedConv(p.images, p.height, p.columns, p.channels // 8, 8, p.stride, p.dtype), **geometry)
+
+
+_DEPTHWISE_THREADS = 128
+
+
+def _depthwise(problem: DepthwiseConv, run: int) -> tuple[int, int, int]:
+    """Lanes of eight channels, tiles of an image, and blocks that cover the channels; checks the problem."""
+    reason = refuse_depthwise(problem)
+    if reason is not None:
+        raise ValueError(f"no kernel for {problem}: {reason}")
+    chunks = problem.channels // 8
+    lanes = min((1, 2, 4, 8, 16), key=lambda n: (_cdiv(chunks, n) * n, -n))
+    runs = problem.out_size[0] * _cdiv(problem.out_size[1], run)
+    return lanes, _cdiv(runs, _DEPTHWISE_THREADS // lanes), _cdiv(chunks, lanes)
+
+
+def depthwise_conv_forward(problem: DepthwiseConv, activation: str = "none", parts: bool = False) -> Launch:
+    """As `grouped_conv_forward`, with the weight as (9, channels)."""
+    p, run = problem, 4 if problem.stride == 1 else 2
+    lanes, tiles, across = _depthwise(p, run)
+    facts = (TYPES[p.dtype], lanes, run, _DEPTHWISE_THREADS, p.stride, ACTIVATIONS[activation], str(parts).lower())
+    return Launch(
+        "depthwise_conv_forward.cu",
+        f"depthwise_conv_forward<{', '.join(map(str, facts))}>",
+        (p.images * tiles, across, 1),
+        _DEPTHWISE_THREADS,
+        32 * _DEPTHWISE_THREADS * parts,
+        ("x", "weight", "bias", "y", "parts", tiles, p.height, p.columns, *p.out_size, p.channels),
+        {"parts": (p.images, tiles, p.channels)} if parts else {},
+    )
+
+
+def depthwise_conv_backward(
+    problem: DepthwiseConv,
+    *,
+    needs_input: bool = True,
+    needs_weight: bool = True,
+    affine: int = 0,
+    norm: bool = False,
+    sums: bool = False,
+    activation: str = "none",
+    target: Target = Target(),
+) -> tuple[Launch, ...]:
+    """As `grouped_conv_backward`, always in a single pass; weight and dweight are (9, channels)."""
+    p, run = problem, 2 if problem.stride == 1 else 1
+    lanes, tiles, across = _depthwise(p, run)
+    norm, sums = norm and needs_weight, sums and needs_input
+    switches = (str(s).lower() for s in (needs_input, needs_weight, affine, norm, sums))
+    facts = (TYPES[p.dtype], lanes, run, _DEPTHWISE_THREADS, p.stride, *switches, ACTIVATIONS[activation])
+    workers = min(p.images * tiles, max(1, _cdiv(4 * target.processors, across))) if needs_weight else p.images * tiles
+    buffers = {"parts": (workers, 9, p.channels)} if needs_weight else {}
+    launch = Launch(
+        "depthwise_conv_backward.cu",
+        f"depthwise_conv_backward<{', '.join(map(str, facts))}>",
+        (workers, across, 1),
+        _DEPTHWISE_THREADS,
+        32 * _DEPTHWISE_THREADS * (needs_weight or sums),
+        ("dz", "y", "a", "q", "b", "x", "scale", "shift", "mean", "invstd", "weight", "dx", "sums", "parts", p.images,
+         tiles, p.height, p.columns, *p.out_size, p.channels),
+        buffers | ({"sums": (p.images, tiles, 2, p.channels)} if sums else {}),
+    )  # fmt: skip
+    return (launch, *(_ordered_sum(workers, (9, p.channels)) for _ in range(needs_weight)))
+
+
+def squeeze_excite(
+    images: int, tiles: int, channels: int, hidden: int, dtype: str, activation: str = "relu", target: Target = Target()
+) -> Launch:
+    """The gate in a 16-bit dtype: tensors parts (images, tiles, channels), fc1, bias1, fc2, bias2, gate.
+
+    Raises ValueError for an odd number of channels, or more of them than shared memory holds.
+    """
+    if channels % 2:
+        raise ValueError(f"{channels} channels: the gate is written in pairs")
+    block = next((n for n in (4, 2, 1) if n <= images and images // n >= target.processors), 1)
+    while block > 1 and 4 * block * (channels + hidden) > SHARED_BYTES[target.arch]:
+        block //= 2
+    shared, threads = 4 * block * (channels + hidden), 512
+    if shared > SHARED_BYTES[target.arch]:
+        raise ValueError(f"{channels} channels and {hidden} hidden ones need {shared} bytes of shared memory")
+    return Launch(
+        "squeeze_excite.cu",
+        f"squeeze_excite<{TYPES[dtype]}, {block}, {threads}, {ACTIVATIONS[activation]}>",
+        (_cdiv(images, block), 1, 1),
+        threads,
+        shared,
+        ("parts", "fc1", "bias1", "fc2", "bias2", "gate", images, tiles, channels, hidden),
+    )

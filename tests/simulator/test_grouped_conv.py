@@ -1,6 +1,7 @@
 """The grouped convolution in the simulator against float64."""
 
 import dataclasses
+import random
 
 import pytest
 import torch
@@ -167,6 +168,41 @@ def test_refusals():
     assert "dilation" in cuda_plans.refuse(good, dilation=(2, 2))
     assert "padding" in cuda_plans.refuse(good, padding=(0, 0))
     assert "8.0" in cuda_plans.refuse(good, arch=75)
+
+
+@pytest.mark.parametrize("width", [8, 24, 40, 72])
+def test_some_configurations(width):
+    """Some of the search space, whatever the model of the machine would choose."""
+    configs = [c for c in cuda_plans._forward_configs(width, 3) if c.warps_m * c.warps_n <= 12]
+    for config in random.sample(configs, 5):
+        problem = GroupedConv(2, 11, 19, 3 if width < 72 else 1, width, random.choice((1, 2)), "bfloat16")
+        if config.shared_bytes(width, problem.stride) <= cuda_plans.SHARED_BYTES[90]:
+            Forward(problem, "relu", parts=True).check("random", config=config)
+
+
+def test_shared_memory_is_what_the_kernel_takes():
+    for width in (24, 112):
+        launch = cuda_plans.grouped_conv_forward(GroupedConv(1, 9, 9, 1, width, 1, "bfloat16"), parts=True)
+        less = dataclasses.replace(launch, shared=launch.shared - 4)
+        one = Forward(GroupedConv(1, 9, 9, 1, width, 1, "bfloat16"), parts=True)
+        outputs = {"y": torch.zeros_like(one.x), "parts": torch.zeros(launch.buffers["parts"])}
+        with pytest.raises(SimulationError, match=f"there are {less.shared} bytes"):
+            run(less, {"x": one.x, "weight": packed(one.weight), "bias": one.bias}, outputs)
+
+
+def test_every_problem_has_a_plan():
+    """For every machine, width and stride, few pixels and many: within shared memory, with at most 384 threads."""
+    for arch, shared in cuda_plans.SHARED_BYTES.items():
+        for width in (8, 24, 56, 64, 72, 120, 232, 264):
+            for stride, batch in ((1, 1), (2, 256)):
+                problem = GroupedConv(batch, 28, 28, 6, width, stride, "float16")
+                target = Target(arch, cuda_plans.PROCESSORS[arch])
+                training = {"affine": 2, "norm": True, "sums": True, "target": target}
+                launches = [cuda_plans.grouped_conv_forward(problem, parts=True, target=target)]
+                launches += cuda_plans.grouped_conv_backward(problem, **training)
+                assert all(launch.shared <= shared and launch.threads <= 384 for launch in launches)
+    with pytest.raises(ValueError, match="a grid of"):
+        cuda_plans.grouped_conv_forward(GroupedConv(1, 1, 1, 600000, 24, 1, "float16"))
 
 
 @pytest.mark.slow

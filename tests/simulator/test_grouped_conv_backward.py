@@ -1,5 +1,7 @@
 """The gradients of the grouped convolution in the simulator against float64."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,8 +33,7 @@ class Backward:
         launches = cuda_plans.grouped_conv_backward(
             p, affine=self.affine, norm=self.norm, sums=self.sums, activation=self.activation, target=target, **options
         )
-        by_group = self.weight.view(p.groups, p.width, p.width, 3, 3)
-        weight = by_group.permute(0, 2, 3, 4, 1).reshape(p.channels, -1).contiguous()
+        weight = self.packed(self.weight, p)
         y = self.y if self.affine == 2 else None
         inputs = {"dz": self.dz, "y": y, "weight": weight, "x": self.x}
         inputs |= {"a": self.a if self.affine else None}
@@ -54,6 +55,11 @@ class Backward:
             run(launch, given, results, order, text if launch.source == "grouped_conv_backward.cu" else None)
         self.launches = launches
         return found
+
+    @staticmethod
+    def packed(weight, problem):
+        by_group = weight.view(problem.groups, problem.width, problem.width, 3, 3)
+        return by_group.permute(0, 2, 3, 4, 1).reshape(problem.channels, -1).contiguous()
 
     def expected(self, dtype):
         """dx, and the weight's gradient as (channels, 9, width); rounded as eager rounds."""
@@ -186,6 +192,26 @@ def test_seeded_bugs_are_seen(bug):
         if words is not None and "NUMBERS" not in words:
             assert caught.type is SimulationError, "the simulator did not see it"
             caught.match(words)
+
+
+@pytest.mark.parametrize(("width", "gradients"), [(8, (1, 1)), (24, (1, 1)), (40, (0, 1)), (72, (1, 0)), (72, (0, 1))])
+def test_some_configurations(width, gradients):
+    """Some of the search space, whatever the model of the machine would choose."""
+    groups = 3 if width < 72 else 1
+    needs_input, needs_weight = map(bool, gradients)
+    for stride in (1, 2):
+        problem = GroupedConv(1, 11, 19, groups, width, stride, "bfloat16")
+        work = cuda_plans.BackwardWork(problem, needs_input, needs_weight, 2, needs_weight, needs_input)
+        configs = [
+            config
+            for config in cuda_plans._backward_configs(work)
+            if config.warps_m * config.warps_n <= 12
+            and config.accumulators(work) <= 112
+            and config.shared_bytes(work) <= cuda_plans.SHARED_BYTES[90]
+        ]
+        for config in random.sample(configs, 3):
+            one = Backward(problem, 2, True, needs_input, "silu")
+            one.check("random", needs_input=needs_input, needs_weight=needs_weight, config=config)
 
 
 @pytest.mark.slow
