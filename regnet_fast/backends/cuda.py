@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import cuda_launch, cuda_plans
-from .cuda_plans import GroupedConv as Plan
-from .cuda_plans import Launch
+from .cuda_plans import DepthwiseConv, Launch
+from .cuda_plans import GroupedConv as Groups
 from .problem import ConvProblem, Problem
 from .triton import current
 
@@ -37,7 +37,8 @@ def refuse(problem: Problem) -> str | None:
         return f"two different strides, {problem.stride}"
     geometry = {"kernel": problem.kernel, "padding": problem.padding, "dilation": problem.dilation}
     arch = cuda_launch.target(problem.device).arch
-    reason = cuda_plans.refuse(_plan(problem), arch=arch, **geometry)
+    refuse_plan = cuda_plans.refuse_depthwise if _depthwise(problem) else cuda_plans.refuse
+    reason = refuse_plan(_plan(problem), arch=arch, **geometry)
     launches = () if reason else (_launch(problem, means) for means in (False, True))
     return reason or next(filter(None, (cuda_launch.refuse(launch, problem.device) for launch in launches)), None)
 
@@ -47,19 +48,29 @@ def refuse_training(x: Tensor) -> str:
     return "the CUDA C++ kernels are used in inference alone"
 
 
-def _plan(problem: ConvProblem) -> Plan:
+def _depthwise(problem: ConvProblem) -> bool:
+    return problem.groups > 1 and problem.groups == problem.input_shape[1]
+
+
+def _plan(problem: ConvProblem) -> Groups | DepthwiseConv:
     images, channels, height, columns = problem.input_shape
-    dtype, width = str(problem.dtype).removeprefix("torch."), channels // problem.groups
-    return Plan(images, height, columns, problem.groups, width, problem.stride[0], dtype)
+    facts = problem.stride[0], str(problem.dtype).removeprefix("torch.")
+    if _depthwise(problem):
+        return DepthwiseConv(images, height, columns, channels, *facts)
+    return Groups(images, height, columns, problem.groups, channels // problem.groups, *facts)
 
 
 def _launch(problem: ConvProblem, means: bool) -> Launch:
+    if _depthwise(problem):
+        return cuda_plans.depthwise_conv_forward(_plan(problem), problem.activation, means)
     target = cuda_launch.target(problem.device)
     return cuda_plans.grouped_conv_forward(_plan(problem), problem.activation, means, target)
 
 
-def packed_weight(weight: Tensor) -> Tensor:
-    """(K, C / groups, 3, 3) as the kernel reads it: (K, 9 * C / groups), tap by tap."""
+def packed_weight(problem: ConvProblem, weight: Tensor) -> Tensor:
+    """(K, C / groups, 3, 3) as the kernels read it, tap by tap: (K, 9 * C / groups), or (9, K) of a depthwise one."""
+    if _depthwise(problem):
+        return weight.flatten(1).t().contiguous()
     return weight.permute(0, 2, 3, 1).flatten(1).contiguous()
 
 
@@ -70,7 +81,7 @@ class GroupedConv:
     """
 
     def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
-        self.problem, self.weight = problem, _aligned(packed_weight(weight))
+        self.problem, self.weight = problem, _aligned(packed_weight(problem, weight))
         self.bias = None if bias is None else _aligned(bias.float().contiguous())
         self._kernels: dict[bool, cuda_launch.Kernel] = {}
         self.label = f"{LABEL}, {cuda_launch.way(_launch(problem, False), problem.device)}"
