@@ -87,7 +87,7 @@ class Compiled:
         return ""
 
 
-def _grouped(models: Sequence[str] | None) -> dict[tuple[int, int, int, int], str]:
+def grouped_convs(models: Sequence[str] | None) -> dict[tuple[int, int, int, int], str]:
     """Groups, width, output size and stride of every grouped convolution, with its activation."""
     found = {}
     for operation in cases.operations().values():
@@ -107,7 +107,7 @@ def launches(models: Sequence[str] | None, arch: int, dtype: str, batches: Seque
     """The default plans: forward with parts of the means, backward in training; and samples of the other kernels."""
     target = Target(arch, PROCESSORS[arch])
     training = {"affine": 2, "norm": True, "sums": True, "target": target}
-    for (groups, width, size, stride), activation in _grouped(models).items():
+    for (groups, width, size, stride), activation in grouped_convs(models).items():
         for batch in batches:
             problem = GroupedConv(batch, size * stride, size * stride, groups, width, stride, dtype)
             yield cuda_plans.grouped_conv_forward(problem, activation, True, target)
