@@ -2,7 +2,7 @@
 
     python -m bench.cuda_compilation                       every grouped convolution of the models, all architectures
     python -m bench.cuda_compilation --arch 90 --model regnety_016 --batch 1 256
-    python -m bench.cuda_compilation --write               the table of docs/cuda.md as well
+    python -m bench.cuda_compilation --write               its rows into the table of docs/cuda.md as well
 
 Exit status 1 where a kernel does not compile, spills or uses local memory, needs more shared memory than there is,
 copies less than sixteen bytes at a time, or multiplies without matrix instructions.
@@ -87,7 +87,7 @@ class Compiled:
         return ""
 
 
-def _grouped(models: Sequence[str] | None) -> dict[tuple[int, int, int, int], str]:
+def grouped_convs(models: Sequence[str] | None) -> dict[tuple[int, int, int, int], str]:
     """Groups, width, output size and stride of every grouped convolution, with its activation."""
     found = {}
     for operation in cases.operations().values():
@@ -107,7 +107,7 @@ def launches(models: Sequence[str] | None, arch: int, dtype: str, batches: Seque
     """The default plans: forward with parts of the means, backward in training; and samples of the other kernels."""
     target = Target(arch, PROCESSORS[arch])
     training = {"affine": 2, "norm": True, "sums": True, "target": target}
-    for (groups, width, size, stride), activation in _grouped(models).items():
+    for (groups, width, size, stride), activation in grouped_convs(models).items():
         for batch in batches:
             problem = GroupedConv(batch, size * stride, size * stride, groups, width, stride, dtype)
             yield cuda_plans.grouped_conv_forward(problem, activation, True, target)
@@ -209,21 +209,40 @@ def _row_name(launch: Launch) -> tuple[str, int]:
     return name, int(facts[1]) if name.startswith("grouped") else 0
 
 
+def _dtype(launch: Launch) -> str:
+    """The dtype of a kernel, '-' for one that has none."""
+    names = {name: dtype for dtype, name in cuda_plans.TYPES.items()}
+    return names.get(launch.kernel.partition("<")[2].partition(",")[0], "-")
+
+
+def merged(page: str, lines: str) -> str:
+    """A document with the rows of a table in its own, in place of those of the same first four cells."""
+    begin, end = "<!-- cuda-compilation -->\n", "<!-- /cuda-compilation -->"
+    before, _, rest = page.partition(begin)
+    old, _, after = rest.partition(end)
+    titles = lines.splitlines()[:2]
+    rows = {}
+    for line in (*old.splitlines()[2:], *lines.splitlines()[2:]):
+        kernel, width, arch, dtype = (cell.strip() for cell in line.split("|")[1:5])
+        rows[kernel, int(width.replace("-", "0")), int(arch[3:]), dtype] = line
+    return before + begin + "\n".join([*titles, *(rows[key] for key in sorted(rows))]) + "\n" + end + after
+
+
 def table(made: Sequence[Compiled]) -> str:
-    """A row for each kernel, group width and architecture, from the least to the most of its variants."""
+    """A row for each kernel, group width, architecture and dtype, from the least to the most of its variants."""
     groups: dict[tuple, list[Compiled]] = {}
     for one in made:
-        groups.setdefault((*_row_name(one.job.launch), one.job.arch), []).append(one)
+        groups.setdefault((*_row_name(one.job.launch), one.job.arch, _dtype(one.job.launch)), []).append(one)
 
     def span(values: Sequence[int]) -> str:
         return str(min(values)) if min(values) == max(values) else f"{min(values)}-{max(values)}"
 
     lines = [
-        "| kernel | width | architecture | variants | threads | registers | shared, KB | blocks | instructions | HMMA "
-        "| LDSM | local |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| kernel | width | architecture | dtype | variants | threads | registers | shared, KB | blocks | instructions "
+        "| HMMA | LDSM | local |",
+        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for (kernel, width, arch), same in sorted(groups.items()):
+    for (kernel, width, arch, dtype), same in sorted(groups.items()):
         columns = (
             span([one.job.launch.threads for one in same]),
             span([one.registers for one in same]),
@@ -234,7 +253,7 @@ def table(made: Sequence[Compiled]) -> str:
             span([one.matrix_loads for one in same]),
             span([one.local for one in same]),
         )
-        lines.append(f"| {kernel} | {width or '-'} | sm_{arch} | {len(same)} | {' | '.join(columns)} |")
+        lines.append(f"| {kernel} | {width or '-'} | sm_{arch} | {dtype} | {len(same)} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
@@ -244,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=tuple(cuda_plans.TYPES), default=("bfloat16",))
     parser.add_argument("--model", nargs="+", help="by default all")
     parser.add_argument("--batch", nargs="+", type=int, default=(256,))
-    parser.add_argument("--write", action="store_true", help="write the table into docs/cuda.md")
+    parser.add_argument("--write", action="store_true", help="merge the rows into the table of docs/cuda.md")
     options = parser.parse_args(arguments)
     made = []
     for one in compile_all(jobs(options.model, options.arch, options.dtype, options.batch)):
@@ -253,9 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"sm_{one.job.arch}, {one.job.launch.kernel}: {one.fault}", file=sys.stderr, flush=True)
     print(table(made))
     if options.write:
-        begin, end = "<!-- cuda-compilation -->\n", "<!-- /cuda-compilation -->"
-        before, _, rest = PAGE.read_text().partition(begin)
-        PAGE.write_text(before + begin + table(made) + "\n" + end + rest.partition(end)[2])
+        PAGE.write_text(merged(PAGE.read_text(), table(made)))
     return 1 if any(one.fault for one in made) else 0
 
 

@@ -60,6 +60,17 @@ def test_local_memory_is_seen(tmp_path, monkeypatch):
     assert "local memory" in made.fault
 
 
+def test_rows_are_merged():
+    rows = ["| b | 16 | sm_90 | float16 | new |", "| b | 8 | sm_100 | - | 1 |", "| b | 8 | sm_90 | - | 1 |"]
+    old = (
+        "<!-- cuda-compilation -->\nt\n-\n"
+        + rows[1]
+        + "\n| b | 16 | sm_90 | float16 | old |\n<!-- /cuda-compilation -->"
+    )
+    merged = cuda_compilation.merged(old, "\n".join(["t", "-", rows[0], rows[2]]))
+    assert merged.splitlines()[3:-1] == [rows[2], rows[1], rows[0]]
+
+
 def _nvrtc() -> ctypes.CDLL | None:
     """CUDA's compiler as a library, as torch's CUDA builds bring it along."""
     for folder in getattr(importlib.util.find_spec("nvidia"), "submodule_search_locations", None) or ():

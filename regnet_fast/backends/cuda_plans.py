@@ -245,7 +245,7 @@ def grouped_conv_forward(
     slabs = _cdiv(p.groups, c.groups) * _cdiv(p.width, c.out_tile)
     shared = c.shared_bytes(p.width, p.stride)
     resident = _resident_blocks(shared, 32 * c.warps_m * c.warps_n, target.arch)
-    workers = min(p.images * tiles, max(1, _cdiv(resident * target.processors, slabs)))
+    workers = min(p.images * tiles, max(1, resident * target.processors // slabs))
     facts = (
         TYPES[p.dtype], p.width, c.groups, c.chunk, c.out_tile, c.unit, p.stride, c.tile_h, c.tile_w, c.warps_m,
         c.warps_n, c.stages, ACTIVATIONS[activation], str(parts).lower(),
@@ -426,7 +426,7 @@ def _backward_launch(work: BackwardWork, config: BackwardConfig | None, activati
     tiles, slabs = _cdiv(out_height, c.tile_h) * _cdiv(out_columns, c.tile_w), _backward_slabs(config, work)
     shared, threads = c.shared_bytes(work), 32 * c.warps_m * c.warps_n
     resident = _resident_blocks(shared, threads, target.arch)
-    workers = min(p.images * tiles, max(1, _cdiv(resident * target.processors, slabs)))
+    workers = min(p.images * tiles, max(1, resident * target.processors // slabs))
     switches = (work.input, work.weight, work.affine, work.norm, work.sums)
     facts = (
         TYPES[p.dtype], p.width, c.groups, c.chunk, c.out_tile, c.unit, p.stride, c.tile_h, c.tile_w, c.warps_m,
