@@ -126,7 +126,8 @@ def heuristic(shape: Shape) -> Config:
     for share in (2, 1):
         for stages in (3, 2):
             for m, n in sizes:
-                deep = block_k >= 128 if shape.gate and shape.norm else m >= 64 and block_k == 256
+                row = block_k * shape.itemsize
+                deep = row >= 256 if shape.gate and shape.norm else m >= 64 and row == 512
                 wide = 64 * 128 if shape.norm or block_k >= 128 else 128 * 128
                 large = deep or m * n >= wide  # four warps would lack registers
                 config = Config(m, n, block_k, 8 if large else 4, stages, resident)

@@ -495,6 +495,36 @@ def test_gradients_through_a_norm_of_channels_far_from_zero(ratio):
 # Details
 
 
+@pytest.mark.parametrize(
+    ("shape", "beside"),
+    [
+        ((2, 24, 32, 24), 2),
+        ((3, 24, 19, 27), 1),  # an odd number of pixels
+        ((2, 12, 48, 48), 4),
+        ((1, 3, 96, 96), 16),
+        ((2, 24, 9, 9), 1),  # too few to be worth it
+        ((2, 32, 32, 24), 1),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sums_over_pixels_side_by_side(shape, beside, dtype):
+    x, grad = (torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    x += torch.randn(1, shape[1], 1, 1).to(dtype)
+    wide, found = passes._side_by_side(x)
+    assert found == beside and wide.data_ptr() == x.data_ptr() and wide.shape[1] == beside * shape[1]
+    exact = x.double(), grad.double()
+    var, mean = torch.var_mean(exact[0], (0, 2, 3), correction=0)
+    kind = torch.promote_types(dtype, torch.float32)
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
+    torch.testing.assert_close(passes.statistics(x), (mean.to(kind), var.to(kind)), **tolerance)
+    norm = passes.Norm(mean.to(kind), var.to(kind), torch.rand(shape[1]).to(kind), None, EPS, "none")
+    normalised = (exact[0] - mean.view(1, -1, 1, 1)) * (var + EPS).rsqrt().view(1, -1, 1, 1)
+    expected = [(exact[1] * normalised).sum((0, 2, 3)), exact[1].sum((0, 2, 3))]
+    scale = (shape[0] * shape[2] * shape[3]) ** 0.5
+    for a, b in zip(passes._sums(grad, x, norm), expected, strict=True):
+        torch.testing.assert_close(a.double() / scale, b / scale, **tolerance)
+
+
 def test_merged_statistics_of_unequal_parts():
     x = torch.randn(9, 4, 3, 3, dtype=torch.float64) * torch.arange(1, 10)[:, None, None, None]
     found, counts = [], (4, 1, 3, 1)

@@ -11,6 +11,7 @@ All maps are channels_last, but images may come in any layout; nothing is writte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,10 @@ from . import reference
 
 _PART_BYTES = 4e6
 """How many bytes of one map a thread takes at a time (docs/training.md)."""
+
+_LANES = 16
+_PIXELS = 512
+"""Sums over pixels take channels in multiples of `_LANES`, in maps of so many pixels and more."""
 
 _LAST = torch.channels_last
 _ALL = slice(None)
@@ -96,10 +101,6 @@ def _laid_out(x: Tensor, part: slice) -> Tensor:
     return _of(x, part).contiguous(memory_format=_LAST)
 
 
-def _images(x: Tensor, part: slice) -> int:
-    return x.shape[0] if part is _ALL else part.stop - part.start
-
-
 def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_LAST)
 
@@ -126,12 +127,32 @@ def _inactivated(grad: Tensor, z: Tensor, a: Tensor, activation: str, out: Tenso
         out.copy_(grad)
 
 
+def _side_by_side(x: Tensor) -> tuple[Tensor, int]:
+    """x with some neighbouring pixels as one of as many times the channels, and how many.
+
+    So that the channels fill the processor's vectors: torch's sums over pixels take up to five times as long where they
+    do not (docs/training.md).
+    """
+    n, c, h, w = x.shape
+    pixels = n * h * w
+    beside = _LANES // math.gcd(c, _LANES)
+    if not x.is_cpu or pixels < _PIXELS * beside or pixels % beside or not x.is_contiguous(memory_format=_LAST):
+        return x, 1
+    rows = x.permute(0, 2, 3, 1).reshape(1, pixels // beside, 1, beside * c)
+    return rows.permute(0, 3, 1, 2), beside
+
+
 def _sums(grad: Tensor, x: Tensor, norm: Norm) -> Sums:
-    invstd = (norm.var + norm.eps).rsqrt_()
+    invstd, mean, weight = (norm.var + norm.eps).rsqrt_(), norm.mean, norm.weight
+    (wide, beside), (grads, same) = _side_by_side(x), _side_by_side(grad)
+    if beside != same:
+        wide, grads, beside = x, grad, 1
+    if beside > 1:
+        invstd, mean, weight = (None if t is None else t.repeat(beside) for t in (invstd, mean, weight))
     found = torch.ops.aten.native_batch_norm_backward(
-        grad, x, norm.weight, None, None, norm.mean, invstd, True, norm.eps, [False, True, True]
-    )
-    return Sums(found[1], found[2])
+        grads, wide, weight, None, None, mean, invstd, True, norm.eps, [False, True, True]
+    )[1:]
+    return Sums(*(found if beside == 1 else (t.view(beside, -1).sum(0) for t in found)))
 
 
 def _summed(found: Sequence[Tensor]) -> Tensor:
@@ -155,18 +176,40 @@ def merged(statistics: Sequence[tuple[Tensor, Tensor]], counts: Sequence[float])
     return mean, ((variances + (means - mean).square_()) * share).sum(0)
 
 
-def _measured(x: Tensor) -> tuple[Tensor, Tensor]:
+def _measured(x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Mean and biased variance of every channel, of parts of the map that are of the same size."""
+    wide, beside = _side_by_side(x)
     running = [None, None]
     if x.dtype in (torch.bfloat16, torch.float16):  # torch gives the statistics in the dtype of the running ones
-        running = [x.new_zeros(x.shape[1], dtype=torch.float32) for _ in range(2)]
-    return torch.batch_norm_update_stats(x, *running, 0.0)
+        running = [x.new_zeros(wide.shape[1], dtype=torch.float32) for _ in range(2)]
+    mean, var = torch.batch_norm_update_stats(wide, *running, 0.0)
+    return [(mean, var)] if beside == 1 else list(zip(mean.chunk(beside), var.chunk(beside), strict=True))
+
+
+class _Statistics:
+    """Mean and variance of a map that comes in parts."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[Tensor, Tensor]] = []
+        self.counts: list[int] = []
+
+    def add(self, x: Tensor) -> None:
+        """Take some images."""
+        found = _measured(x)
+        self.found += found
+        self.counts += [x.shape[0] * _LANES // len(found)] * len(found)
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """Those of all images."""
+        return merged(self.found, self.counts)
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel, in float32 at least."""
-    cut = parts(x)
-    found = [_measured(_of(x, part)) for part in cut]
-    return merged(found, [_images(x, part) for part in cut])
+    found = _Statistics()
+    for part in parts(x):
+        found.add(_of(x, part))
+    return found.merged()
 
 
 class Gate:
@@ -213,7 +256,7 @@ def convs(
     wider = max(weight.shape[0] / (x.shape[1] * stride[0] * stride[1]) for weight, (stride, *_) in filters)
     cut = parts(x, wider)
     results: list[Tensor | None] = [None] * len(filters)
-    found: list[list] = [[] for _ in filters]
+    found = [_Statistics() if taken else None for taken in measured]
     for part in cut:
         a = _laid_out(x, part)
         a = a if norm is None else _activated(normalised(a, norm), norm.activation)
@@ -223,15 +266,14 @@ def convs(
         for i, (weight, geometry) in enumerate(filters):
             y = torch.conv2d(a, weight, None, *geometry)
             if measured[i]:
-                found[i].append(_measured(y))
+                found[i].add(y)
             if part is _ALL:
                 results[i] = y
                 continue
             if results[i] is None:
                 results[i] = _empty((x.shape[0], *y.shape[1:]), y)
             results[i][part] = y
-    counts = [_images(x, part) for part in cut]
-    return [(y, merged(s, counts) if s else None) for y, s in zip(results, found, strict=True)]
+    return [(y, None if s is None else s.merged()) for y, s in zip(results, found, strict=True)]
 
 
 class Own(NamedTuple):
