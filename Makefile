@@ -65,6 +65,8 @@ matrix: $(VENV)/installed
 kernels: $(VENV)/installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS) tests/kernels
 	$(VENV)/bin/python -m bench.compilation
+	$(VENV)/bin/python -m pytest -q -n $(WORKERS) tests/simulator
+	if command -v nvcc; then $(VENV)/bin/python -m bench.cuda_compilation; fi
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m bench cpu

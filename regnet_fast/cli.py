@@ -160,6 +160,14 @@ def info(as_json: JsonOption = False) -> None:
     for row in facts["tuned"]:
         known = f"{row['shapes']} tuned shapes for {row['gpu']}" if row["shapes"] else "heuristics only"
         line(f"Triton kernels on {row['device']}: {known}; `regnet-fast tune MODEL` measures.")
+    for row in facts["cuda_kernels"]:
+        where = f" on {row['device']}" if row["device"] else ""
+        refused = "; ".join(f"not {way}: {reason}" for way, reason in row["refused"].items() if reason)
+        compilers = f"built by nvcc {row['nvcc']} for {', '.join(row['built_for'])}" if row["nvcc"] else "not built"
+        live = f"by {row['live']}" if row["live"] else "no way to them"
+        line(f"CUDA C++ kernels{where}: {live} ({compilers}; NVRTC {row['nvrtc'] or 'none'}).")
+        if refused:
+            line(f"  {refused}.")
     if facts["forced_backend"]:
         line(f"REGNET_FAST_BACKEND forces {facts['forced_backend']}.")
 

@@ -1,11 +1,11 @@
-"""The kernels that really run: ATen's, as a dispatch mode sees them, and Triton's, heard where they are launched.
+"""The kernels that really run: ATen's, as a dispatch mode sees them, Triton's and csrc/'s, heard as they are launched.
 
 The bytes of a kernel are those of the tensors that it reads and writes:
 
 - A kernel of ATen reads each operand once and writes each result once. What is overwritten in place is both; what is
   given as `out` is written.
-- A kernel of Triton reads or writes each of its arguments once, whole. Only of a 1x1 convolution with a stride is it
-  certain that it reads less: the pixels of `x` that it picks.
+- A kernel of Triton or csrc/ reads or writes each of its arguments once, whole. Only of a 1x1 convolution with a stride
+  is it certain that it reads less: the pixels of `x` that it picks.
 - An expanded tensor is as small as its memory.
 - What a tile's mask leaves out does not count, nor what a second program reads again: that is in a cache.
 """
@@ -21,11 +21,14 @@ from torch import Tensor, strided
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .backends.cuda_plans import Launch
 from .recording import Kernel, launches, name, operands
 
 
 class KernelCounter(TorchDispatchMode):
-    """Collects the kernels that ATen runs while this mode is active, and the launches of Triton that `hear` is told."""
+    """Collects the kernels that ATen runs while this mode is active, and the launches that `hear` and `hear_cuda` are
+    told.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,6 +47,11 @@ class KernelCounter(TorchDispatchMode):
         title = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
         self._kernels.append(Kernel("", title, launch_bytes(arguments), 0))
         return False
+
+    def hear_cuda(self, launch: Launch, tensors: dict[str, Tensor | None]) -> None:
+        """Collect a launch of csrc/, in the place of running it."""
+        title = f"{launch.source.partition('.')[0]}.{launch.kernel.partition('<')[0]}"
+        self._kernels.append(Kernel("", title, _size(t for t in tensors.values() if t is not None), 0))
 
     def take(self, path: str = "", flops: int = 0) -> tuple[Kernel, ...]:
         """The kernels since this was last asked, as those of a layer, whose operations the largest of them does."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends import ConvProblem, Problem, select, triton
+from .backends import ConvProblem, Problem, cuda_launch, select, triton
 from .blocks.fused import Fused, Plan, listening
 from .blocks.units import LinearUnit, PackedConvThenNorm, Unit
 from .counting import KernelCounter
@@ -69,7 +69,8 @@ def explain(
         input_size: (N, C, H, W) of the input, in the model's own dtype and on its device.
         ceilings: what the machine reaches at most; the counts then have a modelled time.
 
-    Triton's kernels are launched as ever but left out, since only the sizes of what they compute matter here.
+    The kernels of Triton and csrc/ are launched as ever but left out, since only the sizes of what they compute matter
+    here.
 
     The model's mode is restored. Raises what the model itself raises for such an input.
     """
@@ -101,7 +102,8 @@ def explain(
     ]
     try:
         model.eval()
-        with torch.no_grad(), listening(hear_block), triton.listening(str(first.device), counter.hear):
+        heard = triton.listening(str(first.device), counter.hear), cuda_launch.standing_in(counter.hear_cuda)
+        with torch.no_grad(), listening(hear_block), heard[0], heard[1]:
             model(torch.rand(input_size, dtype=first.dtype, device=first.device))
     finally:
         for hook in hooks:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import backends
-from .backends import ConvProblem
+from .backends import ConvProblem, cuda_extension, cuda_launch, cuda_nvrtc
 from .kernels import tables
 
 if TYPE_CHECKING:
@@ -148,6 +148,27 @@ def tuned() -> list[dict[str, Any]]:
     return rows
 
 
+def cuda_kernels() -> list[dict[str, Any]]:
+    """How the CUDA C++ kernels get to each GPU, or where there is none could get to one: the way that is live, why each
+    way cannot be taken or '', and what the compilers are.
+    """
+    rows = []
+    for gpu in devices()[1:] or [{"device": None}]:
+        refused = cuda_launch.ways(int(gpu["capability"].replace(".", "")) if gpu["device"] else None)
+        built = cuda_extension.refuse() is None
+        rows.append(
+            {
+                "device": gpu["device"],
+                "live": next((way for way, reason in refused.items() if reason is None), None),
+                "refused": {way: reason or "" for way, reason in refused.items()},
+                "built_for": [f"sm_{arch}" for arch in cuda_extension.architectures()] if built else [],
+                "nvcc": cuda_extension.built_with() if built else None,
+                "nvrtc": cuda_nvrtc.version() if cuda_nvrtc.refuse() is None else None,
+            }
+        )
+    return rows
+
+
 def collect() -> dict[str, Any]:
     """Everything that `regnet-fast info` shows. Raises ValueError where REGNET_FAST_BACKEND names no backend."""
     return {
@@ -156,6 +177,7 @@ def collect() -> dict[str, Any]:
         "forced_backend": backends.forced_backend(),
         "backends": support(),
         "tuned": tuned(),
+        "cuda_kernels": cuda_kernels(),
     }
 
 

@@ -21,9 +21,11 @@ from regnet_fast.backends import (
     BackendError,
     ConvProblem,
     NormActProblem,
+    Selection,
     SqueezeExciteProblem,
     aten,
     backend,
+    cuda,
     forced_backend,
     onednn,
     reference,
@@ -67,7 +69,7 @@ def runs_of(packed) -> list[str]:
 
 
 def test_the_libraries_are_asked_before_the_reference():
-    assert list(BACKENDS.items()) == [("aten", aten), ("triton", triton), ("reference", reference)]
+    assert list(BACKENDS.items()) == [*(("aten", aten), ("triton", triton), ("cuda", cuda), ("reference", reference))]
     assert all(name == module.NAME for name, module in BACKENDS.items())
 
 
@@ -90,7 +92,7 @@ REFUSALS = {
 def test_a_refusal_has_a_reason_and_the_reference_serves(problem, what):
     changes, reason = REFUSALS[what]
     chosen = select(dataclasses.replace(problem, **changes))
-    assert chosen.name == "reference" and list(chosen.refused) == ["aten", "triton"]
+    assert chosen.name == "reference" and list(chosen.refused) == ["aten", "triton", "cuda"]
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(chosen.refused["aten"])
 
@@ -138,9 +140,9 @@ def test_nobody_serving_is_an_error(monkeypatch):
 # Forcing
 
 
-@pytest.mark.parametrize("name", ["nope", "", "Aten", "cuda"])
+@pytest.mark.parametrize("name", ["nope", "", "Aten", "aten,", "aten,nope", "auto,aten"])
 def test_an_unknown_backend_is_refused(name):
-    names = "auto, aten, triton, reference"
+    names = "auto, aten, triton, cuda, reference"
     with pytest.raises(ValueError, match=rf"Unknown backend .*choose one of: {names}"), backend(name):
         pass
     assert forced_backend() is None
@@ -155,6 +157,19 @@ def test_a_forced_backend_serves_or_raises_with_operation_reason_and_alternative
         select(unserved)
     for part in (problem.op, "'aten'", "not in torch.float64", "Backends that can: reference", repr(unserved)):
         assert part in str(error.value)
+
+
+@needs_onednn
+def test_several_forced_backends_are_asked_in_their_order():
+    with backend("triton,aten"):
+        chosen = select(CONV)
+        assert chosen.name == "aten" and list(chosen.refused) == ["triton"]
+    with backend("aten,reference"):
+        assert select(CONV) == Selection("aten")
+        assert select(dataclasses.replace(CONV, dtype=torch.float64)).name == "reference"
+    words = r"'aten,cuda' was.*aten: .*; cuda: .*can: reference\."
+    with backend("aten,cuda"), pytest.raises(BackendError, match=words):
+        select(dataclasses.replace(CONV, dtype=torch.float64))
 
 
 def float64_calls():

@@ -96,7 +96,7 @@ def test_info_says_where_tuning_would_help(monkeypatch, tmp_path):
     pytest.importorskip("triton")
     from regnet_fast.kernels import pointwise_conv, tables
 
-    gpu = {"device": "cuda:0", "name": "Test GPU"}
+    gpu = {"device": "cuda:0", "name": "Test GPU", "capability": "9.0"}
     monkeypatch.setattr(info, "devices", lambda: [{"device": "cpu", "name": "a CPU"}, gpu])
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(triton, "refuse", lambda problem: None)

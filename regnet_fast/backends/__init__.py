@@ -1,7 +1,9 @@
 """The backends, and the one place where a backend is chosen.
 
 A backend is a module with `NAME`, `refuse(problem) -> str | None` (why it cannot serve, in words for the user) and one
-`prepare_*` function per kind of problem, which takes folded weights and returns a callable bound to them.
+`prepare_*` function per kind of problem, which takes folded weights and returns a callable bound to them. One that has
+`NOT_BY_ITSELF`, a reason, serves only where it is forced. `refuse_training(x)`, where there is one, says why it has no
+kernels for a training step over maps like x.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
 
-from . import aten, reference, triton
+from . import aten, cuda, reference, triton
 from .problem import ACTIVATIONS, ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
 
 __all__ = [
@@ -28,10 +30,11 @@ __all__ = [
     "SqueezeExciteProblem",
     "backend",
     "forced_backend",
+    "forced_backends",
     "select",
 ]
 
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (aten, triton, reference)}
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (aten, triton, cuda, reference)}
 """Every backend by name, in the order in which `auto` asks them."""
 
 
@@ -55,8 +58,9 @@ _forced: ContextVar[str | None] = ContextVar("regnet_fast_backend", default=None
 
 
 def _checked(name: str) -> str:
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"Unknown backend {name!r}; choose one of: auto, {', '.join(BACKENDS)}.")
+    unknown = next((one for one in name.split(",") if one not in BACKENDS), None)
+    if name != "auto" and unknown is not None:
+        raise ValueError(f"Unknown backend {unknown!r}; choose one of: auto, {', '.join(BACKENDS)}.")
     return name
 
 
@@ -66,9 +70,18 @@ def _environment_backend() -> str:
 
 
 def forced_backend() -> str | None:
-    """The backend forced here and now by `backend(...)` or REGNET_FAST_BACKEND (read once), or None for `auto`."""
+    """The backend forced here and now by `backend(...)` or REGNET_FAST_BACKEND (read once), or None for `auto`.
+
+    Several are one name, with commas.
+    """
     name = _forced.get() or _environment_backend()
     return None if name == "auto" else name
+
+
+def forced_backends() -> tuple[str, ...]:
+    """The names of the backends that are forced here and now, in the order in which they are asked."""
+    name = forced_backend()
+    return () if name is None else tuple(name.split(","))
 
 
 @contextmanager
@@ -76,9 +89,10 @@ def backend(name: str) -> Iterator[None]:
     """Force a backend inside a `with` block, in this thread or task alone.
 
     Args:
-        name: one of `BACKENDS`, or "auto" to lift a force that stands outside.
+        name: one of `BACKENDS`; several with commas, such as "cuda,triton", to be asked in this order; or "auto" to
+            lift a force that stands outside.
 
-    Inside the block whatever the backend cannot serve raises `BackendError` with the reason, where `auto` would have
+    Inside the block whatever none of them can serve raises `BackendError` with the reason, where `auto` would have
     taken another way. Raises ValueError for an unknown name.
     """
     token = _forced.set(_checked(name))
@@ -89,24 +103,24 @@ def backend(name: str) -> Iterator[None]:
 
 
 def select(problem: Problem) -> Selection:
-    """Choose the backend for a problem: the forced one, else the first in `BACKENDS` that does not refuse.
+    """Choose the backend for a problem: the first forced one that does not refuse, or where none is forced the first in
+    `BACKENDS` that does not refuse and serves by itself.
 
-    Raises BackendError where the forced backend refuses, naming the operation, the reason and the alternatives.
+    Raises BackendError where the forced backends refuse, naming the operation, the reason and the alternatives.
     """
-    forced = forced_backend()
-    if forced is not None:
-        reason = BACKENDS[forced].refuse(problem)
-        if reason is None:
-            return Selection(forced)
-        others = [name for name, module in BACKENDS.items() if name != forced and module.refuse(problem) is None]
-        raise BackendError(
-            f"{problem.op}: the backend {forced!r} was asked for and cannot serve: {reason}. "
-            f"Backends that can: {', '.join(others) or 'none'}. Problem: {problem}"
-        )
-    refused: dict[str, str] = {}
-    for name, module in BACKENDS.items():
-        reason = module.refuse(problem)
+    forced, refused = forced_backends(), {}
+    for name in forced or BACKENDS:
+        reason = BACKENDS[name].refuse(problem)
+        if reason is None and not forced:
+            reason = getattr(BACKENDS[name], "NOT_BY_ITSELF", None)
         if reason is None:
             return Selection(name, refused)
         refused[name] = reason
+    if forced:
+        others = [name for name in BACKENDS if name not in forced and BACKENDS[name].refuse(problem) is None]
+        reasons = refused[forced[0]] if len(forced) == 1 else "; ".join(f"{name}: {r}" for name, r in refused.items())
+        raise BackendError(
+            f"{problem.op}: the backend {forced_backend()!r} was asked for and cannot serve: {reasons}. "
+            f"Backends that can: {', '.join(others) or 'none'}. Problem: {problem}"
+        )
     raise BackendError(f"{problem.op}: no backend can serve {problem}: {refused}")

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..backends import forced_backend, triton
+from ..backends import forced_backend
 from ..backends.reference import activate, channel_means
+from ..backends.training import refuse
 from ..ops import training as ops
 from ..ops.training import Affine, Branch, Excite, Map, Normed, Statistics, without_autocast
 from . import forms
@@ -185,12 +186,9 @@ _RUN: dict[type[forms.Form], Callable[[Step, forms.Form, Tensor], Tensor]] = {
 
 def unserved(x: Tensor) -> str | None:
     """Why the operations are not used for such an input, or None."""
-    forced = forced_backend()
-    if forced == triton.NAME:
-        return triton.refuse_training(x)
-    if not x.is_cpu and forced is None:
+    if not x.is_cpu and forced_backend() is None:
         return f"the operations have not been measured on the device type {x.device.type!r}"
-    return None
+    return refuse(x)
 
 
 def check(form: forms.Form) -> None:

@@ -1,0 +1,78 @@
+// The extension module: kernels by name, and how to launch one. It knows pointers, sizes and a stream; no tensor.
+//
+//     kernels()                                                             their names
+//     launch(name, device, grid, threads, shared, stream, arguments)        raises KeyError, ValueError, RuntimeError
+//
+// `arguments` holds each argument in eight bytes, a smaller one in the first of them.
+#include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "entry.h"
+
+namespace py = pybind11;
+
+namespace {
+
+constexpr std::size_t SLOT = 8;
+constexpr int ORDINARY_SHARED = 48 << 10;  // a kernel has to ask for more
+
+const std::unordered_map<std::string, Kernel>& table() {
+    static const auto found = [] {
+        std::unordered_map<std::string, Kernel> made;
+        for (const Kernel& kernel : all_kernels()) made.emplace(kernel.name, kernel);
+        return made;
+    }();
+    return found;
+}
+
+void check(cudaError_t error, const std::string& name) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // or the next call of anybody would report it once more
+    throw std::runtime_error(name + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+std::vector<std::string> kernels() {
+    std::vector<std::string> names;
+    for (const auto& [name, kernel] : table()) names.push_back(name);
+    return names;
+}
+
+void launch(const std::string& name, int device, std::array<unsigned, 3> grid, unsigned threads, int shared,
+            std::uintptr_t stream, const py::bytes& arguments) {
+    const auto found = table().find(name);
+    if (found == table().end()) throw py::key_error(name);
+    const Kernel& kernel = found->second;
+    const std::string_view given = arguments;
+    if (given.size() != kernel.arguments * SLOT)
+        throw py::value_error(name + " takes " + std::to_string(kernel.arguments) + " arguments of " +
+                              std::to_string(SLOT) + " bytes, got " + std::to_string(given.size()) + " bytes");
+    alignas(SLOT) char slots[64 * SLOT];
+    void* places[64];
+    if (kernel.arguments > 64) throw py::value_error(name + " takes more than 64 arguments");
+    given.copy(slots, given.size());
+    for (std::size_t i = 0; i < kernel.arguments; ++i) places[i] = slots + i * SLOT;
+
+    check(cudaSetDevice(device), name);
+    if (shared > ORDINARY_SHARED)
+        check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
+    check(cudaLaunchKernel(kernel.function, dim3(grid[0], grid[1], grid[2]), dim3(threads), places, shared,
+                           reinterpret_cast<cudaStream_t>(stream)),
+          name);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, module) {
+    module.doc() = "The CUDA C++ kernels that were compiled when the package was built.";
+    module.def("kernels", &kernels);
+    module.def("launch", &launch, py::arg("name"), py::arg("device"), py::arg("grid"), py::arg("threads"),
+               py::arg("shared"), py::arg("stream"), py::arg("arguments"));
+}

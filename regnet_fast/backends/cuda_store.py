@@ -1,0 +1,111 @@
+"""Compiled kernels on disk. The key of an entry is a digest of all that its content depends on.
+
+An entry is one file: the SHA-256 of its content, then the content. It is made under a lock of its own that ends with
+the process, and put in place whole, so that readers, races and killed processes never see half of one; a file whose
+digest does not fit is made again. A folder that cannot be written costs only the keeping.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: whoever comes second compiles as well, and the same is put in place again
+    fcntl = None
+
+_DIGEST = hashlib.sha256().digest_size
+
+
+class CacheWarning(UserWarning):
+    """Compiled kernels cannot be kept on disk."""
+
+
+def user_folder() -> Path:
+    """$REGNET_FAST_CACHE/cuda, else the user's cache directory."""
+    root = os.environ.get("REGNET_FAST_CACHE")
+    if not root:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "regnet_fast"
+    return Path(root) / "cuda"
+
+
+def key(*parts: str | bytes) -> str:
+    """The digest of several parts, each as long as it is."""
+    digest = hashlib.sha256()
+    for part in parts:
+        part = part.encode() if isinstance(part, str) else part
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def stored(key: str, make: Callable[[], bytes], folder: Path | None = None) -> bytes:
+    """The content of an entry, made and kept where there is none. Raises what `make` raises.
+
+    Warns once for each folder that cannot keep it.
+    """
+    path = (folder or user_folder()) / key
+    found = _read(path)
+    if found is None:
+        with _locked(path):
+            found = _read(path)  # by whoever held the lock
+            if found is None:
+                found = make()
+                _write(path, found)
+    return found
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, content = data[:_DIGEST], data[_DIGEST:]
+    return content if hashlib.sha256(content).digest() == digest else None
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        handle, name = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(content).digest() + content)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        _warn(str(path.parent), error.strerror)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone with an entry, as far as its folder allows."""
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file = stack.enter_context(open(f"{path}.lock", "ab"))
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                for left in path.parent.glob(f"{path.name}*.tmp"):  # by a process that was killed as it wrote
+                    left.unlink()
+        except OSError as error:
+            _warn(str(path.parent), error.strerror)
+        yield
+
+
+_warned: set[str] = set()
+
+
+def _warn(folder: str, reason: str | None) -> None:
+    """Say once for each folder what it lacks."""
+    if folder in _warned:
+        return
+    _warned.add(folder)
+    message = f"compiled CUDA kernels cannot be kept in {folder}: {reason}; each process compiles its own. "
+    warnings.warn(message + "REGNET_FAST_CACHE names another folder", CacheWarning, stacklevel=5)

@@ -1,0 +1,217 @@
+"""The grouped convolution in the simulator against float64."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close_to_reference
+
+from regnet_fast.backends import cuda_plans
+from regnet_fast.backends.cuda_plans import GroupedConv, Target
+from simulator.machine import ORDERS, SimulationError, flattened, run
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "silu": F.silu}
+
+
+def nhwc(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def packed(weight):
+    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).contiguous()
+
+
+class Forward:
+    """A problem with random operands; `run` computes it in the simulator, `check` judges it."""
+
+    def __init__(self, problem, activation="none", parts=False, bias=True):
+        self.problem, self.activation = problem, activation
+        dtype, channels = DTYPES[problem.dtype], problem.channels
+        self.x = nhwc(problem.images, channels, problem.height, problem.columns, dtype=dtype)
+        self.weight = (torch.randn(channels, problem.width, 3, 3) / (9 * problem.width) ** 0.5).to(dtype)
+        self.bias = torch.randn(channels) if bias else None
+        self.has_parts = parts
+
+    def run(self, order="ascending", text=None, target=Target(arch=90, processors=3), config=None):  # noqa: B008
+        p = self.problem
+        launch = cuda_plans.grouped_conv_forward(p, self.activation, self.has_parts, target, config)
+        y = nhwc(p.images, p.channels, *p.out_size, dtype=self.x.dtype).fill_(torch.nan)
+        parts = torch.full(launch.buffers["parts"], torch.nan) if self.has_parts else None
+        inputs = {"x": self.x, "weight": packed(self.weight), "bias": self.bias}
+        run(launch, inputs, {"y": y, "parts": parts}, order, text)
+        return y, parts
+
+    def expected(self, dtype):
+        bias = None if self.bias is None else self.bias.to(dtype)
+        y = F.conv2d(self.x.to(dtype), self.weight.to(dtype), bias, self.problem.stride, 1, 1, self.problem.groups)
+        return ACTIVATIONS[self.activation](y)
+
+    def check(self, *args, **kwargs):
+        y, parts = self.run(*args, **kwargs)
+        eager = self.expected(torch.float32).to(y.dtype)
+        assert_close_to_reference(y, eager, self.expected(torch.float64), str(self.problem), self.problem.groups)
+        if parts is not None:
+            means = y.double().mean((2, 3))
+            torch.testing.assert_close(parts.double().sum(1), means, rtol=1e-5, atol=1e-6)
+        return y, parts
+
+
+NARROW = (8, 16, 24, 40, 48, 56, 64)
+WIDE = (72, 112, 232)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("width", (*NARROW, *WIDE))
+def test_widths(width, stride):
+    """More groups than a slab has and a number of them that fills none; tiles overhang; two images, three workers."""
+    groups = 1 if width > 64 else max(2, 80 // width)
+    dtype = "bfloat16" if width % 16 else "float16"
+    Forward(GroupedConv(2, 15, 9, groups, width, stride, dtype), "relu", parts=True).check()
+
+
+def test_one_pixel():
+    Forward(GroupedConv(1, 1, 1, 5, 24, 1, "bfloat16")).check()
+
+
+def test_activations_orders_and_equal_bits():
+    """The same bits in every order of the warps; without a bias; batch 1."""
+    for activation in ACTIVATIONS:
+        one = Forward(GroupedConv(1, 13, 17, 4, 24, 1, "bfloat16"), activation, parts=True, bias=activation != "none")
+        results = [one.check(order) for order in ORDERS]
+        for y, parts in results[1:]:
+            assert torch.equal(y, results[0][0]) and torch.equal(parts, results[0][1])
+
+
+def test_infinities_stay_where_they_are():
+    """No term of a padded sum, no pixel beside the tile and no other group takes part in a result."""
+    one = Forward(GroupedConv(1, 9, 9, 3, 24, 1, "float16"))
+    one.x[0, 25, 4, 4] = torch.inf
+    y, _ = one.run()
+    beyond = ~y.isfinite()
+    assert beyond[0, 24:48, 3:6, 3:6].all() and int(beyond.sum()) == 24 * 9
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90])
+def test_machines(arch):
+    """Where there is less shared memory wide groups take their weights with each step."""
+    for width in (56, 64):
+        Forward(GroupedConv(2, 9, 9, 2, width, 2, "bfloat16")).check(target=Target(arch, 2))
+
+
+BUGS = {
+    "missing barrier": ("        sync_block();  // this step's", "        // this step's", "barrier|not arrived|never"),
+    "missing wait": ("        wait_copies<STAGES - 2>();\n", "", "not arrived"),
+    "a stage too few": (
+        "step % STAGES * STAGE_BYTES;\n            Halo",
+        "0;\n            Halo",
+        "barrier|not arrived",
+    ),
+    "missing warp barrier": (
+        "            sync_warp();\n#pragma unroll 1",
+        "#pragma unroll 1",
+        "without a barrier|never",
+    ),
+    "missing barrier for the sums": (
+        "            sync_block();\n            int tile",
+        "            int tile",
+        "without|never",
+    ),
+    "wrong rows of a fragment": ("+ lane % 16;", "+ (lane + 1) % 16;", None),
+    "wrong halves of a fragment": ("bool second = lane >= 16;", "bool second = lane % 16 >= 8;", None),
+    "wrong columns of a result": ("+ lane % 4 * 4, pair", "+ (lane + 1) % 4 * 4, pair", None),
+    "wrong order of weights": ("lane / 16 * 8 + lane % 8", "lane / 8 % 2 * 8 + lane % 8", None),
+    "halo off by a row": ("place.top * STRIDE - 1", "place.top * STRIDE", None),
+    "halo off by a column": ("place.left * STRIDE - 1", "place.left * STRIDE - 2", None),
+    "halo too small": ("(TILE_W - 1) * STRIDE + 3,", "(TILE_W - 1) * STRIDE + 2,", None),
+    "no padding on the left": ("w >= 0 && w < columns", "w < columns", "of x|NUMBERS"),
+    "results beyond the image": ("n < known && inside(pixel)", "n < known", "of y|another thread"),
+    "store misaligned": ("channels + out + n * 8)", "channels + out + n * 8 + 1)", "misaligned"),
+    "result too small": ("SIXTEENS * 16 * RESULT_PITCH;", "8 * RESULT_PITCH;", "barrier|bytes|written"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_seeded_bugs_are_seen(bug):
+    """By the simulator in every order of the warps, or by the numbers."""
+    right, wrong, words = BUGS[bug]
+    text = flattened("grouped_conv_forward.cu")
+    assert text.count(right) == 1, "the source has changed: seed the bug again"
+    text = text.replace(right, wrong)
+    for order in ORDERS:
+        one = Forward(GroupedConv(2, 15, 17, 4, 24, 1, "bfloat16"), "relu", parts=True)
+        with pytest.raises((SimulationError, AssertionError)) as caught:
+            one.check(order, text)
+        if words is not None and "NUMBERS" not in words:
+            assert caught.type is SimulationError, "the simulator did not see it"
+            caught.match(words)
+
+
+def test_refusals():
+    good = GroupedConv(2, 9, 9, 2, 24, 1, "bfloat16")
+    assert cuda_plans.refuse(good) is None
+    for changes, words in (
+        ({"width": 12}, "multiples of 8"),
+        ({"width": 272}, "from 8 to 264"),
+        ({"stride": 3}, "a stride of 3"),
+        ({"dtype": "float32"}, "not in float32"),
+        ({"images": 0}, "empty"),
+        ({"height": 2**14, "columns": 2**12}, "an image of too many elements"),
+        ({"images": 2**26}, "too many pixels"),
+    ):
+        bad = dataclasses.replace(good, **changes)
+        assert words in cuda_plans.refuse(bad)
+        with pytest.raises(ValueError, match=words):
+            cuda_plans.grouped_conv_forward(bad)
+    assert "dilation" in cuda_plans.refuse(good, dilation=(2, 2))
+    assert "padding" in cuda_plans.refuse(good, padding=(0, 0))
+    assert "8.0" in cuda_plans.refuse(good, arch=75)
+
+
+@pytest.mark.parametrize("width", [8, 24, 40, 72])
+def test_some_configurations(width):
+    """Some of the search space, whatever the model of the machine would choose."""
+    configs = [c for c in cuda_plans._forward_configs(width, 3) if c.warps_m * c.warps_n <= 12]
+    for config in random.sample(configs, 5):
+        problem = GroupedConv(2, 11, 19, 3 if width < 72 else 1, width, random.choice((1, 2)), "bfloat16")
+        if config.shared_bytes(width, problem.stride) <= cuda_plans.SHARED_BYTES[90]:
+            Forward(problem, "relu", parts=True).check("random", config=config)
+
+
+def test_shared_memory_is_what_the_kernel_takes():
+    for width in (24, 112):
+        launch = cuda_plans.grouped_conv_forward(GroupedConv(1, 9, 9, 1, width, 1, "bfloat16"), parts=True)
+        less = dataclasses.replace(launch, shared=launch.shared - 4)
+        one = Forward(GroupedConv(1, 9, 9, 1, width, 1, "bfloat16"), parts=True)
+        outputs = {"y": torch.zeros_like(one.x), "parts": torch.zeros(launch.buffers["parts"])}
+        with pytest.raises(SimulationError, match=f"there are {less.shared} bytes"):
+            run(less, {"x": one.x, "weight": packed(one.weight), "bias": one.bias}, outputs)
+
+
+def test_every_problem_has_a_plan():
+    """For every machine, width and stride, few pixels and many: within shared memory, with at most 384 threads."""
+    for arch, shared in cuda_plans.SHARED_BYTES.items():
+        for width in (8, 24, 56, 64, 72, 120, 232, 264):
+            for stride, batch in ((1, 1), (2, 256)):
+                problem = GroupedConv(batch, 28, 28, 6, width, stride, "float16")
+                target = Target(arch, cuda_plans.PROCESSORS[arch])
+                training = {"affine": 2, "norm": True, "sums": True, "target": target}
+                launches = [cuda_plans.grouped_conv_forward(problem, parts=True, target=target)]
+                launches += cuda_plans.grouped_conv_backward(problem, **training)
+                assert all(launch.shared <= shared and launch.threads <= 384 for launch in launches)
+    with pytest.raises(ValueError, match="a grid of"):
+        cuda_plans.grouped_conv_forward(GroupedConv(1, 1, 1, 600000, 24, 1, "float16"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("width", range(8, 272, 8))
+def test_every_width(width, stride, dtype):
+    """Every width, stride and dtype, on odd sizes and on machines with little and much shared memory."""
+    for size, arch, activation in (((15, 9), 90, "relu"), ((7, 18), 86, "silu"), ((2, 1), 80, "none")):
+        groups = max(1, 72 // width) + 1 if width <= 72 else 1
+        problem = GroupedConv(2, *size, groups, width, stride, dtype)
+        Forward(problem, activation, parts=activation != "none").check(target=Target(arch, 2))
