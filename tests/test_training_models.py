@@ -200,3 +200,16 @@ def test_nothing_is_kept_without_gradients():
     with torch.autograd.graph.saved_tensors_hooks(packed.append, lambda t: t):
         ours(x)
     assert not packed
+
+
+def test_images_of_one_channel():
+    """Such an image is of every layout at once, and torch's convolution of it is not channels_last."""
+    ours, theirs = pair("regnety_002", in_chans=1, num_classes=10, act_layer=nn.SiLU)
+    exact = copy.deepcopy(theirs).double()
+    x, target = torch.randn(16, 1, 64, 64), torch.arange(16) % 10
+    found = []
+    for model, images in ((ours, x), (theirs, x), (exact, x.double())):
+        loss_of(model.train(), images, target).backward()
+        found.append(torch.cat([p.grad.flatten() for n, p in model.named_parameters() if p.ndim == 4]))
+    assert_close_to_reference(*found, "gradients")
+    assert reasons(ours, x) == {None}

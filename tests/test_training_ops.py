@@ -510,8 +510,9 @@ def test_gradients_through_a_norm_of_channels_far_from_zero(ratio):
 def test_sums_over_pixels_side_by_side(shape, beside, dtype):
     x, grad = (torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(2))
     x += torch.randn(1, shape[1], 1, 1).to(dtype)
-    wide, found = passes._side_by_side(x)
-    assert found == beside and wide.data_ptr() == x.data_ptr() and wide.shape[1] == beside * shape[1]
+    assert passes._beside(x, grad) == beside
+    wide = passes._side_by_side(x, beside)
+    assert wide.data_ptr() == x.data_ptr() and wide.shape[1] == beside * shape[1]
     exact = x.double(), grad.double()
     var, mean = torch.var_mean(exact[0], (0, 2, 3), correction=0)
     kind = torch.promote_types(dtype, torch.float32)
@@ -521,8 +522,10 @@ def test_sums_over_pixels_side_by_side(shape, beside, dtype):
     normalised = (exact[0] - mean.view(1, -1, 1, 1)) * (var + EPS).rsqrt().view(1, -1, 1, 1)
     expected = [(exact[1] * normalised).sum((0, 2, 3)), exact[1].sum((0, 2, 3))]
     scale = (shape[0] * shape[2] * shape[3]) ** 0.5
-    for a, b in zip(passes._sums(grad, x, norm), expected, strict=True):
-        torch.testing.assert_close(a.double() / scale, b / scale, **tolerance)
+    layouts = [(grad, x)] + ([] if dtype == torch.bfloat16 else [(grad, x.contiguous()), (grad.contiguous(), x)])
+    for gradient, read in layouts:
+        for a, b in zip(passes._sums(gradient, read, norm), expected, strict=True):
+            torch.testing.assert_close(a.double() / scale, b / scale, **tolerance)
 
 
 def test_merged_statistics_of_unequal_parts():

@@ -127,30 +127,35 @@ def _inactivated(grad: Tensor, z: Tensor, a: Tensor, activation: str, out: Tenso
         out.copy_(grad)
 
 
-def _side_by_side(x: Tensor) -> tuple[Tensor, int]:
-    """x with some neighbouring pixels as one of as many times the channels, and how many.
+def _beside(*maps: Tensor) -> int:
+    """How many neighbouring pixels of maps of one shape to take side by side, as one of as many times the channels.
 
     So that the channels fill the processor's vectors: torch's sums over pixels take up to five times as long where they
     do not (docs/training.md).
     """
+    n, c, h, w = maps[0].shape
+    pixels, beside = n * h * w, _LANES // math.gcd(c, _LANES)
+    if pixels < _PIXELS * beside or pixels % beside:
+        return 1
+    return beside if all(x.is_cpu and x.is_contiguous(memory_format=_LAST) for x in maps) else 1
+
+
+def _side_by_side(x: Tensor, beside: int) -> Tensor:
+    """The same memory, with so many pixels as one."""
+    if beside == 1:
+        return x
     n, c, h, w = x.shape
-    pixels = n * h * w
-    beside = _LANES // math.gcd(c, _LANES)
-    if not x.is_cpu or pixels < _PIXELS * beside or pixels % beside or not x.is_contiguous(memory_format=_LAST):
-        return x, 1
-    rows = x.permute(0, 2, 3, 1).reshape(1, pixels // beside, 1, beside * c)
-    return rows.permute(0, 3, 1, 2), beside
+    return x.permute(0, 2, 3, 1).reshape(1, n * h * w // beside, 1, beside * c).permute(0, 3, 1, 2)
 
 
 def _sums(grad: Tensor, x: Tensor, norm: Norm) -> Sums:
     invstd, mean, weight = (norm.var + norm.eps).rsqrt_(), norm.mean, norm.weight
-    (wide, beside), (grads, same) = _side_by_side(x), _side_by_side(grad)
-    if beside != same:
-        wide, grads, beside = x, grad, 1
+    beside = _beside(x, grad)
     if beside > 1:
         invstd, mean, weight = (None if t is None else t.repeat(beside) for t in (invstd, mean, weight))
+    grads, maps = _side_by_side(grad, beside), _side_by_side(x, beside)
     found = torch.ops.aten.native_batch_norm_backward(
-        grads, wide, weight, None, None, mean, invstd, True, norm.eps, [False, True, True]
+        grads, maps, weight, None, None, mean, invstd, True, norm.eps, [False, True, True]
     )[1:]
     return Sums(*(found if beside == 1 else (t.view(beside, -1).sum(0) for t in found)))
 
@@ -178,8 +183,8 @@ def merged(statistics: Sequence[tuple[Tensor, Tensor]], counts: Sequence[float])
 
 def _measured(x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Mean and biased variance of every channel, of parts of the map that are of the same size."""
-    wide, beside = _side_by_side(x)
-    running = [None, None]
+    beside = _beside(x)
+    wide, running = _side_by_side(x, beside), [None, None]
     if x.dtype in (torch.bfloat16, torch.float16):  # torch gives the statistics in the dtype of the running ones
         running = [x.new_zeros(wide.shape[1], dtype=torch.float32) for _ in range(2)]
     mean, var = torch.batch_norm_update_stats(wide, *running, 0.0)
@@ -264,7 +269,7 @@ def convs(
             factor = _Gated(a, excite).factor
             a = a * factor if norm is None else a.mul_(factor)
         for i, (weight, geometry) in enumerate(filters):
-            y = torch.conv2d(a, weight, None, *geometry)
+            y = torch.conv2d(a, weight, None, *geometry).contiguous(memory_format=_LAST)  # of one channel it is not
             if measured[i]:
                 found[i].add(y)
             if part is _ALL:
@@ -348,7 +353,9 @@ def convs_backward(
             dy = _of(grad, part)
             dy = dy if coefficients[i] is None else raw_gradient(dy, _of(y, part), coefficients[i])
             one, dw = convolution_backward(dy, e, *filters[i], needs_x, needs_weights[i])
-            da = one if da is None else da.add_(one)
+            if needs_x:
+                one = one.contiguous(memory_format=_LAST)
+                da = one if da is None else da.add_(one)
             if needs_weights[i]:
                 dw = dw if part is _ALL else dw.to(torch.promote_types(dw.dtype, torch.float32))
                 dweights[i] = dw if dweights[i] is None else dweights[i].add_(dw)
