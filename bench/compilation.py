@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+from regnet_fast.backends.cuda_plans import PROCESSORS
+
 from . import cases, compilation_page
 
 MODELS = (
@@ -38,7 +40,6 @@ NORMS = ("regnetv", "resnetv2", "repvgg_d2se")
 """Models with norms or gates that no convolution computes for every shape."""
 
 BATCHES = (1, 256)
-PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WITHOUT_PRODUCT = ("norm_act.", "depthwise_conv.", "channel_", "training_")
 DEPTHWISE = ((32, 56), (96, 28), (240, 14), (1024, 7))

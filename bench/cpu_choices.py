@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import regnet_fast
-from regnet_fast.backends import ConvProblem, NormActProblem
+from regnet_fast.backends import ConvProblem, NormActProblem, passes
 from regnet_fast.backends.onednn import (
     AffineNormAct,
     DepthwiseNormAct,
@@ -170,6 +170,31 @@ def means() -> None:
             print(f"| {str(dtype)[6:]} | {'x'.join(map(str, shape))} | {1e3 * t['mean']:.0f} | {1e3 * t['ours']:.0f} |")
 
 
+def sums() -> None:
+    """Sums over the pixels of a training step, in microseconds: torch's of the map as it is, and ours."""
+    print("| dtype | shape | statistics, torch | ours | backward, torch | ours | pixels side by side |")
+    print("|---|---|---|---|---|---|---|")
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((4, 24, 112, 112), (4, 32, 112, 112), (8, 56, 56, 56), (16, 120, 28, 28), (16, 152, 14, 14)):
+            x, grad = nhwc(*shape, dtype=dtype), nhwc(*shape, dtype=dtype)
+            mean, var = passes.statistics(x)
+            norm, running = passes.Norm(mean, var, None, None, 1e-5, "none"), [torch.zeros_like(mean) for _ in range(2)]
+            backward = partial(
+                torch.ops.aten.native_batch_norm_backward, grad, x, None, None, None, mean, var, True, 1e-5
+            )
+            t = interleaved(
+                {
+                    "statistics": partial(torch.batch_norm_update_stats, x, *running, 0.0),
+                    "ours": partial(passes.statistics, x),
+                    "backward": partial(backward, [False, True, True]),
+                    "our backward": partial(passes._sums, grad, x, norm),
+                },
+                31,
+            )
+            times = " | ".join(f"{1e3 * time:.0f}" for time in t.values())
+            print(f"| {str(dtype)[6:]} | {'x'.join(map(str, shape))} | {times} | {passes._beside(x, grad)} |")
+
+
 def parts() -> None:
     """A stage's time for each image of a batch of 16, by how many images go through all its blocks at a time."""
     print("| model | stage | dtype | threads | widest map, MB | 1 | 2 | 4 | 8 | 16 | taken |")
@@ -210,7 +235,7 @@ def main() -> None:
         f"{torch.backends.cpu.get_cpu_capability()}, {time.strftime('%Y-%m-%d')}"
     )
     with torch.no_grad():
-        for table in (parts, winograd, pointwise, norm_act, means):
+        for table in (parts, winograd, pointwise, norm_act, means, sums):
             print(f"\n{table.__doc__}\n")
             table()
 

@@ -20,6 +20,10 @@ EPS = 1e-3
 ACT = {"none": lambda x: x, "relu": F.relu, "silu": F.silu}
 
 
+def conv(x, weight, geometry, stats=None, affine=None, excite=None):
+    return ops.convs(x, [ops.Branch(weight, geometry, stats, affine)], excite)[0]
+
+
 class Norm(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
@@ -37,7 +41,7 @@ class Ours:
 
     def conv(self, x, weight, geometry, norm=None, activation="none", excite=None):
         stats, affine = (None, None) if norm is None else self._norm(norm, activation)
-        return ops.conv(x, weight, geometry, stats, affine, None if excite is None else ops.Excite(*excite))
+        return conv(x, weight, geometry, stats, affine, None if excite is None else ops.Excite(*excite))
 
     def enter(self, x, norm, activation):
         return ops.enter(x, *self._norm(norm, activation))
@@ -469,7 +473,7 @@ def test_statistics_of_channels_far_from_zero(dtype, ratio, parts, monkeypatch):
 
     given = ops.Statistics(None, None, EPS), ops.Affine(None, None)
     entered = ops.enter(x, *given)[0]
-    convolved = ops.conv(x, torch.eye(32, dtype=dtype)[:, :, None, None], ((1, 1), (0, 0), (1, 1), 1), *given)
+    convolved = conv(x, torch.eye(32, dtype=dtype)[:, :, None, None], ((1, 1), (0, 0), (1, 1), 1), *given)
     for found in (passes.statistics(x), (entered.mean, entered.var), (convolved.mean, convolved.var)):
         assert found[0].dtype == found[1].dtype == torch.float32
         assert (found[0] - mean).abs().max() <= 2 * mean_error + 2 * eps * max(1, ratio)
@@ -565,7 +569,7 @@ def test_weights_of_a_1x1_convolution_of_few_channels(dtype, stride, size):
         )[1]  # fmt: skip
         for layout in ("NCHW", "channels_last", "strided rows"):
             leaf = weight.clone().requires_grad_()
-            ops.conv(LAYOUTS[layout](x), leaf, geometry).backward(dy.to(dtype))
+            conv(LAYOUTS[layout](x), leaf, geometry).backward(dy.to(dtype))
             error = (leaf.grad.double() - expected).abs().max() / expected.abs().max()
             sums = 16 * min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)  # of up to 256 products
             assert error <= torch.finfo(dtype).eps + sums
@@ -575,7 +579,7 @@ def test_weights_of_a_1x1_convolution_of_few_channels(dtype, stride, size):
 def test_a_1x1_convolution_may_pad(padding):
     geometry = (2, 2), padding, (1, 1), 1
     x, weight = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 7, 6), (5, 3, 1, 1)))
-    y, expected = ops.conv(x, weight, geometry), F.conv2d(x, weight, None, *geometry)
+    y, expected = conv(x, weight, geometry), F.conv2d(x, weight, None, *geometry)
     dy = torch.randn_like(y)
     found, theirs = (torch.autograd.grad(out, (x, weight), dy) for out in (y, expected))
     torch.testing.assert_close(found, theirs, rtol=1e-12, atol=1e-12)
@@ -641,7 +645,7 @@ def test_a_norm_changed_after_its_map_was_made(changed):
         y = case.run(OURS, leaves)
         kept = y.clone()
         leaves[changed].add_(1.0)
-    ours, theirs = (ops.conv(t, reader, ((1, 1), (0, 0), (1, 1), 1)).square().sum() for t in (y, kept))
+    ours, theirs = (conv(t, reader, ((1, 1), (0, 0), (1, 1), 1)).square().sum() for t in (y, kept))
     torch.testing.assert_close(*(torch.autograd.grad(loss, reader)[0] for loss in (ours, theirs)))
 
 
@@ -657,7 +661,7 @@ def test_the_raw_map_is_kept_in_place_of_the_one_that_is_read():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = case.run(OURS, leaves)
         before = len(kept)
-        ops.conv(y, reader, ((1, 1), (0, 0), (1, 1), 1))
+        conv(y, reader, ((1, 1), (0, 0), (1, 1), 1))
     assert y.untyped_storage().data_ptr() not in kept
     small = [t for t in kept if t != reader.untyped_storage().data_ptr()]
     assert before <= len(small)

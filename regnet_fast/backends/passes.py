@@ -269,7 +269,8 @@ def convs(
             factor = _Gated(a, excite).factor
             a = a * factor if norm is None else a.mul_(factor)
         for i, (weight, geometry) in enumerate(filters):
-            y = torch.conv2d(a, weight, None, *geometry).contiguous(memory_format=_LAST)  # of one channel it is not
+            y = torch.conv2d(a, weight, None, *geometry)
+            y = y.contiguous(memory_format=_LAST)  # which the result of a map of one channel need not be
             if measured[i]:
                 found[i].add(y)
             if part is _ALL:

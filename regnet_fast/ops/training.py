@@ -234,18 +234,6 @@ def convs(x: Map, branches: Sequence[Branch], excite: Excite | None = None) -> l
     return results
 
 
-def conv(
-    x: Map,
-    weight: Tensor,
-    geometry: Sequence,
-    stats: Statistics | None = None,
-    affine: Affine | None = None,
-    excite: Excite | None = None,
-) -> Map:
-    """`convs` of one branch."""
-    return convs(x, [Branch(weight, geometry, stats, affine)], excite)[0]
-
-
 def _statistics(stats: Statistics, found: tuple[Tensor, Tensor] | None, y: Tensor) -> tuple[Tensor, Tensor, float]:
     """Mean, variance and count: the batch's, of all processes, or copies of the given ones."""
     if not stats.batch:
