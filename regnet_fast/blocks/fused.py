@@ -253,10 +253,13 @@ class Fused:
 
     def _traced(self, x: Tensor) -> Tensor:
         """The path under torch.compile and torch.export: through the operators, weights folded in the graph."""
-        if self.training or x.dim() != 4 or x.dtype not in _DTYPES or x.is_meta:
+        if (self.training and not self.trains) or x.dim() != 4 or x.dtype not in _DTYPES or x.is_meta:
             return super().forward(x)
         try:
             form = self.fused_form()
+            if self.training:
+                training.check_traced(form, x)
+                return training.run(form, x)
             form.check_evaluation()
         except Refused:
             return super().forward(x)

@@ -57,7 +57,6 @@ class Step:
     def _norm(self, norm: nn.Module, activation: str) -> tuple[Statistics, Affine]:
         return _statistics(norm), Affine(_wide(norm.weight), _wide(norm.bias), activation)
 
-    @torch.no_grad()
     def _note(
         self, norm: nn.Module, stats: Statistics, mean: Tensor, var: Tensor, count: float, shape: torch.Size
     ) -> None:
@@ -67,14 +66,15 @@ class Step:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
         if not norm.track_running_stats:
             return
-        factor = norm.momentum
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if factor is None:
-                factor = 1.0 / float(norm.num_batches_tracked)
-        factor = 0.0 if factor is None else factor
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
-        norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), factor)
+        with torch.no_grad():
+            factor = norm.momentum
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+                if factor is None:
+                    factor = 1.0 / float(norm.num_batches_tracked)
+            factor = 0.0 if factor is None else factor
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
+            norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), factor)
 
     def convs(self, units: Sequence[ConvUnit], x: Map) -> list[Map]:
         """Convolutions of one map, and their norms; the activation is applied by whoever reads a result."""
@@ -129,9 +129,9 @@ class Step:
         y = self.conv(form.conv3, self.conv(form.conv2, first), "none", self.excite(form.squeeze_excite))
         factor = self.drop(form.drop_path, y)
         if form.pool is not None:
-            terms.append(self.conv(form.shortcut, form.pool(x)))
+            terms = [self.conv(form.shortcut, form.pool(x))]
         elif form.identity:
-            terms.append(x)
+            terms = [x]
         return ops.join(y, *terms, activation=form.conv3.activation, factor=factor)
 
     @staticmethod
@@ -211,6 +211,29 @@ def check(form: forms.Form) -> None:
             raise Refused(f"{unit.path} has no fused form in training mode")
     if isinstance(form, forms.PreAct) and (form.conv3 or form.conv2).norm is not None:
         raise Refused("its last convolution has a norm")
+
+
+@torch.compiler.assume_constant_result
+def _untraced(device: str, dtype: torch.dtype) -> str | None:
+    if forced_backend() == "reference":
+        return "the host's own forward is the reference in training mode"
+    return unserved(torch.empty((1, 8, 1, 1), device=device, dtype=dtype))
+
+
+def check_traced(form: forms.Form, x: Tensor) -> None:
+    """Raise `Refused` where a compiler takes the host's forward of a form in training mode."""
+    check(form)
+    reason = _untraced(x.device.type, compute_dtype(x)) or unfit(form, x)
+    if reason is not None:
+        raise Refused(reason)
+    for unit in form.units().values():
+        for norm in (getattr(unit, name, None) for name in ("norm", "pointwise_norm", "identity")):
+            if norm is None or not _statistics(norm).batch:
+                continue
+            if _group(norm) is not None:
+                raise Refused("processes share the statistics of a norm")
+            if norm.momentum is None:
+                raise Refused("a norm's momentum depends on the number of steps")
 
 
 def unfit(form: forms.Form, x: Tensor) -> str | None:
