@@ -1,4 +1,4 @@
-"""The measurements behind the CPU backend's choices, as the Markdown tables of docs/cpu.md.
+"""The measurements behind the CPU backend's choices, as the Markdown tables of docs/cpu.md and docs/training.md.
 
     python bench/cpu_choices.py
 
@@ -29,6 +29,7 @@ from regnet_fast.backends.onednn import (
 from regnet_fast.backends.winograd import WinogradConv, faster
 from regnet_fast.blocks import chain
 from regnet_fast.ops.convolution import pixel_means
+from regnet_fast.verify import host_model, randomize_norms
 
 
 def interleaved(calls: dict[str, Callable], rounds: int = 11, warmups: int = 3) -> dict[str, float]:
@@ -195,6 +196,36 @@ def sums() -> None:
             print(f"| {str(dtype)[6:]} | {'x'.join(map(str, shape))} | {times} | {passes._beside(x, grad)} |")
 
 
+def compiled_steps() -> None:
+    """A training step of batch 16 in float32, channels_last, in milliseconds: eager, and through torch.compile."""
+    print("| model | timm | timm, compiled | regnet_fast | regnet_fast, compiled |\n|---|---|---|---|---|")
+    x, labels = nhwc(16, 3, 224, 224), torch.randint(0, 1000, (16,))
+    for name in ("regnety_002", "regnety_016"):
+        calls = {}
+        for own in (False, True):
+            for compiled in (False, True):
+                model = randomize_norms(host_model(name), 0).train().to(memory_format=torch.channels_last)
+                if own:
+                    regnet_fast.rebuild(model)
+                forward = torch.compile(model) if compiled else model
+                optimizer = torch.optim.SGD(model.parameters(), 1e-4, fused=True)
+                force = "aten" if own and compiled else "auto"
+                calls[f"{own} {compiled}"] = partial(_training_step, forward, optimizer, x, labels, force)
+        times = " | ".join(f"{time:.0f}" for time in interleaved(calls, 9).values())
+        torch._dynamo.reset()
+        print(f"| {name} | {times} |")
+
+
+@torch.enable_grad()
+def _training_step(
+    forward: Callable, optimizer: torch.optim.Optimizer, x: torch.Tensor, labels: torch.Tensor, force: str
+) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    with regnet_fast.backend(force):
+        F.cross_entropy(forward(x), labels).backward()
+    optimizer.step()
+
+
 def parts() -> None:
     """A stage's time for each image of a batch of 16, by how many images go through all its blocks at a time."""
     print("| model | stage | dtype | threads | widest map, MB | 1 | 2 | 4 | 8 | 16 | taken |")
@@ -235,7 +266,7 @@ def main() -> None:
         f"{torch.backends.cpu.get_cpu_capability()}, {time.strftime('%Y-%m-%d')}"
     )
     with torch.no_grad():
-        for table in (parts, winograd, pointwise, norm_act, means, sums):
+        for table in (parts, winograd, pointwise, norm_act, means, sums, compiled_steps):
             print(f"\n{table.__doc__}\n")
             table()
 

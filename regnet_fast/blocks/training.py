@@ -215,8 +215,8 @@ def check(form: forms.Form) -> None:
 
 @torch.compiler.assume_constant_result
 def _untraced(device: str, dtype: torch.dtype) -> str | None:
-    if forced_backend() == "reference":
-        return "the host's own forward is the reference in training mode"
+    if forced_backend() in (None, "reference"):
+        return "a compiler fuses the host's own forward better, where it was measured"
     return unserved(torch.empty((1, 8, 1, 1), device=device, dtype=dtype))
 
 
