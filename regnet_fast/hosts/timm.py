@@ -49,6 +49,11 @@ _BATCH_NORMS = (*_NORM_ACTS, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d
 _INERT_IN_EVALUATION = (nn.Identity, nn.Dropout, DropPath, DropBlock2d)
 
 
+def _class(module: nn.Module) -> str:
+    """A class with its module's name: a wrapper often has the name of the layer that it wraps."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def _activation(path: str, module: nn.Module) -> str:
     name = _ACTIVATIONS.get(type(module))
     if name is None:
@@ -100,7 +105,7 @@ def _norm_activation(path: str, norm: nn.Module) -> str:
 def _conv(path: str, conv: nn.Module) -> float | None:
     """The epsilon of weight standardisation, None for a plain convolution. Raises `Refused` for any other layer."""
     if type(conv) not in (nn.Conv2d, StdConv2d, Conv2d):
-        raise Refused(f"{path} is {type(conv).__name__}, not a plain convolution")
+        raise Refused(f"{path} is {_class(conv)}, not a plain convolution")
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         raise Refused(f"{path} pads with {conv.padding!r} in mode {conv.padding_mode!r}")
     return conv.eps if type(conv) is StdConv2d else None
@@ -402,7 +407,7 @@ class ClassifierHead(Fused, TimmClassifierHead):
         if type(self.fc) is not nn.Linear and (
             type(self.fc) is not nn.Conv2d or _conv_kind(self.fc) != ((1, 1), (0, 0), 1)
         ):
-            raise Refused(f"fc is {type(self.fc).__name__}, not a plain linear layer or 1x1 convolution")
+            raise Refused(f"fc is {_class(self.fc)}, not a plain linear layer or 1x1 convolution")
         return forms.Head(LinearUnit("fc", self.fc))
 
     def forward(self, x, pre_logits: bool = False):
