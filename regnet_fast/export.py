@@ -186,7 +186,10 @@ def _write(model: nn.Module, x: Tensor, path: Path, names: list[str], opset: int
 
 
 def _check(path: Path, host: nn.Module, images: list[Tensor]) -> tuple[dict, dict, list[Check]]:
-    """Run a file beside the host's own model, which ends in float64; the shapes of its inputs and outputs, and the checks."""
+    """Run a file beside the host's own model, which is in float64 afterwards.
+
+    Returns the shapes of the file's inputs and outputs, and the checks.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

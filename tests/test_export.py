@@ -1,4 +1,4 @@
-"""Ways to ship a rebuilt model: ONNX files, exported and compiled programs, TorchScript, pickles and other processes."""
+"""Ways to ship a rebuilt model: ONNX files, exported and compiled programs, TorchScript, pickles, other processes."""
 
 import json
 import shutil
@@ -87,7 +87,7 @@ def test_onnx_file(name, onnx, tmp_path):
 
 def test_a_border_of_zeros_is_not_merged_into_a_max_pool(onnx, tmp_path):
     """ONNX Runtime merges a Pad of zeros into a MaxPool, whose own border is minus infinity."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConstantPad2d((1, 2, 0, 3), 0.0), nn.MaxPool2d(3, 2)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConstantPad2d((1, 2, 0, 1), 0.0), nn.MaxPool2d(3, 2)).eval()
     with torch.no_grad():
         model[0].bias.fill_(-9.0)
     export.onnx(model, tmp_path / "pool.onnx", (3, 9, 8))
@@ -134,7 +134,7 @@ def test_requests_that_cannot_be_met(onnx, tmp_path, monkeypatch):
         export.onnx(model, tmp_path / "model.pb", SIZE)
     with pytest.raises(export.ExportError, match="there is no folder"):
         export.onnx(model, tmp_path / "nowhere" / "model.onnx", SIZE)
-    with pytest.raises(export.ExportError, match="bfloat16.*export the model in float32 or float16"):
+    with pytest.raises(export.ExportError, match=r"bfloat16.*export the model in float32 or float16"):
         export.onnx(small("repvgg").bfloat16(), tmp_path / "model.onnx", SIZE)
 
     class Undecided(nn.Module):
@@ -159,7 +159,7 @@ def test_no_wrong_file_is_left(onnx, tmp_path, monkeypatch):
         return made
 
     monkeypatch.setattr(export, "_shipped_form", damaged)
-    with pytest.raises(export.WrongFileError, match="something else from the file: output: the .* error"):
+    with pytest.raises(export.WrongFileError, match=r"something else from the file: output: the .* error"):
         export.onnx(small("repvgg"), tmp_path / "model.onnx", SIZE)
     assert not list(tmp_path.iterdir())
 
@@ -217,7 +217,7 @@ torch.save({name: y.detach() for name, y in found.items()}, f"{folder}/found.pt"
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
 def test_a_process_that_imports_regnet_fast_late_or_never(tmp_path):
-    """Pickles import it; exported programs need its operators; TorchScript and programs of the host's blocks nothing."""
+    """Pickles import it, exported programs need its operators, TorchScript and the host's programs need nothing."""
     ours, theirs = (model.eval() for model in network_pair())
     x = torch.randn(3, *SIZE)
     with torch.no_grad():

@@ -6,6 +6,8 @@ at construction: a block is read again whenever a module, a setting or a hook be
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from timm.layers import (
     BatchNormAct2d,
     DropPath,
@@ -437,6 +439,9 @@ class RegStage(Chain, regnet.RegStage):
     """A stage of a RegNet."""
 
     host = regnet.RegStage
+
+    def _blocks(self) -> Iterable[nn.Module]:
+        return self.children()  # timm's own passes over a block that stands there again
 
     def forward(self, x: Tensor) -> Tensor:
         return regnet.RegStage.forward(self, x) if self.grad_checkpointing else Chain.forward(self, x)
