@@ -122,6 +122,13 @@ def test_opsets_that_cannot_be_written(opset, onnx, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_opset_that_torch_does_not_keep_is_refused(onnx, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "OPSET", 17)
+    with pytest.raises(export.ExportError, match=r"RegNet cannot be written in opset 17; 18 works"):
+        export.onnx(small(), tmp_path / "model.onnx", SIZE, opset=17)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_newer_opset(onnx, tmp_path):
     found = export.onnx(small("repvgg"), tmp_path / "model.onnx", SIZE, opset=20)
     graph = onnx.load(tmp_path / "model.onnx")
@@ -265,17 +272,36 @@ def test_spawned_workers():
 # Compiled ahead of time
 
 
+COMPILED = """
+import sys, torch
+folder, which = sys.argv[1:]
+if which == "ours":
+    import regnet_fast.functional
+compiled = torch._inductor.aoti_load_package(f"{folder}/model.pt2")
+torch.save([compiled(x) for x in torch.load(f"{folder}/x.pt")], f"{folder}/found.pt")
+assert which == "ours" or not {"regnet_fast", "timm"} & set(sys.modules)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
-def test_aot_inductor(tmp_path):
-    model, x = small(), torch.randn(2, *SIZE)
-    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=16)},))
-    path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
-    compiled = torch._inductor.aoti_load_package(path)
+@pytest.mark.parametrize("which", ["ours", "host"])
+def test_aot_inductor(which, tmp_path):
+    """Compiled here, and run in another process: ours with its operators, the host's blocks with torch alone."""
+    model = small()
+    images = [torch.randn(batch, *SIZE) for batch in (2, 1, 5)]
     with torch.no_grad():
-        for batch in (1, 2, 5):
-            x = torch.randn(batch, *SIZE)
-            close(compiled(x), model(x))
+        expected = [model(x) for x in images]
+    if which == "host":
+        regnet_fast.restore(model)
+    batch = torch.export.Dim("batch", min=1, max=16)
+    exported = torch.export.export(model, (images[0],), dynamic_shapes=({0: batch},))
+    torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+    torch.save(images, tmp_path / "x.pt")
+    code = [sys.executable, "-W", "ignore", "-c", COMPILED, str(tmp_path), which]
+    subprocess.run(code, cwd=ROOT, check=True, capture_output=True, timeout=500)
+    for y, e in zip(torch.load(tmp_path / "found.pt"), expected, strict=True):
+        close(y.detach(), e)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
