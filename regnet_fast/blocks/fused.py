@@ -85,6 +85,8 @@ class Trained(Structure):
 
     def __init__(self, block: Fused):
         super().__init__(block)
+        self._tables = [table for m in block.modules() for table in (m._parameters, m._buffers) if table]
+        self._types = self._read_types()
         self.form: Form | None = None
         self.refusal: str | None = None
         self.lost = True
@@ -96,6 +98,13 @@ class Trained(Structure):
             self.form = form
         except Refused as refusal:
             self.refusal = str(refusal)
+
+    def _read_types(self) -> list[type]:
+        return [type(t) for table in self._tables for t in table.values()]
+
+    def current(self) -> bool:
+        """Whether the structure is as it was and every weight of its class."""
+        return super().current() and self._read_types() == self._types
 
 
 def _check_plain(block: nn.Module) -> None:
