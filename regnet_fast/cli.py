@@ -1,4 +1,5 @@
-"""The command line: `regnet-fast info | classify | explain | verify | compare | tune | demo`, and `cli_train`'s.
+"""The command line: `regnet-fast info | classify | explain | compare | tune | demo`, and those of `cli_verify`,
+`cli_export` and `cli_train`.
 
 Exit status: 0 done; 1 the check that was asked for failed; 2 the request is wrong (an unknown model, an option);
 3 an image, a checkpoint, pretrained weights or a table cannot be read. With `--json` standard output holds JSON alone;
@@ -289,52 +290,6 @@ def _execution(title: str, found: dict[str, Any]) -> str:
 
 
 @app.command()
-def verify(
-    model: ModelArgument,
-    batch: Annotated[int, typer.Option(min=1, help="Images.")] = 2,
-    size: SizeOption = None,
-    dtype: DtypesOption = ["float32"],  # noqa: B006
-    device: DeviceOption = "cpu",
-    seed: Annotated[int, typer.Option(help="Of the random weights and input.")] = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """A model's numbers against timm eager and float64, stage by stage. Exit status 1 where they miss the rule."""
-    found = []
-    with _reported_errors(), progress(len(dtype)) as announce:
-        from . import verify as verification
-
-        _check_environment(device)
-        for compute in [_dtype(name) for name in dtype]:
-            found.append(verification.verify(model, batch, size, compute, device, seed, announce))
-            announce.advance()
-    ok = all(one.ok for one in found)
-    if as_json:
-        _print_json({"ok": ok, "verifications": [one.as_dict() for one in found]})
-    else:
-        for one in found:
-            _show_verification(one)
-    if not ok:
-        raise typer.Exit(FAILED)
-
-
-def _show_verification(found: Any) -> None:
-    shape = "x".join(map(str, found.input_shape))
-    title = f"{found.model}, {shape}, {found.dtype}, {found.device}: errors against float64, ours and timm's"
-    rows = table(title, "stage", "shape", "largest", "timm", "ratio", "RMS", "timm", "worst at", "")
-    for check in found.checks:
-        largest = (f"{check.max_ours:.1e}", f"{check.max_eager:.1e}", f"{check.ratio:.2f}")
-        where, verdict = ",".join(map(str, check.where)), "ok" if check.ok else "FAIL"
-        rms = (f"{check.rms_ours:.1e}", f"{check.rms_eager:.1e}")
-        rows.add_row(check.stage, "x".join(map(str, check.shape)), *largest, *rms, where, verdict)
-    show(rows)
-    for check in found.checks:
-        if not check.ok:
-            line(f"FAIL {check.stage}: {check.failure}")
-    if not found.rebuilt:
-        line(f"Nothing of {found.model} is rebuilt: it is passed through as timm makes it.")
-
-
-@app.command()
 def compare(
     models: Annotated[list[str], typer.Argument(help="timm model names.")],
     batch: BatchesOption = [1],  # noqa: B006
@@ -468,4 +423,6 @@ def demo(
         raise typer.Exit(FAILED)
 
 
-import regnet_fast.cli_train  # noqa: E402, F401  (registers its commands; `from .` would ask timm for the name)
+import regnet_fast.cli_export  # noqa: E402  (these register their commands; `from .` would ask timm for the names)
+import regnet_fast.cli_train  # noqa: E402
+import regnet_fast.cli_verify  # noqa: E402, F401

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,8 @@ class UnknownModelError(ValueError):
 class Check:
     """One output of a model: its largest and RMS errors against float64, ours and eager's, and the verdict.
 
-    `where` is the index of our largest error; `failure` says why ours is not the same function as eager, or is ''.
+    `where` is the index of our largest error, and `values` are ours, eager's and float64's there; `failure` says why
+    ours is not the same function as eager, or is ''.
     """
 
     stage: str
@@ -52,6 +53,7 @@ class Check:
     floor: float
     where: tuple[int, ...]
     failure: str
+    values: tuple[float, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -62,13 +64,25 @@ class Check:
         """Our largest error in units of eager's, or of the floor where that is larger."""
         return self.max_ours / max(self.max_eager, self.floor, 1e-300)
 
+    @property
+    def place(self) -> str:
+        """Where our largest error is, and the values there, in words."""
+        axes = {2: ("image", "class"), 4: ("image", "channel", "row", "column")}.get(len(self.where))
+        words = axes or [f"axis {i}" for i in range(len(self.where))]
+        place = ", ".join(f"{word} {index}" for word, index in zip(words, self.where, strict=True))
+        return f"{place}: " + ", ".join(map("{} {:.9g}".format, ("ours", "timm", "float64"), self.values))
+
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "ratio": self.ratio, "ok": self.ok}
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found: the checks in the order of the stages, and what was rebuilt and kept."""
+    """What `verify` found: the checks in the order of the stages, and what was rebuilt and kept.
+
+    `layers` are the same for every rebuilt module, in the order of execution. They show where an error comes from; the
+    verdict is that of the stages.
+    """
 
     model: str
     input_shape: tuple[int, ...]
@@ -78,13 +92,26 @@ class Verification:
     rebuilt: int
     kept: list[tuple[str, str, str]]
     checks: list[Check]
+    layers: list[Check]
 
     @property
     def ok(self) -> bool:
         return all(check.ok for check in self.checks)
 
+    @property
+    def worst(self) -> Check | None:
+        """The layer where our largest error is the most times eager's; None where nothing is rebuilt."""
+        return max(self.layers, key=lambda check: check.ratio, default=None)
+
+    @property
+    def first_fault(self) -> Check | None:
+        """The first layer beyond the rule of this module."""
+        return next((check for check in self.layers if not check.ok), None)
+
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "checks": [check.as_dict() for check in self.checks], "ok": self.ok}
+        found = {name: [check.as_dict() for check in getattr(self, name)] for name in ("checks", "layers")}
+        worst, fault = (check and check.stage for check in (self.worst, self.first_fault))
+        return {**vars(self), **found, "worst_layer": worst, "first_faulty_layer": fault, "ok": self.ok}
 
 
 def host_model(name: str, **kwargs: Any) -> nn.Module:
@@ -231,8 +258,8 @@ def _summed_norms(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[float, fl
             yield flat[-1], (0.1, 0.3)
 
 
-def judge(stage: str, ours: Tensor, eager: Tensor, reference: Tensor) -> Check:
-    """Judge one output by the rule of this module.
+def judge(stage: str, ours: Tensor, eager: Tensor, reference: Tensor, error_ratio: float = ERROR_RATIO) -> Check:
+    """Judge one output by the rule of this module; another `error_ratio` stands in the place of its 2.
 
     A border has few values and says little about eager's error there, so on a border eager is granted what a sample of
     its error over the whole tensor would show: for the largest, four times its RMS error in its worst channel, but no
@@ -244,6 +271,7 @@ def judge(stage: str, ours: Tensor, eager: Tensor, reference: Tensor) -> Check:
         return Check(stage, shape, float("inf"), 0.0, float("inf"), 0.0, 0.0, (), failure)
     dtype = eager.dtype
     ours, eager, reference = (t.detach().to(reference.device, torch.float64) for t in (ours, eager, reference))
+    raw = ours, eager, reference
     ours_error = (ours - reference).abs().nan_to_num(nan=torch.inf)
     eager_error = (eager - reference).abs()
     ulps = FLOOR_ULPS * torch.finfo(dtype).eps
@@ -266,14 +294,15 @@ def judge(stage: str, ours: Tensor, eager: Tensor, reference: Tensor) -> Check:
             granted_rms = max(granted_rms, eager_rms * (1 + 2 / k.numel() ** 0.5))
         rules = (("largest", beyond[index].max().item(), granted_max), ("RMS", _rms(k), granted_rms))
         for measure, error, granted in rules:
-            if not error <= ERROR_RATIO * granted + floor:
+            if not error <= error_ratio * granted + floor:
                 failure = (
-                    f"the {measure} error {region} is {error:.3g}; allowed is {ERROR_RATIO:g} times eager's "
+                    f"the {measure} error {region} is {error:.3g}; allowed is {error_ratio:g} times eager's "
                     f"{granted:.3g} plus {floor:.3g}"
                 )
                 break
     largest = (ours_error.max().item(), eager_error.max().item())
-    return Check(stage, shape, *largest, _rms(ours_error), eager_rms, floor, where, failure)
+    values = tuple(t[where].item() for t in raw)
+    return Check(stage, shape, *largest, _rms(ours_error), eager_rms, floor, where, failure, values)
 
 
 def _rms(t: Tensor) -> float:
@@ -305,6 +334,23 @@ def outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: value for name, value in stages.items() if isinstance(value, Tensor)}
 
 
+@torch.no_grad()
+def layer_outputs(model: nn.Module, x: Tensor, paths: Sequence[str]) -> dict[str, Tensor]:
+    """What the modules of these paths return while the model runs once, in the order of execution."""
+    found: dict[str, Tensor] = {}
+
+    def hear(path: str) -> Callable:
+        return lambda module, inputs, output: found.update({path: output.clone()})
+
+    handles = [model.get_submodule(path).register_forward_hook(hear(path)) for path in paths]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 def verify(
     name: str,
     batch: int = 2,
@@ -314,7 +360,7 @@ def verify(
     seed: int = 0,
     announce: Announce = silent,
 ) -> Verification:
-    """Run a model three ways on the same random weights and input, and judge every stage and the logits.
+    """Run a model three ways on the same random weights and input, and judge every stage, the logits and every layer.
 
     Args:
         name: a timm model name.
@@ -332,17 +378,25 @@ def verify(
     base = randomize_norms(host_model(name), seed).to(device, dtype)
     x = torch.randn(batch, *input_size(base, size)).to(device, dtype)
     report = rebuilt(copy.deepcopy(base))
-    announce(f"{name}: regnet_fast in {_short(dtype)}")
-    ours = outputs(report.model, x)
-    announce(f"{name}: timm eager in {_short(dtype)}")
+    paths = [path for path, _ in report.rebuilt]
     last = torch.channels_last
     deployed = timm.utils.reparameterize_model(copy.deepcopy(base).float(), inplace=True).to(dtype, memory_format=last)
-    eager = outputs(deployed, x.contiguous(memory_format=last))
-    announce(f"{name}: timm eager in float64")
-    reference = outputs(base.double(), x.double())
-    checks = [judge(stage, ours[stage], eager[stage], reference[stage]) for stage in reference]
+    runs = []
+    for what, model, images in (
+        (f"regnet_fast in {_short(dtype)}", lambda: report.model, x),
+        (f"timm eager in {_short(dtype)}", lambda: deployed, x.contiguous(memory_format=last)),
+        ("timm eager in float64", base.double, x.double()),
+    ):
+        announce(f"{name}: {what}")
+        runs.append((outputs(model(), images), layer_outputs(model(), images, paths)))
+    checks, layers = (
+        [judge(stage, ours[stage], eager[stage], reference[stage]) for stage in reference]
+        for ours, eager, reference in zip(*runs, strict=True)
+    )
     shape = tuple(x.shape)
-    return Verification(name, shape, _short(dtype), device, seed, len(report.rebuilt), list(report.kept), checks)
+    return Verification(
+        name, shape, _short(dtype), device, seed, len(report.rebuilt), list(report.kept), checks, layers
+    )
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 
+from regnet_fast.blocks import fused
 from regnet_fast.blocks.fused import FallbackWarning
 
 try:
@@ -83,6 +84,12 @@ def no_silent_fallback():
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)
         yield
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """Blocks take float64 as well, in which nothing but a mistake differs."""
+    monkeypatch.setattr(fused, "_DTYPES", (*fused._DTYPES, torch.float64))
 
 
 @pytest.fixture

@@ -239,6 +239,149 @@ def test_what_is_not_the_same_function_runs_the_host(case):
         ours(x)
 
 
+class Lora(nn.Module):
+    """A convolution with an addition of low rank, as peft and others wrap one."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Conv2d(base.in_channels, 2, base.kernel_size, base.stride, bias=False)
+        self.up = nn.Conv2d(2, base.out_channels, 1, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+    @torch.no_grad()
+    def merged(self):
+        self.base.weight.add_(torch.einsum("or,rihw->oihw", self.up.weight[:, :, 0, 0], self.down.weight))
+        return self.base
+
+
+def wrap(model):
+    for name in ("s1.b1.conv1", "s2.b1.downsample"):
+        torch.manual_seed(0)
+        unit = model.get_submodule(name)
+        unit.conv = Lora(unit.conv)
+    return model
+
+
+def unwrap(model):
+    for module in model.modules():
+        if isinstance(getattr(module, "conv", None), Lora):
+            module.conv = module.conv.merged()
+    return model
+
+
+def by_peft(model):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    target = r"s\d\.b1\.(conv1|conv3)\.conv|head\.fc"
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=target, r=2, init_lora_weights=False)).eval()
+
+
+@pytest.mark.parametrize(
+    ("adapt", "merge"), [(wrap, unwrap), (by_peft, lambda m: m.merge_and_unload())], ids=["wrapper", "peft"]
+)
+def test_adapters_train_and_merge(adapt, merge):
+    """Blocks with a wrapped convolution run the host's forward and name the wrapper; merged, they run fused again."""
+    ours, theirs = (adapt(model) for model in pair("regnety_002"))
+    x, gradients = torch.randn(2, 3, 64, 64), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        with torch.no_grad():
+            close(ours(x), theirs(x))
+            refused = reasons(ours, x)
+        for model in (ours, theirs):
+            model.train()(x).square().sum().backward()
+            gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and any("lora" in name or "up" in name for name in gradients[0])
+    for name in (name for name in gradients[1] if "lora" in name or ".up." in name):
+        expected = gradients[1][name]
+        torch.testing.assert_close(gradients[0][name], expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+    assert None in refused
+    assert any(r and r.startswith("conv1.conv is ") and ("Lora" in r or "peft.tuners.lora" in r) for r in refused)
+    ours, theirs = (merge(model.eval()) for model in (ours, theirs))
+    with torch.no_grad():
+        close(ours(x), theirs(x))
+        assert reasons(ours, x) == {None}
+
+
+class Quantised(torch.Tensor):
+    """Eight-bit weights that are multiplied out wherever they are used, as torchao's are."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    def __repr__(self, **kwargs):
+        return f"Quantised({tuple(self.shape)})"
+
+    def __tensor_flatten__(self):
+        return ["values", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size, stride):
+        return cls(inner["values"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].values, args[0].scale)
+        plain = torch.utils._pytree.tree_map_only(cls, lambda t: t.values * t.scale, (args, kwargs or {}))
+        return function(*plain[0], **plain[1])
+
+    @classmethod
+    def of(cls, weight):
+        scale = weight.detach().abs().max() / 127
+        return nn.Parameter(cls((weight.detach() / scale).round().to(torch.int8), scale), requires_grad=False)
+
+
+def quantise(model):
+    for layer in (model.s1.b1.conv1.conv, model.head.fc):
+        layer.weight = Quantised.of(layer.weight)
+
+
+def by_torchao(model):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+
+
+@pytest.mark.parametrize(("change", "layer"), [(quantise, "conv1.conv"), (quantise, "fc"), (by_torchao, "fc")])
+def test_quantised_weights_run_the_host(change, layer):
+    ours, theirs = pair("regnety_002")
+    x = torch.randn(2, 3, 64, 64)
+    for model in (ours, theirs):
+        change(model)
+    with torch.no_grad():
+        found = reasons(ours, x)
+        assert any(r and r.startswith(f"{layer}.weight is a tensor of the class ") for r in found) and None in found
+        with pytest.warns(FallbackWarning, match="computes in a way of its own"), warnings.catch_warnings():
+            warnings.simplefilter("always")
+            close(ours(x), theirs(x))
+        with backend("aten"), pytest.raises(BackendError, match="weight is a tensor of the class"):
+            ours(x)
+
+
+def test_quantised_weights_compiled_and_trained(fresh_compiler):
+    ours, theirs = pair("regnety_002")
+    x = torch.randn(2, 3, 64, 64)
+    for model in (ours, theirs):
+        quantise(model)
+    with torch.no_grad():
+        stem = theirs.stem(x)
+        close(torch.compile(ours.s1, backend="aot_eager", fullgraph=True)(stem), theirs.s1(stem))
+    ours, theirs = pair("regnety_002")
+    for model in (ours, theirs):
+        model.train()(x)
+        quantise(model)  # after a step, in training mode
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        close(ours(x), theirs(x))
+
+
 def test_a_differentiated_block_runs_the_host_afterwards_and_second_derivatives_hold():
     ours, theirs = pair("regnety_002")
     ours, theirs = ours.s2.double().float(), theirs.s2.double().float()

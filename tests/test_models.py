@@ -116,6 +116,18 @@ def test_logits_and_stages(name, dtype):
     numbers(name, dtype, *((3, 65, 71) if dtype == torch.float32 else (1, 64, 96)))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "regnetx_002",
+        "resnetv2_18",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL if name not in ("regnetx_002", "resnetv2_18")),
+    ],
+)
+def test_float16(name):
+    numbers(name, torch.float16, 2, 64, 64)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)

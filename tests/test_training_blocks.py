@@ -24,16 +24,9 @@ from training_blocks import (
 )
 
 from regnet_fast.backends import BackendError, backend, passes
-from regnet_fast.blocks import fused
 from regnet_fast.blocks.fused import FallbackWarning, Fused
 
 pytestmark = pytest.mark.usefixtures("no_silent_fallback", "one_thread")
-
-
-@pytest.fixture
-def in_float64(monkeypatch):
-    """Blocks take float64 as well, in which nothing but a mistake differs."""
-    monkeypatch.setattr(fused, "_DTYPES", (*fused._DTYPES, torch.float64))
 
 
 @pytest.fixture(autouse=True)

@@ -10,16 +10,9 @@ from torch.nn import functional as F
 from training_blocks import BLOCKS, NETWORKS, ONE_OF_EACH, assert_equal_states, network_pair, pair_of, state_of
 
 from regnet_fast.backends import backend, passes
-from regnet_fast.blocks import fused
 from regnet_fast.ops.training_operators import BATCH, GIVEN, NORMED, RAW
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
-
-
-@pytest.fixture
-def in_float64(monkeypatch):
-    """Blocks take float64 as well, in which nothing but a mistake differs."""
-    monkeypatch.setattr(fused, "_DTYPES", (*fused._DTYPES, torch.float64))
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..backends import BackendError, forced_backend
 from . import training
@@ -56,6 +58,7 @@ class Plan(Watch):
             return
         try:
             with torch.inference_mode(False), torch.no_grad():
+                _check_plain(block)
                 unbound = block.fused_form()
                 unbound.check_evaluation()
                 _check_tensors(unbound, self.tensors, dtype)
@@ -82,16 +85,33 @@ class Trained(Structure):
 
     def __init__(self, block: Fused):
         super().__init__(block)
+        self._tables = [table for m in block.modules() for table in (m._parameters, m._buffers) if table]
+        self._types = self._read_types()
         self.form: Form | None = None
         self.refusal: str | None = None
         self.lost = True
         try:
+            _check_plain(block)
             form = block.fused_form()
             self.lost = False
             training.check(form)
             self.form = form
         except Refused as refusal:
             self.refusal = str(refusal)
+
+    def _read_types(self) -> list[type]:
+        return [type(t) for table in self._tables for t in table.values()]
+
+    def current(self) -> bool:
+        """Whether the structure is as it was and every weight of its class."""
+        return super().current() and self._read_types() == self._types
+
+
+def _check_plain(block: nn.Module) -> None:
+    """Refuse weights that compute in a way of their own: quantised or distributed ones, subclasses of Tensor."""
+    for name, t in chain(block.named_parameters(), block.named_buffers()):
+        if type(t) is not Tensor and type(t) is not nn.Parameter:
+            raise Refused(f"{name} is a tensor of the class {type(t).__name__}, which computes in a way of its own")
 
 
 def _check_tensors(form: Form, tensors: list[Tensor], dtype: torch.dtype) -> None:
@@ -190,14 +210,14 @@ class Fused:
         """Why this call cannot be fused, from what is known without looking at the weights."""
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             return f"the input is a {type(x).__name__}, not a plain tensor"
+        if torch._C._get_tracing_state() is not None:
+            return "torch.jit.trace and the ONNX exporter record the host's own forward"
         if x.is_meta:
             return "meta tensors have no values to compute with"
         if x.dim() != 4 or x.numel() == 0:
             return f"an input of shape {tuple(x.shape)} is left to the host"
         if x.dtype not in _DTYPES:
             return f"{x.dtype} is computed by the host's own forward"
-        if torch._C._get_tracing_state() is not None:
-            return "torch.jit.trace and the ONNX exporter record the host's own forward"
         return transformed()
 
     def _plan(self, x: Tensor) -> tuple[Plan | None, Tensor, str | None]:
@@ -252,8 +272,15 @@ class Fused:
         return super().forward(x)
 
     def _traced(self, x: Tensor) -> Tensor:
-        """The path under torch.compile and torch.export: through the operators, weights folded in the graph."""
-        if (self.training and not self.trains) or x.dim() != 4 or x.dtype not in _DTYPES or x.is_meta:
+        """The path under torch.compile and torch.export: through the operators, weights folded in the graph.
+
+        ONNX knows no such operators: its exporter records the host's own forward.
+        """
+        if self.training and not self.trains:
+            return super().forward(x)
+        if x.dim() != 4 or x.dtype not in _DTYPES or x.is_meta or torch.onnx.is_in_onnx_export():
+            return super().forward(x)
+        if any(map(is_traceable_wrapper_subclass, self.parameters())):
             return super().forward(x)
         try:
             form = self.fused_form()

@@ -6,6 +6,8 @@ at construction: a block is read again whenever a module, a setting or a hook be
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from timm.layers import (
     BatchNormAct2d,
     DropPath,
@@ -47,6 +49,11 @@ _ACTIVATIONS = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu", Swish: "s
 _NORM_ACTS = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
 _BATCH_NORMS = (*_NORM_ACTS, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 _INERT_IN_EVALUATION = (nn.Identity, nn.Dropout, DropPath, DropBlock2d)
+
+
+def _class(module: nn.Module) -> str:
+    """A class with its module's name: a wrapper often has the name of the layer that it wraps."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _activation(path: str, module: nn.Module) -> str:
@@ -100,7 +107,7 @@ def _norm_activation(path: str, norm: nn.Module) -> str:
 def _conv(path: str, conv: nn.Module) -> float | None:
     """The epsilon of weight standardisation, None for a plain convolution. Raises `Refused` for any other layer."""
     if type(conv) not in (nn.Conv2d, StdConv2d, Conv2d):
-        raise Refused(f"{path} is {type(conv).__name__}, not a plain convolution")
+        raise Refused(f"{path} is {_class(conv)}, not a plain convolution")
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         raise Refused(f"{path} pads with {conv.padding!r} in mode {conv.padding_mode!r}")
     return conv.eps if type(conv) is StdConv2d else None
@@ -402,7 +409,7 @@ class ClassifierHead(Fused, TimmClassifierHead):
         if type(self.fc) is not nn.Linear and (
             type(self.fc) is not nn.Conv2d or _conv_kind(self.fc) != ((1, 1), (0, 0), 1)
         ):
-            raise Refused(f"fc is {type(self.fc).__name__}, not a plain linear layer or 1x1 convolution")
+            raise Refused(f"fc is {_class(self.fc)}, not a plain linear layer or 1x1 convolution")
         return forms.Head(LinearUnit("fc", self.fc))
 
     def forward(self, x, pre_logits: bool = False):
@@ -432,6 +439,9 @@ class RegStage(Chain, regnet.RegStage):
     """A stage of a RegNet."""
 
     host = regnet.RegStage
+
+    def _blocks(self) -> Iterable[nn.Module]:
+        return self.children()  # timm's own passes over a block that stands there again
 
     def forward(self, x: Tensor) -> Tensor:
         return regnet.RegStage.forward(self, x) if self.grad_checkpointing else Chain.forward(self, x)
