@@ -29,6 +29,9 @@ SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120
 PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 TYPES = {"bfloat16": "BFloat16", "float16": "Float16"}
+GATES = TYPES | {"float32": "float"}
+"""What squeeze-excite's gate may be in."""
+
 ACTIVATIONS = {"none": "NONE", "relu": "RELU", "silu": "SILU"}
 
 WIDEST = 264
@@ -118,6 +121,8 @@ def refuse(
         return "an image of too many elements to count in 32 bits"
     if problem.images * problem.height * problem.columns > _MOST:
         return "too many pixels to count in 32 bits"
+    if problem.groups * _cdiv(problem.width, 16) ** 2 > _MOST_SLABS:
+        return f"{problem.groups} groups: more than a grid takes"
     return None
 
 
@@ -531,26 +536,36 @@ def depthwise_conv_backward(
     return (launch, *(_ordered_sum(workers, (9, p.channels)) for _ in range(needs_weight)))
 
 
+def refuse_squeeze_excite(images: int, channels: int, hidden: int, target: Target = Target()) -> str | None:
+    """Why csrc/ has no squeeze-excite for so many images and channels, or None."""
+    if min(images, channels, hidden) < 1:
+        return "an empty batch, or no channels"
+    if channels % 2:
+        return f"{channels} channels: the gate is written in pairs"
+    needed = 4 * (channels + hidden)
+    if needed > SHARED_BYTES[target.arch]:
+        return f"{channels} channels and {hidden} hidden ones need {needed} bytes of shared memory"
+    if images > _MOST:
+        return "too many images to count in 32 bits"
+    return None
+
+
 def squeeze_excite(
     images: int, tiles: int, channels: int, hidden: int, dtype: str, activation: str = "relu", target: Target = Target()
 ) -> Launch:
-    """The gate in a 16-bit dtype: tensors parts (images, tiles, channels), fc1, bias1, fc2, bias2, gate.
-
-    Raises ValueError for an odd number of channels, or more of them than shared memory holds.
-    """
-    if channels % 2:
-        raise ValueError(f"{channels} channels: the gate is written in pairs")
+    """The gate in a dtype of `GATES`: tensors parts (images, tiles, channels), fc1, bias1, fc2, bias2, gate."""
+    reason = refuse_squeeze_excite(images, channels, hidden, target)
+    if reason is not None:
+        raise ValueError(f"no kernel for a gate: {reason}")
     block = next((n for n in (4, 2, 1) if n <= images and images // n >= target.processors), 1)
     while block > 1 and 4 * block * (channels + hidden) > SHARED_BYTES[target.arch]:
         block //= 2
-    shared, threads = 4 * block * (channels + hidden), 512
-    if shared > SHARED_BYTES[target.arch]:
-        raise ValueError(f"{channels} channels and {hidden} hidden ones need {shared} bytes of shared memory")
+    threads = 512
     return Launch(
         "squeeze_excite.cu",
-        f"squeeze_excite<{TYPES[dtype]}, {block}, {threads}, {ACTIVATIONS[activation]}>",
+        f"squeeze_excite<{GATES[dtype]}, {block}, {threads}, {ACTIVATIONS[activation]}>",
         (_cdiv(images, block), 1, 1),
         threads,
-        shared,
+        4 * block * (channels + hidden),
         ("parts", "fc1", "bias1", "fc2", "bias2", "gate", images, tiles, channels, hidden),
     )

@@ -1,0 +1,136 @@
+"""The passes of a training step in which csrc/ has the grouped convolutions, and another module all else.
+
+csrc/ takes a grouped convolution that reads its map alone and is not behind squeeze-excite. Both gradients come from
+one read of the gradient, the raw result and the map: what they are made of is made as it is read, and never stored.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cuda, cuda_launch, cuda_plans
+from .cuda_plans import Launch, Target
+from .passes import Arriving, ConvGradients, Excite, Filter, Norm, Sums
+from .problem import ConvProblem
+from .triton import current
+
+_LAST = torch.channels_last
+
+
+def refuse(x: Tensor, excite: Excite | None, filters: Sequence[Filter]) -> str | None:
+    """Why convolutions of a training step are left to another module, or None."""
+    if excite is not None:
+        return "a convolution behind squeeze-excite"
+    if len(filters) > 1:
+        return "convolutions that read their map together"
+    problem = _problem(x, filters[0])
+    reason = cuda_launch.refuse_device(problem.device)
+    if reason is None and problem.groups == 1:
+        return "csrc/ has grouped convolutions alone"
+    return reason or cuda.refuse_conv(problem)
+
+
+def _problem(x: Tensor, one: Filter) -> ConvProblem:
+    weight, (stride, padding, dilation, groups) = one
+    geometry = (tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups)
+    sizes = ("grouped_conv", tuple(x.shape), weight.shape[0])
+    return ConvProblem(*sizes, *geometry, "none", False, False, x.dtype, str(x.device))
+
+
+class Passes:
+    """The functions of `passes`; those that csrc/ has no kernels for are those of the module `others`."""
+
+    def __init__(self, others: ModuleType):
+        self.others = others
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.others, name)
+
+    def convs_backward(
+        self,
+        arriving: Sequence[Arriving],
+        x: Tensor,
+        norm: Norm | None,
+        excite: Excite | None,
+        filters: Sequence[Filter],
+        needs_x: bool,
+        needs_weights: Sequence[bool],
+        through: bool = True,
+    ) -> ConvGradients:
+        """`passes.convs_backward`."""
+        found = None
+        if refuse(x, excite, filters) is None:
+            found = _backward(arriving[0], x, norm, filters[0], needs_x, needs_weights[0], through)
+        if found is None:
+            return self.others.convs_backward(arriving, x, norm, excite, filters, needs_x, needs_weights, through)
+        return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_launches(problem: ConvProblem, target: Target, switches: tuple) -> tuple[Launch, ...]:
+    plan, options = cuda.plan_of(problem), dict(switches, target=target)
+    if cuda.is_depthwise(problem):
+        return cuda_plans.depthwise_conv_backward(plan, **options)
+    return cuda_plans.grouped_conv_backward(plan, **options)
+
+
+def _backward(
+    arriving: Arriving, x: Tensor, norm: Norm | None, one: Filter, needs_x: bool, needs_weight: bool, through: bool
+) -> ConvGradients | None:
+    """The gradients; None where there is no way to the kernels."""
+    (grad, own, y), problem = arriving, _problem(x, one)
+    a, q, b = (None, None, None) if own is None else own.vectors()
+    sums = needs_x and through and norm is not None
+    switches = {
+        "needs_input": needs_x,
+        "needs_weight": needs_weight,
+        "affine": 0 if a is None else 1 if q is None else 2,
+        "norm": norm is not None,
+        "sums": sums,
+        "activation": "none" if norm is None else norm.activation,
+    }
+    launches = _backward_launches(problem, cuda_launch.target(problem.device), tuple(switches.items()))
+    if cuda.no_way(launches, problem.device) is not None:
+        return None
+    scale, shift = (None, None) if norm is None else norm.affine()
+    tensors = {"dz": grad, "y": None if q is None else y, "x": x, "weight": _by_input(problem, one.weight)}
+    tensors = {name: None if t is None else _laid_out(t) for name, t in tensors.items()}
+    tensors |= {"a": a, "q": q, "b": b, "scale": scale, "shift": shift}
+    if sums:
+        tensors |= {"mean": norm.mean.float(), "invstd": (norm.var.float() + norm.eps).rsqrt_()}
+    if needs_x:
+        tensors["dx"] = torch.empty_like(tensors["x"])
+    for launch in launches:
+        tensors |= {name: x.new_empty(shape, dtype=torch.float32) for name, shape in launch.buffers.items()}
+    with current(x):
+        for launch in launches:
+            names = (name for name in launch.arguments if isinstance(name, str))
+            cuda_launch.kernel(launch, x.device)(**{name: tensors.get(name) for name in names})
+    product, plain = tensors["sums"].sum((0, 1)) if sums else (None, None)
+    dweight = _as_weight(problem, tensors["dweight"], one.weight) if needs_weight else None
+    return ConvGradients(tensors.get("dx"), Sums(product, plain) if sums else None, [dweight], None)
+
+
+def _laid_out(t: Tensor) -> Tensor:
+    return cuda.aligned(t.contiguous(memory_format=_LAST) if t.ndim == 4 else t)
+
+
+def _by_input(problem: ConvProblem, weight: Tensor) -> Tensor:
+    """The weight with a row for each input channel, tap by tap; (9, channels) of a depthwise convolution."""
+    if cuda.is_depthwise(problem):
+        return cuda.packed_weight(problem, weight)
+    rows, width = weight.shape[:2]
+    return weight.reshape(-1, width, width, 9).permute(0, 2, 3, 1).reshape(rows, -1)
+
+
+def _as_weight(problem: ConvProblem, dweight: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of a weight from (K, 9, C / groups) sums, or (9, K) of a depthwise convolution."""
+    if cuda.is_depthwise(problem):
+        return dweight.t().reshape(weight.shape).to(weight.dtype)
+    return dweight.view(-1, 3, 3, weight.shape[1]).permute(0, 3, 1, 2).to(weight.dtype)
