@@ -125,6 +125,33 @@ def test_layouts_and_alignment():
     assert all(torch.equal(*pair) for pair in zip(moved, before, strict=True))
 
 
+def check_forward(conv, measured=True):
+    """`convs` of csrc/ is as near to float64 as the framework's own calls; the statistics are those of its result."""
+    _, *arguments = conv.arguments(conv.dtype)
+    with simulated():
+        ((y, found),) = OURS.convs(*arguments, [measured])
+    eager, exact = (passes.convs(*conv.arguments(dtype)[1:], [measured])[0][0] for dtype in (conv.dtype, torch.float64))
+    assert_close_to_reference(y, eager, exact, "y", conv.groups)
+    assert y.is_contiguous(memory_format=torch.channels_last) and (found is None) != measured
+    if measured:
+        var, mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+        torch.testing.assert_close(found[0].double(), mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found[1].double(), var, rtol=1e-5, atol=1e-6)
+
+
+FORWARD = [(8, 5), (16, 3, 2, FP16, "silu"), (24, 2, 1, BF16, None), (40, 2, 2, BF16, "none"), (72, 1), (1, 24)]
+
+
+@pytest.mark.parametrize("facts", FORWARD, ids=str)
+def test_forward(facts):
+    check_forward(Conv(*facts))
+
+
+def test_forward_without_statistics_and_of_one_pixel():
+    check_forward(Conv(24, 2), measured=False)
+    check_forward(Conv(8, 3, size=(2, 1, 1)))
+
+
 # Models
 
 
@@ -171,7 +198,8 @@ def test_models(group_size, options):
     model = network(group_size, **options)
     heard = check_step(model, torch.bfloat16, torch.randn(4, 3, 40, 40))
     grouped = sum(getattr(module, "groups", 1) > 1 for module in model.modules())
-    assert heard.count("grouped_conv_backward") == grouped >= 5
+    assert heard.count("grouped_conv_backward") == heard.count("grouped_conv_forward") == grouped >= 5
+    assert heard.count("merged_moments") == grouped
 
 
 def test_what_computes_a_step(monkeypatch):

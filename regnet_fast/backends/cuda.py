@@ -121,8 +121,9 @@ class GroupedConv:
         kernel = self._kernel(means)
         y = torch.empty(self.problem.output_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         parts = x.new_empty(kernel.launch.buffers["parts"], dtype=torch.float32) if means else None
+        unused = dict.fromkeys(("scale", "shift", "moments"))
         with current(x):
-            kernel(x=aligned(x), weight=self.weight, bias=self.bias, y=y, parts=parts)
+            kernel(x=aligned(x), weight=self.weight, bias=self.bias, y=y, parts=parts, **unused)
         return y, parts
 
 

@@ -1,7 +1,8 @@
 """The passes of a training step in which csrc/ has the grouped convolutions, and another module all else.
 
-csrc/ takes a grouped convolution that reads its map alone and is not behind squeeze-excite. Both gradients come from
-one read of the gradient, the raw result and the map: what they are made of is made as it is read, and never stored.
+csrc/ takes a grouped convolution that reads its map alone and is not behind squeeze-excite, but for the forward of a
+depthwise one. The map is read through its norm, and the result's statistics come with it; both gradients come from one
+read of the gradient, the raw result and the map. What is made of these is made as they are read, and never stored.
 """
 
 from __future__ import annotations
@@ -52,6 +53,15 @@ class Passes:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.others, name)
 
+    def convs(
+        self, x: Tensor, norm: Norm | None, excite: Excite | None, filters: Sequence[Filter], measured: Sequence[bool]
+    ) -> list[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
+        """`passes.convs`."""
+        found = None
+        if refuse(x, excite, filters) is None:
+            found = _forward(x, norm, filters[0], measured[0])
+        return self.others.convs(x, norm, excite, filters, measured) if found is None else [found]
+
     def convs_backward(
         self,
         arriving: Sequence[Arriving],
@@ -73,11 +83,47 @@ class Passes:
 
 
 @functools.lru_cache(maxsize=1024)
+def _forward_launches(problem: ConvProblem, target: Target, read: str | None, moments: bool) -> tuple[Launch, ...]:
+    launch = cuda_plans.grouped_conv_forward(cuda.plan_of(problem), target=target, read=read, moments=moments)
+    if not moments:
+        return (launch,)
+    return launch, cuda_plans.merged_moments(launch.grid[0], problem.out_channels)
+
+
+@functools.lru_cache(maxsize=1024)
 def _backward_launches(problem: ConvProblem, target: Target, switches: tuple) -> tuple[Launch, ...]:
     plan, options = cuda.plan_of(problem), dict(switches, target=target)
     if cuda.is_depthwise(problem):
         return cuda_plans.depthwise_conv_backward(plan, **options)
     return cuda_plans.grouped_conv_backward(plan, **options)
+
+
+def _launched(launches: Sequence[Launch], x: Tensor, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The tensors of some launches, with those that the plans have made."""
+    for launch in launches:
+        tensors |= {name: x.new_empty(shape, dtype=torch.float32) for name, shape in launch.buffers.items()}
+    with current(x):
+        for launch in launches:
+            names = (name for name in launch.arguments if isinstance(name, str))
+            cuda_launch.kernel(launch, x.device)(**{name: tensors.get(name) for name in names})
+    return tensors
+
+
+def _forward(
+    x: Tensor, norm: Norm | None, one: Filter, measured: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None] | None:
+    """The raw result and its statistics; None where there are no kernels, or no way to them."""
+    problem, read = _problem(x, one), None if norm is None else norm.activation
+    if cuda.is_depthwise(problem):
+        return None
+    launches = _forward_launches(problem, cuda_launch.target(problem.device), read, measured)
+    if cuda.no_way(launches, problem.device) is not None:
+        return None
+    scale, shift = (None, None) if norm is None else norm.affine()
+    weight = cuda.aligned(cuda.packed_weight(problem, one.weight))
+    y = torch.empty(problem.output_shape, dtype=x.dtype, device=x.device, memory_format=_LAST)
+    tensors = _launched(launches, x, {"x": _laid_out(x), "scale": scale, "shift": shift, "weight": weight, "y": y})
+    return y, (tensors["mean"], tensors["var"]) if measured else None
 
 
 def _backward(
@@ -106,12 +152,7 @@ def _backward(
         tensors |= {"mean": norm.mean.float(), "invstd": (norm.var.float() + norm.eps).rsqrt_()}
     if needs_x:
         tensors["dx"] = torch.empty_like(tensors["x"])
-    for launch in launches:
-        tensors |= {name: x.new_empty(shape, dtype=torch.float32) for name, shape in launch.buffers.items()}
-    with current(x):
-        for launch in launches:
-            names = (name for name in launch.arguments if isinstance(name, str))
-            cuda_launch.kernel(launch, x.device)(**{name: tensors.get(name) for name in names})
+    tensors = _launched(launches, x, tensors)
     product, plain = tensors["sums"].sum((0, 1)) if sums else (None, None)
     dweight = _as_weight(problem, tensors["dweight"], one.weight) if needs_weight else None
     return ConvGradients(tensors.get("dx"), Sums(product, plain) if sums else None, [dweight], None)

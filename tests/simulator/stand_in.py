@@ -12,13 +12,14 @@ from regnet_fast.backends.cuda_plans import Launch, Target
 
 from . import machine
 
-GRADIENTS, RESULTS = ("dx", "sums", "parts"), ("y", "parts")
+GRADIENTS, RESULTS = ("dx", "sums", "parts"), ("y", "parts", "moments")
 WRITTEN = {
     "grouped_conv_forward.cu": RESULTS,
     "depthwise_conv_forward.cu": RESULTS,
     "grouped_conv_backward.cu": GRADIENTS,
     "depthwise_conv_backward.cu": GRADIENTS,
     "ordered_sum.cu": ("dweight",),
+    "merged_moments.cu": ("mean", "var"),
     "squeeze_excite.cu": ("gate",),
 }
 TARGET = Target(90, 3)
