@@ -6,7 +6,17 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import BACKENDS, BackendError, cuda, cuda_passes, forced_backend, forced_backends, passes, triton
+from . import (
+    BACKENDS,
+    BackendError,
+    cuda,
+    cuda_passes,
+    forced_backend,
+    forced_backends,
+    forced_to_compare,
+    passes,
+    triton,
+)
 
 
 def refuse(x: Tensor) -> str | None:
@@ -34,4 +44,6 @@ def passes_for(x: Tensor) -> ModuleType | cuda_passes.Passes:
     module = passes
     if name == triton.NAME:
         from . import triton_passes as module
-    return cuda_passes.Passes(module) if cuda.NAME in names[: names.index(name) if name else 0] else module
+    if cuda.NAME not in names[: names.index(name) if name else 0]:
+        return module
+    return cuda_passes.Passes(module, compared=name == triton.NAME and forced_to_compare())
