@@ -11,7 +11,6 @@ products and the copies that it cannot do without are counted. Nothing here was 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -119,16 +118,6 @@ def entries(machine: Machine, widths: set[int] | None = None) -> Iterator[dict[s
         yield {"step": step, "width": width, "stride": stride, **times}
 
 
-def text(tables: list[dict[str, Any]]) -> str:
-    """The file, a line for each entry."""
-    parts = []
-    for table in tables:
-        head = json.dumps({k: v for k, v in table.items() if k != "entries"})
-        lines = ",\n  ".join(json.dumps(entry) for entry in table["entries"])
-        parts.append(head.removesuffix("}") + ', "entries": [\n  ' + lines + "\n ]}")
-    return "[\n " + ",\n ".join(parts) + "\n]\n"
-
-
 def page(tables: list[dict[str, Any]]) -> str:
     """Triton's time as a multiple of csrc/'s in Markdown, by width, with stride 1 / 2."""
     columns = [(table["machine"], step) for table in tables for step in choice.STEPS]
@@ -163,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
         for machine in MACHINES
     ]
     if options.write:
-        choice.FILE.write_text(text(made))
+        choice.FILE.write_text(choice.text(made))
         PAGE.write_text(filled(PAGE.read_text(), page(made)))
     else:
         print(page(made), end="")

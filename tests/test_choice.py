@@ -1,7 +1,6 @@
 """csrc/ and Triton in the order of a table: `backend("cuda|triton")`."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -38,16 +37,16 @@ def table(arch, **times):
         for step, (a, b) in times.items()
         for width, pair in ((24, (a, b)), (64, (b, a)))
     ]
-    return {"arch": arch, "machine": f"sm_{arch}", "provenance": "measured", "entries": entries}
+    return {"arch": arch, "machine": f"sm_{arch}", "provenance": "modelled", "entries": entries}
 
 
 @pytest.fixture
 def tables(monkeypatch):
     found = [table(90, inference=(2.0, 3.0), forward=(4.0, 3.0), backward=(1.0, 5.0)), table(89, inference=(3.0, 2.0))]
-    monkeypatch.setattr(choice, "_tables", lambda: found)
-    choice._ranked.cache_clear()
+    monkeypatch.setattr(choice, "_modelled", lambda: found)
+    choice.forget()
     yield found
-    choice._ranked.cache_clear()
+    choice.forget()
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ def test_the_faster_one_is_asked_first(tables, served):
     wide = dataclasses.replace(PROBLEM, input_shape=(2, 112, 9, 7), out_channels=112)
     with simulated(), backend("cuda|triton"):
         assert forced_backends() == ("cuda", "triton")
-        reason = "measured to take 1.50 times as long as cuda (sm_90, inference)"
+        reason = "modelled to take 1.50 times as long as cuda (sm_90, inference)"
         assert select(PROBLEM) == Selection("cuda", {"triton": reason})
         assert select(wide) == Selection("triton", {"cuda": reason.replace("as cuda", "as triton")})
     with simulated(), backend("cuda,triton"):
@@ -130,17 +129,17 @@ def test_only_csrc_and_the_framework():
 def test_the_file_says_where_it_comes_from_and_is_up_to_date():
     """One width of it; all of it is what the command writes."""
     pytest.importorskip("triton")
-    shipped = json.loads(choice.FILE.read_text())
+    shipped = choice.read(choice.FILE)
     assert [one["machine"] for one in shipped] == [machine.name for machine in cuda_choice.MACHINES]
     for one, machine in zip(shipped, cuda_choice.MACHINES, strict=True):
         assert one["provenance"] == "modelled" and one["by"] == "python -m bench.cuda_choice"
         again = list(cuda_choice.entries(machine, {24}))
         assert again == [e for e in one["entries"] if e["width"] == 24], "run python -m bench.cuda_choice --write"
-    assert cuda_choice.text(shipped) == choice.FILE.read_text()
+    assert choice.text(shipped) == choice.FILE.read_text()
     document = cuda_choice.PAGE.read_text()
     assert cuda_choice.filled(document, cuda_choice.page(shipped)) == document
 
 
 def test_narrow_groups_are_modelled_faster_on_csrc():
     for width, step, first in ((8, "inference", "cuda"), (24, "backward", "cuda"), (232, "backward", "triton")):
-        assert choice._ranked(90, step, width, 1).names[0] == first
+        assert choice._ranked(None, 90, step, width, 1).names[0] == first
