@@ -28,7 +28,9 @@ from regnet_fast.backends.cuda_plans import (
 from regnet_fast.recording import Kernel
 from regnet_fast.roofline import Ceilings
 
-from .cuda_compilation import PAGE, Compiled, Job, grouped_convs
+from .cuda_compilation import Compiled, Job
+from .cuda_compilation_page import PAGE
+from .cuda_launches import TRAINING, grouped_convs
 from .markdown import Heading, render
 from .tables import Table, number
 
@@ -317,17 +319,13 @@ class Row:
 def rows(models: Sequence[str], batch: int, machine: Machine) -> list[Row]:
     """Both passes of every distinct convolution of some models, by width."""
     found = []
-    for (groups, width, size, stride), activation in sorted(
-        grouped_convs(models).items(), key=lambda item: (item[0][1], -item[0][2], item[0][0], -item[0][3])
-    ):
-        problem = GroupedConv(batch, size * stride, size * stride, groups, width, stride, "bfloat16")
+    for conv in sorted(grouped_convs(models), key=lambda conv: (conv.width, -conv.size, conv.groups, -conv.stride)):
+        problem = conv.problem(batch, "bfloat16")
         for backward in (False, True):
             if backward:
-                launches = grouped_conv_backward(
-                    problem, affine=2, norm=True, sums=True, activation=activation, target=machine.target
-                )
+                launches = grouped_conv_backward(problem, activation=conv.activation, target=machine.target, **TRAINING)
             else:
-                launches = (grouped_conv_forward(problem, activation, True, machine.target),)
+                launches = (grouped_conv_forward(problem, conv.activation, True, machine.target),)
             found.append(_row(problem, backward, machine, launches))
     return found
 
