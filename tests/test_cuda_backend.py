@@ -229,6 +229,12 @@ REFUSED = {
     "float32": ({"dtype": torch.float32}, "not in float32"),
     "float64": ({"dtype": torch.float64}, "not in float64"),
     "channels that are no multiple of 8": ({"input_shape": (2, 24, 9, 7), "out_channels": 24}, "groups of 12 channels"),
+    "groups of 4 channels": ({"groups": 12}, "groups of 4 channels: only multiples of 8 from 8 to 264"),
+    "groups of 328 channels": ({"input_shape": (2, 656, 9, 7), "out_channels": 656}, "groups of 328 channels"),
+    "more groups than a grid takes": (
+        {"input_shape": (1, 524288, 1, 1), "out_channels": 524288, "groups": 65536},
+        "65536 groups: more than a grid takes",
+    ),
     "groups too wide": ({"input_shape": (2, 544, 9, 7), "out_channels": 544}, "groups of 272 channels"),
     "an empty batch": ({"input_shape": (0, 48, 9, 7)}, "empty map"),
     "an image beyond 2^31 elements": ({"input_shape": (1, 48, 2**13, 2**13)}, "an image of too many elements"),

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from simulator.stand_in import TARGET, simulate, simulated
 from timm.models import regnet
 
 import regnet_fast
-from regnet_fast.backends import BackendError, backend, cuda_launch, cuda_passes, passes
+from regnet_fast.backends import BackendError, backend, cuda, cuda_launch, cuda_nvrtc, cuda_passes, passes
 from regnet_fast.backends.passes import Arriving, Excite, Filter, Norm, Own, Sums
 from regnet_fast.backends.training import passes_for
 
@@ -34,15 +35,22 @@ class Conv:
     activation: str | None = "relu"
     own: str | None = "batch"
     size: tuple[int, int, int] = (2, 7, 9)
-    mean: float = 0.0
+    device: str = "cpu"
 
     def __post_init__(self):
         (n, h, w), channels = self.size, self.width * self.groups
         out = (n, channels, -(-h // self.stride), -(-w // self.stride))
-        self.x = narrow(torch.randn(n, channels, h, w) + self.mean, self.dtype)
+        self.x = narrow(torch.randn(n, channels, h, w), self.dtype)
         self.weight = (torch.randn(channels, self.width, 3, 3) / (9 * self.width) ** 0.5).to(self.dtype)
         self.grad, self.y = (narrow(torch.randn(out), self.dtype) for _ in range(2))
         self.vectors = [torch.rand(channels) + 0.5 for _ in range(8)]
+        for name in ("x", "weight", "grad", "y"):
+            setattr(self, name, getattr(self, name).to(self.device))
+        self.vectors = [vector.to(self.device) for vector in self.vectors]
+
+    def launching(self):
+        """On a CPU the simulator."""
+        return simulated() if self.device == "cpu" else nullcontext()
 
     @property
     def filter(self):
@@ -54,7 +62,7 @@ class Conv:
         var, weight, bias, own_var, own_weight, product, plain, mean = (t.to(wide) for t in self.vectors)
         norm = own = None
         if self.activation is not None:
-            norm = Norm(mean - 1 + self.mean, var, weight, bias - 1, EPS, self.activation)
+            norm = Norm(mean - 1, var, weight, bias - 1, EPS, self.activation)
         if self.own is not None:
             sums = Sums(product * 50, plain * 50) if self.own == "batch" else None
             own = Own(mean - 0.7, own_var, own_weight, EPS, sums, self.y.numel() / self.y.shape[1])
@@ -72,7 +80,7 @@ def vector(found):
 def check_gradients(conv, needs_x=True, needs_weight=True, through=True):
     """`convs_backward` of csrc/ is as near to float64 as the framework's own calls."""
     options = needs_x, [needs_weight], through
-    with simulated():
+    with conv.launching():
         assert cuda_passes.refuse(conv.x, None, [conv.filter]) is None
         ours = OURS.convs_backward(*conv.arguments(conv.dtype), *options)
     eager = passes.convs_backward(*conv.arguments(conv.dtype), *options)
@@ -128,7 +136,7 @@ def test_layouts_and_alignment():
 def check_forward(conv, measured=True):
     """`convs` of csrc/ is as near to float64 as the framework's own calls; the statistics are those of its result."""
     _, *arguments = conv.arguments(conv.dtype)
-    with simulated():
+    with conv.launching():
         ((y, found),) = OURS.convs(*arguments, [measured])
     eager, exact = (passes.convs(*conv.arguments(dtype)[1:], [measured])[0][0] for dtype in (conv.dtype, torch.float64))
     assert_close_to_reference(y, eager, exact, "y", conv.groups)
@@ -169,19 +177,23 @@ def step(model, x, dy, forced="auto"):
     return y.detach(), gradients, {name: b for name, b in model.named_buffers() if b.is_floating_point()}
 
 
-def check_step(theirs, dtype, x, forced="cuda,aten"):
-    """One step of a rebuilt model with the backend forced is as near to float64 as eager's. Returns the launches."""
-    randomize_bn(theirs, 0, (4, 3, 64, 64)).train()
-    ours, exact = regnet_fast.rebuild(copy.deepcopy(theirs)).model, copy.deepcopy(theirs).double()
-    with simulated(), backend(forced):
-        assert reasons(copy.deepcopy(ours).to(dtype), x.to(dtype)) == {None}
-    dy, heard = torch.randn(copy.deepcopy(theirs)(x).shape), []
+def check_step(theirs, dtype, x, forced="cuda,aten", device="cpu"):
+    """One step of a rebuilt model with the backend forced is as near to float64 as eager's. Returns the simulator's
+    launches, none on a GPU.
+    """
+    randomize_bn(theirs, 0, (4, 3, 64, 64)).train().to(device)
+    x, heard = x.to(device), []
 
     def hear(launch, tensors):
         heard.append(launch.kernel.partition("<")[0])
         simulate(launch, tensors)
 
-    with cuda_launch.standing_in(hear, TARGET):
+    ours, exact = regnet_fast.rebuild(copy.deepcopy(theirs)).model, copy.deepcopy(theirs).double()
+    dy = torch.randn(copy.deepcopy(theirs)(x).shape, device=device)
+    with cuda_launch.standing_in(hear, TARGET) if device == "cpu" else nullcontext():
+        with backend(forced):
+            assert reasons(copy.deepcopy(ours).to(dtype), x.to(dtype)) == {None}
+        heard.clear()
         found = [step(ours.to(dtype), x.to(dtype), dy, forced)]
     found += [step(theirs.to(dtype), x.to(dtype), dy), step(exact, x.double(), dy)]
     assert_close_to_reference(*(one[0] for one in found), "output")
@@ -221,6 +233,8 @@ LEFT = {
     "grouped convolutions alone": ({"groups": 1, "width": 8}, {}),
     "not in float32": ({"dtype": torch.float32}, {}),
     "groups of 12 channels": ({"width": 12}, {}),
+    "groups of 4 channels": ({"width": 4}, {}),
+    "groups of 328 channels": ({"width": 328, "groups": 2, "size": (1, 2, 2)}, {}),
     "an empty map": ({"size": (0, 7, 9)}, {}),
 }
 
@@ -240,3 +254,30 @@ def test_what_is_left_to_the_others(reason):
         with cuda_launch.standing_in(lambda *launched: pytest.fail("nothing is launched"), TARGET):
             ours = OURS.convs_backward(*conv.arguments(conv.dtype), True, [True])
         assert torch.equal(ours.x, passes.convs_backward(*conv.arguments(conv.dtype), True, [True]).x)
+
+
+def test_without_a_way_to_the_kernels_the_others_compute(monkeypatch):
+    """No extension module and no compiler: both halves of a step are those of the module behind."""
+    asked = []
+    monkeypatch.setattr(cuda, "no_way", lambda launches, device: asked.append(launches) or "no compiler")
+    conv = Conv(8, 3)
+    arguments = conv.arguments(conv.dtype)
+    with cuda_launch.standing_in(lambda *launched: pytest.fail("nothing is launched"), TARGET):
+        ((y, _),) = OURS.convs(*arguments[1:], [False])
+        found = OURS.convs_backward(*arguments, True, [True])
+    assert len(asked) == 2
+    assert torch.equal(y, passes.convs(*arguments[1:], [False])[0][0])
+    assert torch.equal(found.x, passes.convs_backward(*arguments, True, [True]).x)
+
+
+def test_what_the_compiler_says_reaches_whoever_trains(monkeypatch):
+    """A source that does not compile is an error, in the words of the compiler."""
+
+    def fail(launch, tensors):
+        raise cuda_nvrtc.CompileError("cannot compile: expected a semicolon")
+
+    x = torch.randn(2, 3, 32, 32).bfloat16()
+    model = regnet_fast.rebuild(network(8)).model.bfloat16().train()
+    raises = pytest.raises(cuda_nvrtc.CompileError, match="expected a semicolon")
+    with cuda_launch.standing_in(fail, TARGET), backend("cuda,aten"), raises:
+        model(x)
