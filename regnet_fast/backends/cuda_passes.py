@@ -106,8 +106,9 @@ def _backward_launches(problem: ConvProblem, target: Target, switches: tuple) ->
     return cuda_plans.grouped_conv_backward(plan, **options)
 
 
-def _launched(launches: Sequence[Launch], x: Tensor, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """The tensors of some launches, with those that the plans have made."""
+def _launched(launches: Sequence[Launch], x: Tensor, given: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The tensors of some launches, aligned, with those that the plans have made."""
+    tensors = {name: None if t is None else cuda.aligned(t) for name, t in given.items()}
     for launch in launches:
         tensors |= {name: x.new_empty(shape, dtype=torch.float32) for name, shape in launch.buffers.items()}
     with current(x):
@@ -128,10 +129,11 @@ def _forward(
     if cuda.no_way(launches, problem.device) is not None:
         return None
     scale, shift = (None, None) if norm is None else norm.affine()
-    weight = cuda.aligned(cuda.packed_weight(problem, one.weight))
+    weight = cuda.packed_weight(problem, one.weight)
     y = torch.empty(problem.output_shape, dtype=x.dtype, device=x.device, memory_format=_LAST)
-    tensors = _launched(launches, x, {"x": _laid_out(x), "scale": scale, "shift": shift, "weight": weight, "y": y})
-    return y, (tensors["mean"], tensors["var"]) if measured else None
+    given = {"x": x.contiguous(memory_format=_LAST), "scale": scale, "shift": shift, "weight": weight, "y": y}
+    tensors = _launched(launches, x, given)
+    return tensors["y"], (tensors["mean"], tensors["var"]) if measured else None
 
 
 def _backward(
@@ -153,21 +155,17 @@ def _backward(
     if cuda.no_way(launches, problem.device) is not None:
         return None
     scale, shift = (None, None) if norm is None else norm.affine()
-    tensors = {"dz": grad, "y": None if q is None else y, "x": x, "weight": _by_input(problem, one.weight)}
-    tensors = {name: None if t is None else _laid_out(t) for name, t in tensors.items()}
-    tensors |= {"a": a, "q": q, "b": b, "scale": scale, "shift": shift}
+    maps = {"dz": grad, "y": None if q is None else y, "x": x}
+    given = {name: None if t is None else t.contiguous(memory_format=_LAST) for name, t in maps.items()}
+    given |= {"weight": _by_input(problem, one.weight), "a": a, "q": q, "b": b, "scale": scale, "shift": shift}
     if sums:
-        tensors |= {"mean": norm.mean.float(), "invstd": (norm.var.float() + norm.eps).rsqrt_()}
+        given |= {"mean": norm.mean.float(), "invstd": (norm.var.float() + norm.eps).rsqrt_()}
     if needs_x:
-        tensors["dx"] = torch.empty_like(tensors["x"])
-    tensors = _launched(launches, x, tensors)
+        given["dx"] = torch.empty_like(given["x"])
+    tensors = _launched(launches, x, given)
     product, plain = tensors["sums"].sum((0, 1)) if sums else (None, None)
     dweight = _as_weight(problem, tensors["dweight"], one.weight) if needs_weight else None
     return ConvGradients(tensors.get("dx"), Sums(product, plain) if sums else None, [dweight], None)
-
-
-def _laid_out(t: Tensor) -> Tensor:
-    return cuda.aligned(t.contiguous(memory_format=_LAST) if t.ndim == 4 else t)
 
 
 def _by_input(problem: ConvProblem, weight: Tensor) -> Tensor:
