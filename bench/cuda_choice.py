@@ -19,7 +19,8 @@ from typing import Any
 from regnet_fast.backends import choice
 from regnet_fast.backends.cuda_plans import GroupedConv, grouped_conv_backward, grouped_conv_forward, merged_moments
 
-from .cuda_compilation import PAGE, grouped_convs
+from .cuda_compilation_page import PAGE
+from .cuda_launches import TRAINING, grouped_convs
 from .cuda_modelled import MACHINES, SHARED_BYTES_PER_CLOCK, Machine, modelled
 from .markdown import render
 from .tables import Table
@@ -97,18 +98,18 @@ def cuda(problem: GroupedConv, step: str, activation: str, machine: Machine) -> 
         first = grouped_conv_forward(problem, target=target, read=activation, moments=True)
         launches = (first, merged_moments(first.grid[0], problem.channels))
     else:
-        options = {"affine": 2, "norm": True, "sums": True, "activation": activation}
-        launches = grouped_conv_backward(problem, **options, target=target)
+        launches = grouped_conv_backward(problem, activation=activation, target=target, **TRAINING)
     return sum(modelled(one, problem, machine).seconds + machine.ceilings.launch_s for one in launches)
 
 
 def entries(machine: Machine, widths: set[int] | None = None) -> Iterator[dict[str, Any]]:
     """The sums over the convolutions of each step, width and stride, in microseconds."""
     found: dict[tuple[str, int, int], list[float]] = {}
-    for (groups, width, size, stride), activation in grouped_convs(None).items():
-        if groups == 1 or (widths and width not in widths):
+    for conv in {conv[:4]: conv for conv in grouped_convs()}.values():  # a shape once, whatever its activation
+        width, stride, activation = conv.width, conv.stride, conv.activation
+        if conv.groups == 1 or (widths and width not in widths):
             continue
-        problem = GroupedConv(BATCH, size * stride, size * stride, groups, width, stride, "bfloat16")
+        problem = conv.problem(BATCH, "bfloat16")
         for step in choice.STEPS:
             times = found.setdefault((step, width, stride), [0.0, 0.0])
             times[0] += cuda(problem, step, activation, machine)
