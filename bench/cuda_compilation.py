@@ -2,7 +2,7 @@
 
     python -m bench.cuda_compilation                       all that models take, every width, all architectures
     python -m bench.cuda_compilation --model regnety_016 --arch 90 --batch 1 256        what some models take
-    python -m bench.cuda_compilation --write               all, into docs/cuda.md and bench/results/cuda-compilation.csv
+    python -m bench.cuda_compilation --write               into docs/cuda.md and bench/results/cuda-compilation.csv
 
 What was compiled once is kept in .cache/cuda-compilation by all that it was made from: a run goes on where the last
 one ended, and after a change compiles what the change touches.
@@ -133,13 +133,13 @@ def jobs(
     batches: Sequence[int] = BATCHES,
 ) -> list[Job]:
     """Every kernel that some models take, once; without models everything there is."""
-    asked: list[Iterable[Launch]] = [cuda_launches.of_models(models, arch, dtypes, batches) for arch in archs]
-    if not models:
-        asked += [cuda_launches.of_convs(other_widths(), arch, dtypes, batches) for arch in archs]
-        asked += [cuda_launches.of_depthwise(dtypes) for _ in archs]
     found: dict[tuple[int, str], Job] = {}
-    for arch, launches in zip(itertools.cycle(archs), asked, strict=False):
-        for launch in launches:
+    for dtype, arch in itertools.product(dtypes, archs):
+        asked: list[Iterable[Launch]] = [cuda_launches.of_models(models, arch, (dtype,), batches)]
+        if not models:
+            asked += [cuda_launches.of_depthwise((dtype,))]
+            asked += [cuda_launches.of_convs(other_widths(), arch, (dtype,), batches)]
+        for launch in itertools.chain(*asked):
             found.setdefault((arch, launch.kernel), Job(arch, launch))
     return list(found.values())
 
@@ -279,11 +279,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=tuple(cuda_plans.TYPES), default=tuple(cuda_plans.TYPES))
     parser.add_argument("--model", nargs="+", help="by default all, and every width that none has")
     parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
-    parser.add_argument("--write", action="store_true", help="the table of all kernels, and docs/cuda.md")
+    parser.add_argument("--write", action="store_true", help="into docs/cuda.md and the file of all kernels")
     options = parser.parse_args(arguments)
     found = jobs(options.model, options.arch, options.dtype, options.batch)
-    if options.write and found != jobs():
-        parser.error("--write is of everything: it takes no other option")
     made, wrong = [], 0
     for one in compile_all(found, Kept()):
         made.append(one)

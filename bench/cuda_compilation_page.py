@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from regnet_fast.backends.cuda_plans import SHARED_BYTES
+from regnet_fast.backends.cuda_plans import SHARED_BYTES, TYPES
 
 from . import markdown
 from .tables import ABSENT, Table
@@ -53,6 +53,12 @@ def kind(row: Row) -> tuple[str, int]:
     return name, int(facts[1]) if name.startswith("grouped") else 0
 
 
+def _dtype(row: Row) -> str:
+    """The dtype of a kernel, or ABSENT for one that has none."""
+    names = {name: dtype for dtype, name in TYPES.items()}
+    return names.get(row["kernel"].partition("<")[2].partition(",")[0], ABSENT)
+
+
 def _groups(rows: Iterable[Row], label: Callable[[Row], tuple]) -> dict[tuple, list[Row]]:
     found: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -69,10 +75,10 @@ def _worst(rows: Sequence[Row]) -> tuple[str, ...]:
 def summary(rows: Sequence[Row]) -> str:
     """What is the worst of each architecture, and of each kernel and width on every architecture."""
     totals = [
-        (f"sm_{arch}", str(len(same)), *_worst(same), *(str(sum(row[what] for row in same)) for what in _SUMS))
-        for (arch,), same in _groups(rows, lambda row: (row["architecture"],)).items()
+        (f"sm_{arch}", dtype, str(len(same)), *_worst(same), *(str(sum(row[what] for row in same)) for what in _SUMS))
+        for (arch, dtype), same in _groups(rows, lambda row: (row["architecture"], _dtype(row))).items()
     ]
-    titles = "architecture", "kernels", "registers", "shared, KB", "occupancy, %", *_SUMS.values()
+    titles = "architecture", "dtype", "kernels", "registers", "shared, KB", "occupancy, %", *_SUMS.values()
     worst = []
     for (kernel, width), same in _groups(rows, kind).items():
         of_arch = _groups(same, lambda row: (row["architecture"],))

@@ -16,7 +16,7 @@ from regnet_fast.backends.cuda_plans import PROCESSORS, DepthwiseConv, GroupedCo
 from . import cases
 
 TRAINING = {"affine": 2, "norm": True, "sums": True}
-"""What a training step asks of a convolution's gradients."""
+"""What a training step asks of the gradients of a convolution that reads its map through a norm."""
 
 ACTIVATIONS = ("relu", "silu")  # of the models
 
@@ -59,7 +59,7 @@ def _operations(op: str, models: Iterable[str] | None) -> Iterator[dict]:
 
 
 def of_convs(convs: Iterable[Conv], arch: int, dtypes: Sequence[str], batches: Sequence[int]) -> Iterator[Launch]:
-    """What grouped convolutions take: forward with the parts of the means and without, and the gradients."""
+    """What grouped convolutions take: in inference, with the parts of the means and without, and in training."""
     target = Target(arch, PROCESSORS[arch])
     for conv in convs:
         for dtype in dtypes:
@@ -67,6 +67,9 @@ def of_convs(convs: Iterable[Conv], arch: int, dtypes: Sequence[str], batches: S
                 problem = conv.problem(batch, dtype)
                 for parts in (True, False):
                     yield cuda_plans.grouped_conv_forward(problem, conv.activation, parts, target)
+                raw = cuda_plans.grouped_conv_forward(problem, target=target, read=conv.activation, moments=True)
+                yield raw
+                yield cuda_plans.merged_moments(raw.grid[0], problem.channels)
                 yield from cuda_plans.grouped_conv_backward(
                     problem, activation=conv.activation, target=target, **TRAINING
                 )

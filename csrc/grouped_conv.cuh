@@ -123,6 +123,7 @@ DEVICE void multiply(
     unsigned column = weights + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 16;
 #pragma unroll
     for (int k = 0; k + 1 < DEPTH; k += 2) {
+        if (k % 16 == 14) hold_loads();
         int further = second ? taps(k + 1) - taps(k) : 0;  // few different ones: few registers
         unsigned b[EIGHTS][2];
 #pragma unroll

@@ -154,6 +154,8 @@ def test_what_is_compiled_is_what_the_plans_launch(tmp_path):
                     training = {"affine": 2, "norm": True, "sums": True, "activation": "relu", "target": target}
                     launches = [*cuda_plans.grouped_conv_backward(problem, **training)]
                     launches += [cuda_plans.grouped_conv_forward(problem, "relu", p, target) for p in (False, True)]
+                    launches.append(cuda_plans.grouped_conv_forward(problem, target=target, read="relu", moments=True))
+                    launches.append(cuda_plans.merged_moments(launches[-1].grid[0], problem.channels))
                     launches.append(cuda_plans.squeeze_excite(batch, 4, 336, 84, dtype, "relu", target))
                     planned |= {launch.kernel: launch.source for launch in launches}
     assert planned.items() <= found.items()
@@ -178,19 +180,25 @@ def test_depthwise_kernels_of_any_size_are_compiled(channels):
             assert {launch.kernel for launch in launches} <= found
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("model", ["regnetx_002", "regnety_002"])
-def test_what_a_model_launches_is_compiled(tmp_path, model):
+def test_what_a_model_launches_is_compiled(tmp_path, model, training):
     """Both ways have the same kernels: what the backend asks for, of whichever way, is in the module."""
-    assert instantiate(tmp_path, "90", REGNET_FAST_CUDA_MODELS=model, REGNET_FAST_CUDA_BATCHES="1").returncode == 0
+    done = instantiate(tmp_path, "90", REGNET_FAST_CUDA_MODELS=model, REGNET_FAST_CUDA_BATCHES="1")
+    assert done.returncode == 0
     asked = {}
-    network = regnet_fast.create_model(model).eval().bfloat16()
+    network = regnet_fast.create_model(model).train(training).bfloat16()
     with (
         cuda_launch.standing_in(lambda launch, tensors: asked.setdefault(launch.kernel, launch.source), Target()),
-        backend("cuda,aten,reference"),
-        torch.inference_mode(),
+        backend("cuda,aten"),
+        torch.set_grad_enabled(training),
     ):
-        network(torch.zeros(1, 3, 224, 224, dtype=torch.bfloat16))
-    assert len(asked) >= 4 and asked.items() <= entries(tmp_path).items()
+        y = network(torch.zeros(1, 3, 224, 224, dtype=torch.bfloat16))
+        if training:
+            y.sum().backward()
+    expected = {"grouped_conv_forward.cu"}
+    expected |= {"grouped_conv_backward.cu", "merged_moments.cu", "ordered_sum.cu"} if training else set()
+    assert expected <= set(asked.values()) and asked.items() <= entries(tmp_path).items()
 
 
 @pytest.mark.parametrize(

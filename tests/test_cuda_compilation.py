@@ -146,7 +146,8 @@ def test_a_summary_shows_the_worst():
     wide, narrow = (f"grouped_conv_forward<BFloat16, {width}, 1>" for width in (16, 8))
     rows = [row(wide, 80, 128, 0), row(wide, 80, 64, 8), row(narrow, 90, 32, 0)]
     lines = cuda_compilation_page.summary(rows).splitlines()
-    assert "| sm_80 | 2 | 128 | 128 | 12 | 8 | 0 |" in lines and "| sm_90 | 1 | 32 | 32 | 75 | 0 | 0 |" in lines
+    assert "| sm_80 | bfloat16 | 2 | 128 | 128 | 12 | 8 | 0 |" in lines
+    assert "| sm_90 | bfloat16 | 1 | 32 | 32 | 75 | 0 | 0 |" in lines
     assert "| grouped_conv_forward&lt;BFloat16, 16, 1&gt; | sm_80 | 8 |" in lines
     forward = [line for line in lines if line.startswith("| grouped_conv_forward |")]
     assert [line.split("|")[2].strip() for line in forward] == ["8", "16"]
