@@ -25,7 +25,7 @@ PYTEST_MODELS := $(VENV)/bin/python -m pytest -q tests/test_models.py
 PYTEST_KERNELS := -m pytest -q -n $(WORKERS) tests/kernels -m "not slow"
 PYTEST_OLDEST := OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -q -n $(WORKERS)
 
-.PHONY: help demo digits test matrix kernels test-oldest lint host-suite bench gpu gpu-dry-run clean
+.PHONY: help demo digits test matrix kernels test-oldest lint host-suite bench gpu gpu-dry-run sanitize clean
 
 help:
 	@echo "make demo         what it does and how much faster it is here"
@@ -38,6 +38,7 @@ help:
 	@echo "make bench        the CPU results in bench/results: an hour or two on an idle machine; goes on where it ended"
 	@echo "make gpu          what a GPU should measure, for BUDGET seconds with PYTHON's own torch; goes on where it ended"
 	@echo "make gpu-dry-run  the same on tiny shapes, without a GPU"
+	@echo "make sanitize     the CUDA C++ kernels under compute-sanitizer, on a GPU with PYTHON's own torch"
 	@echo "make lint         ruff"
 
 demo: $(VENV)/installed
@@ -66,6 +67,7 @@ kernels: $(VENV)/installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS) tests/kernels
 	$(VENV)/bin/python -m bench.compilation
 	$(VENV)/bin/python -m pytest -q -n $(WORKERS) tests/simulator
+	$(VENV)/bin/python -m pytest -q -m slow tests/test_cuda_build.py tests/test_cuda_compilation.py
 	if command -v nvcc; then $(VENV)/bin/python -m bench.cuda_compilation; fi
 
 bench: $(VENV)/installed
@@ -74,6 +76,9 @@ bench: $(VENV)/installed
 # On the machine with the GPU nothing is installed: its own Python has torch, timm and pytest.
 gpu:
 	$(PYTHON) -m bench gpu --budget $(BUDGET)
+
+sanitize:
+	$(PYTHON) -m pytest -q tests/gpu/test_sanitizer.py
 
 gpu-dry-run: $(VENV)/installed
 	rm -rf .cache/gpu-dry-run

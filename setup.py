@@ -4,8 +4,10 @@ Otherwise the package is plain Python, and needs neither nvcc nor torch nor a GP
 variables of the environment.
 """
 
+import contextlib
 import importlib.util
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,7 @@ ROOT = Path(__file__).resolve().parent
 BUILD_CUDA = os.environ.get("REGNET_FAST_BUILD_CUDA", "0") not in ("", "0")
 MODULE = "regnet_fast.backends._cuda"
 INFO = "build_info.json"
-MEMORY_OF_A_JOB = 2 << 30  # bytes, of nvcc and what it starts, with room
+MEMORY_OF_A_JOB = 1 << 30  # bytes: a quarter of that was seen, of nvcc and what it starts
 
 
 def architectures() -> list[str]:
@@ -41,14 +43,21 @@ def architectures() -> list[str]:
 
 
 def jobs() -> int:
-    """Compilers at once: as many as there are processors, and as there is memory for."""
+    """Compilers at once: as many as there are processors, and as there is memory for, free and in this container."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        available = int(memory["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError):
-        return processors
-    return max(1, min(processors, available // MEMORY_OF_A_JOB))
+    memory = [processors * MEMORY_OF_A_JOB]
+    with contextlib.suppress(OSError, LookupError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        memory.append(int(dict(line.split(":") for line in lines)["MemAvailable"].split()[0]) << 10)
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        memory.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return max(1, min(memory) // MEMORY_OF_A_JOB)
+
+
+def lacking() -> list[str]:
+    """What a build needs besides nvcc and a C++ compiler, and is not installed."""
+    tools = [name for name in ("cmake", "ninja") if shutil.which(name) is None]
+    return tools if importlib.util.find_spec("pybind11") else ["pybind11>=2.13", *tools]
 
 
 def compiler() -> str:
@@ -65,11 +74,7 @@ def compiler() -> str:
 
 def sources_digest() -> str:
     """The digest by which the package knows that its sources are those that were compiled."""
-    path = ROOT / "regnet_fast" / "backends" / "cuda_sources.py"
-    spec = importlib.util.spec_from_file_location("cuda_sources", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.digest()
+    return runpy.run_path(str(ROOT / "regnet_fast" / "backends" / "cuda_sources.py"))["digest"]()
 
 
 class BuildCuda(build_ext):
@@ -77,14 +82,15 @@ class BuildCuda(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         nvcc, arches = compiler(), architectures()
-        if importlib.util.find_spec("pybind11") is None:
-            raise SetupError("REGNET_FAST_BUILD_CUDA=1 needs pybind11, or pip with its build isolation")
+        if lacking():
+            raise SetupError(f"REGNET_FAST_BUILD_CUDA=1 needs {', '.join(lacking())}, or pip with its build isolation")
         import pybind11
 
         build, target = Path(self.build_temp).resolve() / "cuda", Path(self.get_ext_fullpath(ext.name))
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_CUDA_COMPILER": nvcc,
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),  # pip's lies in a new place each time
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "REGNET_FAST_ARCHITECTURES": ";".join(arches),
@@ -93,8 +99,8 @@ class BuildCuda(build_ext):
         }
         parallel = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(jobs())
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-        subprocess.run([*configure, *(f"-D{key}={value}" for key, value in options.items())], check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel", parallel], check=True)
+        self.spawn([*configure, *(f"-D{key}={value}" for key, value in options.items())])
+        self.spawn(["cmake", "--build", str(build), "--parallel", parallel])
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(next((build / "module").glob("_cuda.*")), target)
         shutil.copy(build / "module" / INFO, target.parent)
@@ -106,9 +112,8 @@ class BuildCuda(build_ext):
         shutil.copy(built, ROOT.joinpath(*MODULE.split(".")[:-1]))
 
 
-tools = [name for name in ("cmake", "ninja") if shutil.which(name) is None]
 setup(
     ext_modules=[Extension(MODULE, sources=[])] if BUILD_CUDA else [],
     cmdclass={"build_ext": BuildCuda},
-    setup_requires=["pybind11>=2.13", *tools] if BUILD_CUDA else [],
+    setup_requires=lacking() if BUILD_CUDA else [],
 )

@@ -1,8 +1,11 @@
 """The CUDA C++ kernels of csrc/ compiled for every architecture with nvcc, without a GPU: what becomes of them.
 
-    python -m bench.cuda_compilation                       every grouped convolution of the models, all architectures
-    python -m bench.cuda_compilation --arch 90 --model regnety_016 --batch 1 256
-    python -m bench.cuda_compilation --write               its rows into the table of docs/cuda.md as well
+    python -m bench.cuda_compilation                       all that models take, every width, all architectures
+    python -m bench.cuda_compilation --model regnety_016 --arch 90 --batch 1 256        what some models take
+    python -m bench.cuda_compilation --write               into docs/cuda.md and bench/results/cuda-compilation.csv
+
+What was compiled once is kept in .cache/cuda-compilation by all that it was made from: a run goes on where the last
+one ended, and after a change compiles what the change touches.
 
 Exit status 1 where a kernel does not compile, spills or uses local memory, needs more shared memory than there is,
 copies less than sixteen bytes at a time, or multiplies without matrix instructions.
@@ -12,24 +15,27 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
+import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from regnet_fast.backends import cuda_plans
-from regnet_fast.backends.cuda_plans import PROCESSORS, SHARED_BYTES, DepthwiseConv, GroupedConv, Launch, Target
+from regnet_fast.backends import cuda_plans, cuda_store
+from regnet_fast.backends.cuda_plans import SHARED_BYTES, WIDEST, Launch
 
-from . import cases
+from . import cuda_compilation_page, cuda_launches
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "cuda.md"
-DEPTHWISE = ((64, 56, 1), (128, 28, 2))
-SQUEEZE_EXCITE = ((1, 888, 222), (256, 120, 30), (4096, 888, 222))
+CSRC = ROOT / "csrc"
+KEPT = ROOT / ".cache" / "cuda-compilation"
+BATCHES = (256,)
+TOGETHER = 24  # kernels that the compiler takes at a time: two to four times as fast as one by one
 THREADS_OF_PROCESSOR = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 RESERVED = 1024  # bytes of shared memory that each block takes besides
 
@@ -70,6 +76,11 @@ class Compiled:
         return min(by_registers, by_shared, THREADS_OF_PROCESSOR[arch] // launch.threads, 32)
 
     @property
+    def occupancy(self) -> int:
+        """The threads of a processor at once, in per cent of what it takes."""
+        return 100 * self.blocks * self.job.launch.threads // THREADS_OF_PROCESSOR[self.job.arch]
+
+    @property
     def fault(self) -> str:
         """What is wrong with it, or ''."""
         if self.error:
@@ -86,49 +97,50 @@ class Compiled:
             return "copies less than sixteen bytes at a time"
         return ""
 
+    def row(self) -> dict[str, str | int]:
+        """The row of the table of all kernels."""
+        return {
+            "kernel": self.job.launch.kernel,
+            "architecture": self.job.arch,
+            "threads": self.job.launch.threads,
+            "registers": self.registers,
+            "shared_bytes": self.job.launch.shared,
+            "occupancy_percent": self.occupancy,
+            "local_bytes": self.local,
+            "instructions": self.instructions,
+            "hmma": self.products,
+            "ldsm": self.matrix_loads,
+            "copies_of_16_bytes": self.wide_copies,
+            "smaller_copies": self.narrow_copies,
+        }
 
-def grouped_convs(models: Sequence[str] | None) -> dict[tuple[int, int, int, int], str]:
-    """Groups, width, output size and stride of every grouped convolution, with its activation."""
-    found = {}
-    for operation in cases.operations().values():
-        if operation["op"] != "grouped_conv" or (models and not set(models) & operation["models"].keys()):
-            continue
-        groups, stride, size = operation["groups"], operation["stride"], operation["hw"]
-        width = operation["in"] // groups
-        problem = GroupedConv(1, size * stride, size * stride, groups, width, stride, "bfloat16")
-        kernel = (operation["kernel"],) * 2
-        padding = (operation["kernel"] // 2,) * 2
-        if cuda_plans.refuse(problem, kernel=kernel, padding=padding) is None:
-            found[groups, width, size, stride] = operation["activation"]
-    return found
 
-
-def launches(models: Sequence[str] | None, arch: int, dtype: str, batches: Sequence[int]) -> Iterator[Launch]:
-    """The default plans: forward with parts of the means, backward in training; and samples of the other kernels."""
-    target = Target(arch, PROCESSORS[arch])
-    training = {"affine": 2, "norm": True, "sums": True, "target": target}
-    for (groups, width, size, stride), activation in grouped_convs(models).items():
-        for batch in batches:
-            problem = GroupedConv(batch, size * stride, size * stride, groups, width, stride, dtype)
-            yield cuda_plans.grouped_conv_forward(problem, activation, True, target)
-            yield from cuda_plans.grouped_conv_backward(problem, activation=activation, **training)
-    for channels, size, stride in DEPTHWISE:
-        problem = DepthwiseConv(256, size * stride, size * stride, channels, stride, dtype)
-        yield cuda_plans.depthwise_conv_forward(problem, "silu", True)
-        yield from cuda_plans.depthwise_conv_backward(problem, activation="silu", **training)
-    for images, channels, hidden in SQUEEZE_EXCITE:
-        yield cuda_plans.squeeze_excite(images, 4, channels, hidden, dtype, "relu", target)
+def other_widths() -> list[cuda_launches.Conv]:
+    """A convolution with each stride of every width that no model has."""
+    known = {conv.width for conv in cuda_launches.grouped_convs()}
+    return [
+        cuda_launches.Conv(max(2, 448 // width), width, 14, stride, "relu")
+        for width in range(8, WIDEST + 1, 8)
+        if width not in known
+        for stride in (1, 2)
+    ]
 
 
 def jobs(
-    models: Sequence[str] | None, archs: Sequence[int], dtypes: Sequence[str], batches: Sequence[int] = (256,)
+    models: Sequence[str] | None = None,
+    archs: Sequence[int] = tuple(SHARED_BYTES),
+    dtypes: Sequence[str] = tuple(cuda_plans.TYPES),
+    batches: Sequence[int] = BATCHES,
 ) -> list[Job]:
-    """Every kernel once."""
+    """Every kernel that some models take, once; without models everything there is."""
     found: dict[tuple[int, str], Job] = {}
-    for arch in archs:
-        for dtype in dtypes:
-            for launch in launches(models, arch, dtype, batches):
-                found.setdefault((arch, launch.kernel), Job(arch, launch))
+    for dtype, arch in itertools.product(dtypes, archs):
+        asked: list[Iterable[Launch]] = [cuda_launches.of_models(models, arch, (dtype,), batches)]
+        if not models:
+            asked += [cuda_launches.of_depthwise((dtype,))]
+            asked += [cuda_launches.of_convs(other_widths(), arch, (dtype,), batches)]
+        for launch in itertools.chain(*asked):
+            found.setdefault((arch, launch.kernel), Job(arch, launch))
     return list(found.values())
 
 
@@ -141,6 +153,12 @@ def disassembler() -> str:
 
         found = str(Path(nvidia.__file__).parent / "bin" / "cuobjdump")
     return found
+
+
+@functools.cache
+def compiler_version() -> str:
+    """The words of nvcc about itself."""
+    return subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def _demangled(names: Sequence[str]) -> dict[str, str]:
@@ -159,11 +177,12 @@ def compile_jobs(same: Sequence[Job]) -> list[Compiled]:
         source, cubin = Path(folder) / "kernels.cu", Path(folder) / "kernels.cubin"
         text = f'#include "{same[0].launch.source}"\n__device__ const void* kernels[] = {{\n'
         source.write_text(text + ",\n".join(f"(const void*)&{job.launch.kernel}" for job in same) + "};\n")
-        command = ["nvcc", "-std=c++17", f"-arch=sm_{'90a' if arch == 90 else arch}", "-cubin", "-Xptxas", "-v"]
-        command += ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "csrc" / "device"), "-o", str(cubin), str(source)]
+        command = ["nvcc", *_options(arch), "-I", str(CSRC), "-I", str(CSRC / "device"), "-o", str(cubin), str(source)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            return [Compiled(job, error=done.stderr.strip()[-400:]) for job in same]
+            if len(same) > 1:
+                return [one for job in same for one in compile_jobs([job])]
+            return [Compiled(same[0], error=done.stderr.strip()[-400:])]
         sass = subprocess.run([disassembler(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)"
     pattern += r".*?Used (\d+) registers"
@@ -189,91 +208,93 @@ def compile_jobs(same: Sequence[Job]) -> list[Compiled]:
     return [Compiled(job, *found[name]) for job, name in zip(same, names, strict=True)]
 
 
-def compile_all(found: Sequence[Job]) -> Iterator[Compiled]:
-    """All jobs, a dozen at a time."""
+def _options(arch: int) -> tuple[str, ...]:
+    return "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v"
+
+
+def key(job: Job) -> str:
+    """The digest of all that becomes of a job depends on."""
+    return cuda_store.key(compiler_version(), *_options(job.arch), _content(job.launch.source), job.launch.kernel)
+
+
+@functools.cache
+def _content(source: str) -> str:
+    """The digest of a source and the headers that it includes."""
+    found: dict[Path, str] = {}
+    left = [CSRC / source]
+    while left:
+        path = left.pop()
+        if path not in found:
+            found[path] = path.read_text()
+            names = re.findall(r'^#include ["<](.+?)[">]', found[path], re.MULTILINE)
+            places = [folder / name for name in names for folder in (CSRC, CSRC / "device")]
+            left += [place for place in places if place.exists()]
+    return cuda_store.key(*(found[path] for path in sorted(found)))
+
+
+class Kept:
+    """What was compiled before: a file with a line for each kernel, to which every batch is added at once."""
+
+    def __init__(self, folder: Path = KEPT):
+        self.path, self.found = folder / "kernels.jsonl", {}
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        for line in lines:
+            try:
+                name, *facts = json.loads(line)
+            except ValueError:  # of a process that was killed as it wrote
+                continue
+            self.found[name] = facts
+
+    def get(self, job: Job) -> Compiled | None:
+        facts = self.found.get(key(job))
+        return facts and Compiled(job, *facts)
+
+    def add(self, made: Iterable[Compiled]) -> None:
+        lines = [json.dumps([key(one.job), *list(vars(one).values())[1:-1]]) for one in made if not one.error]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write("".join(f"\n{line}" for line in lines))
+
+
+def compile_all(found: Sequence[Job], kept: Kept) -> Iterator[Compiled]:
+    """All jobs: first those that were compiled before, then the others, some at a time."""
     by_source: dict[tuple[int, str], list[Job]] = {}
     for job in found:
-        by_source.setdefault((job.arch, job.launch.source), []).append(job)
-    for same in by_source.values():
-        for start in range(0, len(same), 12):
-            yield from compile_jobs(same[start : start + 12])
-
-
-def _row_name(launch: Launch) -> tuple[str, int]:
-    """The kernel with what it makes, and its group width (0: none)."""
-    name, _, rest = launch.kernel.partition("<")
-    facts = rest.rstrip(">").split(", ")
-    if name == "grouped_conv_backward":
-        made = {("true", "true"): "both", ("true", "false"): "dx", ("false", "true"): "dweight"}[facts[12], facts[13]]
-        return f"{name}, {made}", int(facts[1])
-    return name, int(facts[1]) if name.startswith("grouped") else 0
-
-
-def _dtype(launch: Launch) -> str:
-    """The dtype of a kernel, '-' for one that has none."""
-    names = {name: dtype for dtype, name in cuda_plans.TYPES.items()}
-    return names.get(launch.kernel.partition("<")[2].partition(",")[0], "-")
-
-
-def merged(page: str, lines: str) -> str:
-    """A document with the rows of a table in its own, in place of those of the same first four cells."""
-    begin, end = "<!-- cuda-compilation -->\n", "<!-- /cuda-compilation -->"
-    before, _, rest = page.partition(begin)
-    old, _, after = rest.partition(end)
-    titles = lines.splitlines()[:2]
-    rows = {}
-    for line in (*old.splitlines()[2:], *lines.splitlines()[2:]):
-        kernel, width, arch, dtype = (cell.strip() for cell in line.split("|")[1:5])
-        rows[kernel, int(width.replace("-", "0")), int(arch[3:]), dtype] = line
-    return before + begin + "\n".join([*titles, *(rows[key] for key in sorted(rows))]) + "\n" + end + after
-
-
-def table(made: Sequence[Compiled]) -> str:
-    """A row for each kernel, group width, architecture and dtype, from the least to the most of its variants."""
-    groups: dict[tuple, list[Compiled]] = {}
-    for one in made:
-        groups.setdefault((*_row_name(one.job.launch), one.job.arch, _dtype(one.job.launch)), []).append(one)
-
-    def span(values: Sequence[int]) -> str:
-        return str(min(values)) if min(values) == max(values) else f"{min(values)}-{max(values)}"
-
-    lines = [
-        "| kernel | width | architecture | dtype | variants | threads | registers | shared, KB | blocks | instructions "
-        "| HMMA | LDSM | local |",
-        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for (kernel, width, arch, dtype), same in sorted(groups.items()):
-        columns = (
-            span([one.job.launch.threads for one in same]),
-            span([one.registers for one in same]),
-            span([one.job.launch.shared // 1024 for one in same]),
-            span([one.blocks for one in same]),
-            span([one.instructions for one in same]),
-            span([one.products for one in same]),
-            span([one.matrix_loads for one in same]),
-            span([one.local for one in same]),
-        )
-        lines.append(f"| {kernel} | {width or '-'} | sm_{arch} | {dtype} | {len(same)} | {' | '.join(columns)} |")
-    return "\n".join(lines)
+        before = kept.get(job)
+        if before is not None:
+            yield before
+        else:
+            by_source.setdefault((job.arch, job.launch.source), []).append(job)
+    parts = [same[i : i + TOGETHER] for same in by_source.values() for i in range(0, len(same), TOGETHER)]
+    order = {id(job): place for place, job in enumerate(found)}
+    for part in sorted(parts, key=lambda part: order[id(part[0])]):
+        made = compile_jobs(part)
+        kept.add(made)
+        yield from made
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cuda_compilation", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", type=int, choices=tuple(SHARED_BYTES), default=tuple(SHARED_BYTES))
-    parser.add_argument("--dtype", nargs="+", choices=tuple(cuda_plans.TYPES), default=("bfloat16",))
-    parser.add_argument("--model", nargs="+", help="by default all")
-    parser.add_argument("--batch", nargs="+", type=int, default=(256,))
-    parser.add_argument("--write", action="store_true", help="merge the rows into the table of docs/cuda.md")
+    parser.add_argument("--dtype", nargs="+", choices=tuple(cuda_plans.TYPES), default=tuple(cuda_plans.TYPES))
+    parser.add_argument("--model", nargs="+", help="by default all, and every width that none has")
+    parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--write", action="store_true", help="into docs/cuda.md and the file of all kernels")
     options = parser.parse_args(arguments)
-    made = []
-    for one in compile_all(jobs(options.model, options.arch, options.dtype, options.batch)):
+    found = jobs(options.model, options.arch, options.dtype, options.batch)
+    made, wrong = [], 0
+    for one in compile_all(found, Kept()):
         made.append(one)
         if one.fault:
+            wrong += 1
             print(f"sm_{one.job.arch}, {one.job.launch.kernel}: {one.fault}", file=sys.stderr, flush=True)
-    print(table(made))
+        if sys.stderr.isatty() and not len(made) % TOGETHER:
+            print(f"\r{len(made)} of {len(found)}", end="", file=sys.stderr, flush=True)
+    rows = [one.row() for one in made if not one.error]
+    print(cuda_compilation_page.summary(rows))
     if options.write:
-        PAGE.write_text(merged(PAGE.read_text(), table(made)))
-    return 1 if any(one.fault for one in made) else 0
+        cuda_compilation_page.write(rows, compiler_version())
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ from regnet_fast.backends.cuda_plans import (
 from regnet_fast.recording import Kernel
 from regnet_fast.roofline import Ceilings
 
-from .cuda_compilation import PAGE, Compiled, Job, grouped_convs
+from .cuda_compilation import Compiled, Job
+from .cuda_compilation_page import PAGE
+from .cuda_launches import TRAINING, grouped_convs
 from .markdown import Heading, render
 from .tables import Table, number
 
@@ -60,9 +62,10 @@ class Machine:
 H200 = Machine("H200", Target(90, 132), Ceilings(4.3e12, 790e12, 1.5e-6), 0.62 * 790e12, 1.83e9, 5.5e12)
 RTX_4090 = Machine("RTX 4090", Target(89, 128), Ceilings(0.9 * 1008e9, 165e12, 1.5e-6), 165e12, 2.52e9, 5.0e12)
 MACHINES = (H200, RTX_4090)
-_SHARED_BYTES_PER_CLOCK, _L2_BYTES_PER_CLOCK = 128, 64  # of one processor
+SHARED_BYTES_PER_CLOCK, _L2_BYTES_PER_CLOCK = 128, 64  # of one processor
 _REGISTERS = 168  # of a thread
-_TERMS_IN_FLIGHT = 16  # loads of `ordered_sum` before the first addition
+_TERMS_IN_FLIGHT = 16  # loads of `ordered_sum` before the first addition, and warps of `merged_moments`
+_SUMS = {"ordered_sum.cu": 1, "merged_moments.cu": 3}  # terms of each
 
 # Times its roofline, by the group width from which on: the lower end of what published results imply.
 CUDNN = {8: 2.0, 24: 7.0, 40: 5.0, 64: 3.6, 112: 2.3}
@@ -91,6 +94,7 @@ class _Plan:
     norm: bool = False
     sums: bool = False
     parts: bool = False
+    moments: bool = False
 
     @property
     def tiles(self) -> int:
@@ -138,16 +142,17 @@ def _read(launch: Launch, problem: GroupedConv) -> _Plan:
     groups, chunk, out_tile, unit, _, *tile, warps_m, warps_n, stages = map(int, facts[2:12])
     config = BackwardConfig(groups, chunk, out_tile, unit, *tile, warps_m, warps_n, stages)
     if launch.source == "grouped_conv_forward.cu":
-        return _Plan(launch, problem, config, parts=facts[13] == "true")
+        parts, norm, moments = (facts[i] == "true" for i in (13, 14, 16))
+        return _Plan(launch, problem, config, parts=parts, norm=norm, moments=moments)
     has = [fact == "true" for fact in facts[12:17]]
     return _Plan(launch, problem, config, has[0], has[1], int(facts[14]), has[3], has[4])
 
 
 def traffic(launch: Launch, problem: GroupedConv) -> Traffic:
     """What a launch of a problem's plan moves and multiplies."""
-    if launch.source == "ordered_sum.cu":
-        count, length = launch.arguments[2:]
-        size = 4 * length * (count + 1)
+    if launch.source in _SUMS:
+        count, length = launch.arguments[-2:]
+        size = 4 * length * (count * _SUMS[launch.source] + 1)
         return Traffic(size, size, 0, 0)
     plan = _read(launch, problem)
     return _forward(plan) if launch.source == "grouped_conv_forward.cu" else _backward(plan)
@@ -187,12 +192,12 @@ def _forward(plan: _Plan) -> Traffic:
     extent = ((c.tile_h - 1) * p.stride + 3, (c.tile_w - 1) * p.stride + 3)
     maps = plan.pixels((p.height, p.columns), p.stride, 1, extent) * out_tiles * plan.bytes_of(plan.chunks)
     maps += p.images * p.out_size[0] * p.out_size[1] * plan.bytes_of(plan.outs)
-    parts = 4 * images_tiles * p.channels * plan.parts
+    parts = 4 * images_tiles * p.channels * plan.parts + 12 * plan.launch.grid[0] * p.channels * plan.moments
     once, copied = _weights(plan)
     loaded, flops = _products(plan)
     streamed = c.out_tile * 9 * c.chunk * 2 if c.chunk < p.width else 0
     steps = _steps(plan)
-    stored = extent[0] * extent[1] * c.groups * c.chunk * 2 + streamed
+    stored = extent[0] * extent[1] * c.groups * c.chunk * 2 * (7 if plan.norm else 1) + streamed  # read, made, written
     shared = steps * (stored + loaded) + images_tiles * plan.launch.grid[1] * 2 * _results(plan)
     return Traffic(maps + parts + once, maps + parts + copied, shared, steps * flops)
 
@@ -247,12 +252,12 @@ def modelled(launch: Launch, problem: GroupedConv, machine: Machine) -> Modelled
     """The time of a launch: its waves of blocks, each as long as the tightest ceiling lets it be."""
     moved, ceilings, processors = traffic(launch, problem), machine.ceilings, machine.target.processors
     memory, clocks = moved.dram / ceilings.bytes_per_s, machine.clock
-    if launch.source == "ordered_sum.cu":
-        return Modelled(max(memory, launch.arguments[2] / _TERMS_IN_FLIGHT * machine.latency_s), "memory")
+    if launch.source in _SUMS:
+        return Modelled(max(memory, launch.arguments[-2] / _TERMS_IN_FLIGHT * machine.latency_s), "memory")
     l2 = moved.l2 / machine.l2_bytes_per_s
     alone = {  # if one processor had to do everything
         "L2": moved.l2 / (_L2_BYTES_PER_CLOCK * clocks),
-        "shared": moved.shared / (_SHARED_BYTES_PER_CLOCK * clocks),
+        "shared": moved.shared / (SHARED_BYTES_PER_CLOCK * clocks),
         "products": moved.flops / machine.mma_flops_per_s * processors,
     }
     tiles, (workers, slabs, _) = problem.images * _read(launch, problem).tiles, launch.grid
@@ -314,17 +319,13 @@ class Row:
 def rows(models: Sequence[str], batch: int, machine: Machine) -> list[Row]:
     """Both passes of every distinct convolution of some models, by width."""
     found = []
-    for (groups, width, size, stride), activation in sorted(
-        grouped_convs(models).items(), key=lambda item: (item[0][1], -item[0][2], item[0][0], -item[0][3])
-    ):
-        problem = GroupedConv(batch, size * stride, size * stride, groups, width, stride, "bfloat16")
+    for conv in sorted(grouped_convs(models), key=lambda conv: (conv.width, -conv.size, conv.groups, -conv.stride)):
+        problem = conv.problem(batch, "bfloat16")
         for backward in (False, True):
             if backward:
-                launches = grouped_conv_backward(
-                    problem, affine=2, norm=True, sums=True, activation=activation, target=machine.target
-                )
+                launches = grouped_conv_backward(problem, activation=conv.activation, target=machine.target, **TRAINING)
             else:
-                launches = (grouped_conv_forward(problem, activation, True, machine.target),)
+                launches = (grouped_conv_forward(problem, conv.activation, True, machine.target),)
             found.append(_row(problem, backward, machine, launches))
     return found
 

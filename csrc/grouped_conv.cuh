@@ -52,6 +52,18 @@ DEVICE Floats2 affine(Floats2 value, Floats2 factor, Floats2 summand) {
 
 DEVICE Floats2 load_two(const float* of, int channel) { return load_global(reinterpret_cast<const Floats2*>(of + channel)); }
 
+// A chunk in shared memory as activation(chunk * scale + shift), of the channels from `first` on.
+template <class T, int ACTIVATION>
+DEVICE void read_through(unsigned at, const float* scale, const float* shift, int first) {
+    Eight value = load_shared<Eight>(at);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        Floats2 z = affine(widen<T>(value.pair[i]), load_two(scale, first + 2 * i), load_two(shift, first + 2 * i));
+        value.pair[i] = narrow<T>(activate<ACTIVATION>(z.x), activate<ACTIVATION>(z.y));
+    }
+    store_shared(at, value);
+}
+
 // ROWS x COLUMNS pixels of CHUNKS chunks. With ALTERNATE even columns come first in each row and odd ones after them: the
 // pixels under one tap of a convolution with stride 2 are then beside each other.
 template <int ROWS, int COLUMNS, int CHUNKS, bool ALTERNATE = false>
@@ -111,6 +123,7 @@ DEVICE void multiply(
     unsigned column = weights + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 16;
 #pragma unroll
     for (int k = 0; k + 1 < DEPTH; k += 2) {
+        if (k % 16 == 14) hold_loads();
         int further = second ? taps(k + 1) - taps(k) : 0;  // few different ones: few registers
         unsigned b[EIGHTS][2];
 #pragma unroll

@@ -117,15 +117,7 @@ grouped_conv_backward(
             Inputs::template visit<THREADS>(stage + INPUTS_AT, [&](int row, int column, int chunk, unsigned at) {
                 if (place.top * STRIDE + row >= height || place.left * STRIDE + column >= columns || chunk >= known_outs)
                     return;
-                int first = group * WIDTH + first_out + chunk * 8;
-                Eight value = load_shared<Eight>(at);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    Floats2 z = affine(
-                        widen<T>(value.pair[i]), load_two(scale, first + 2 * i), load_two(shift, first + 2 * i));
-                    value.pair[i] = narrow<T>(activate<ACTIVATION>(z.x), activate<ACTIVATION>(z.y));
-                }
-                store_shared(at, value);
+                read_through<T, ACTIVATION>(at, scale, shift, group * WIDTH + first_out + chunk * 8);
             });
         }
     };

@@ -1,11 +1,15 @@
-// Grouped 3x3 convolution, padding 1, stride 1 or 2, with bias, activation and parts of the channel means:
+// Grouped 3x3 convolution, padding 1, stride 1 or 2, with bias, activation and sums over pixels:
 //
-//     y[p, g, n] = activation(sum_(tap, c) x[STRIDE p + tap - 1, g, c] * weight[g, n, tap, c] + bias[g, n])
+//     y[p, g, n] = activation(sum_(tap, c) read(x)[STRIDE p + tap - 1, g, c] * weight[g, n, tap, c] + bias[g, n])
+//     read(x) = read_activation(x * scale + shift)             with NORM; else x. Zero outside the image
 //     parts[tile, g, n] = sum of y over the tile's pixels / pixels of an image
+//     moments[worker, :, g, n] = count, mean and centred sum of squares of y over the worker's tiles
 //
 //   x (images, height, columns, groups * WIDTH), y (images, out_height, out_columns, groups * WIDTH): T
 //   weight (groups * WIDTH, 9 * WIDTH), tap by tap: T; bias (groups * WIDTH) or null: float
+//   scale, shift (groups * WIDTH): float, with NORM
 //   parts (images * tiles of an image, groups * WIDTH): float, with PARTS
+//   moments (workers, 3, groups * WIDTH): float, with MOMENTS. Both are of y as it is rounded
 //
 // A block walks over tiles of TILE_H x TILE_W output pixels, block_x() + i grid_x(), of one slab, block_y(): GROUPS groups
 // with all their channels, whose weights stay in shared memory (CHUNK == WIDTH); or OUT_TILE output channels of a wide
@@ -14,14 +18,15 @@
 // multiple of eight fills the matrix instruction. Warps: WARPS_M over pixels, WARPS_N over units of UNIT times eight
 // output channels.
 #include "grouped_conv.cuh"
+#include "moments.cuh"
 
 template <
     class T, int WIDTH, int GROUPS, int CHUNK, int OUT_TILE, int UNIT, int STRIDE, int TILE_H, int TILE_W, int WARPS_M,
-    int WARPS_N, int STAGES, int ACTIVATION, bool PARTS>
+    int WARPS_N, int STAGES, int ACTIVATION, bool PARTS, bool NORM, int READ_ACTIVATION, bool MOMENTS>
 KERNEL(32 * WARPS_M * WARPS_N, 65536 / (168 * 32 * WARPS_M * WARPS_N))
 grouped_conv_forward(
-    const T* x, const T* weight, const float* bias, T* y, float* parts, int images, int height, int columns,
-    int out_height, int out_columns, int groups) {
+    const T* x, const float* scale, const float* shift, const T* weight, const float* bias, T* y, float* parts,
+    float* moments, int images, int height, int columns, int out_height, int out_columns, int groups) {
     constexpr int THREADS = 32 * WARPS_M * WARPS_N, PIXELS = TILE_H * TILE_W;
     constexpr int SIXTEENS = ceil_div(PIXELS, 16 * WARPS_M), UNITS_IN_GROUP = OUT_TILE / (8 * UNIT);
     constexpr int UNITS = GROUPS * UNITS_IN_GROUP, STEPS = ceil_div(WIDTH, CHUNK), OUT_TILES = ceil_div(WIDTH, OUT_TILE);
@@ -30,13 +35,16 @@ grouped_conv_forward(
     static_assert(CHUNK % 8 == 0 && OUT_TILE % (8 * UNIT) == 0, "channels in eights");
     static_assert(GROUPS == 1 || (RESIDENT && OUT_TILE == WIDTH), "several groups only as a whole");
     static_assert(RESIDENT || UNITS == WARPS_N, "sums that outlive a step are one unit for each warp");
+    static_assert(!(PARTS && MOMENTS), "one kind of sums");
 
     using Halo = Tile<(TILE_H - 1) * STRIDE + 3, (TILE_W - 1) * STRIDE + 3, GROUPS * CHUNKS, STRIDE == 2>;
     constexpr int WEIGHT_PITCH = odd_pitch(DEPTH), WEIGHT_BYTES = GROUPS * OUT_TILE * WEIGHT_PITCH;
     constexpr int STAGE_BYTES = Halo::BYTES + (RESIDENT ? 0 : WEIGHT_BYTES);
     constexpr int RESULT_PITCH = odd_pitch(UNIT), RESULT_BYTES = SIXTEENS * 16 * RESULT_PITCH;
+    constexpr int ROWS = GROUPS * OUT_TILE, ROWS_OF_THREAD = ceil_div(ROWS, THREADS);
     const unsigned stages = shared_base(), weights = stages + STAGES * STAGE_BYTES;
     const unsigned results = weights + (RESIDENT ? WEIGHT_BYTES : 0), column_sums = results + WARPS_M * WARPS_N * RESULT_BYTES;
+    const unsigned counts = column_sums + WARPS_M * ROWS * 8;  // of the pixels of each warp's rows
 
     const int lane = thread_x() % 32, warp = thread_x() / 32, warp_m = warp % WARPS_M, warp_n = warp / WARPS_M;
     const int channels = groups * WIDTH, down = ceil_div(out_height, TILE_H), across = ceil_div(out_columns, TILE_W);
@@ -55,18 +63,39 @@ grouped_conv_forward(
             copy_async(address + row * WEIGHT_PITCH + k * 16, known ? weight + place : weight, known);
         }
     };
+    auto place_of = [&](int step) { return Place(block_x() + step / STEPS * grid_x(), down, across, TILE_H, TILE_W); };
+    auto known_of = [&](int channel) { return RESIDENT ? known_groups * CHUNKS : (WIDTH - channel) / 8; };
     auto copy_step = [&](int step) {
         if (step < steps) {
-            Place place(block_x() + step / STEPS * grid_x(), down, across, TILE_H, TILE_W);
-            int channel = step % STEPS * CHUNK;
+            Place place = place_of(step);
+            int channel = step % STEPS * CHUNK, known = known_of(channel);
             const T* map = x + (long long)place.image * height * columns * channels + group * WIDTH + channel;
-            int known = RESIDENT ? known_groups * CHUNKS : (WIDTH - channel) / 8;
             unsigned stage = stages + step % STAGES * STAGE_BYTES;
             Halo::template copy<THREADS>(
                 stage, map, place.top * STRIDE - 1, place.left * STRIDE - 1, height, columns, channels, known);
             if constexpr (!RESIDENT) copy_weights(stage + Halo::BYTES, channel);
         }
         commit_copies();
+    };
+    // Each thread makes read(x) of the chunks that it copied itself, but for what is outside and stays zero.
+    auto read_step = [&](int step) {
+        const Place place = place_of(step);
+        const int channel = step % STEPS * CHUNK, known = known_of(channel);
+        Halo::template visit<THREADS>(
+            stages + step % STAGES * STAGE_BYTES, [&](int row, int column, int chunk, unsigned at) {
+                int h = place.top * STRIDE - 1 + row, w = place.left * STRIDE - 1 + column;
+                if (h < 0 || h >= height || w < 0 || w >= columns || chunk >= known) return;
+                read_through<T, READ_ACTIVATION>(at, scale, shift, group * WIDTH + channel + chunk * 8);
+            });
+    };
+    // Sums over the warp's rows, of the columns that lanes of the same remainder by four share.
+    auto over_rows = [](Floats2 sum) {
+#pragma unroll
+        for (int mask = 4; mask < 32; mask *= 2) {
+            sum.x += shuffle_xor(sum.x, mask);
+            sum.y += shuffle_xor(sum.y, mask);
+        }
+        return sum;
     };
 
     unsigned pixels[SIXTEENS];
@@ -83,20 +112,32 @@ grouped_conv_forward(
     if constexpr (RESIDENT) copy_weights(weights, 0);
     for (int step = 0; step < STAGES - 1; ++step) copy_step(step);
     float sums[SIXTEENS][UNIT][4];
+    Moments found[ROWS_OF_THREAD] = {};
     for (int step = 0; step < steps; ++step) {
         wait_copies<STAGES - 2>();
+        if constexpr (NORM) read_step(step);
         sync_block();  // this step's pixels are there, and nobody reads those of the step before any more
         copy_step(step + STAGES - 1);
         const unsigned stage = stages + step % STAGES * STAGE_BYTES;
-        const Place place(block_x() + step / STEPS * grid_x(), down, across, TILE_H, TILE_W);
+        const Place place = place_of(step);
         auto inside = [&](int pixel) {
             return pixel < PIXELS && place.top + pixel / TILE_W < out_height && place.left + pixel % TILE_W < out_columns;
         };
         unsigned inner = 0;  // which of this lane's rows of sums are pixels of the image
-        if constexpr (PARTS) {
+        float count = 0.0f, share = 0.0f;  // of the warp's, and 1 / count
+        if constexpr (PARTS || MOMENTS) {
 #pragma unroll 1
-            for (int i = 0; i < 2 * SIXTEENS; ++i)
-                inner |= unsigned(inside(warp_m * SIXTEENS * 16 + i * 8 + lane / 4)) << i;
+            for (int i = 0; i < 2 * SIXTEENS; ++i) {
+                bool pixel = inside(warp_m * SIXTEENS * 16 + i * 8 + lane / 4);
+                inner |= unsigned(pixel) << i;
+                count += pixel;
+            }
+        }
+        if constexpr (MOMENTS) {
+#pragma unroll
+            for (int mask = 4; mask < 32; mask *= 2) count += shuffle_xor(count, mask);
+            if (count > 0.0f) share = 1.0f / count;
+            if (step % STEPS == STEPS - 1 && warp_n == 0 && lane == 0) store_shared(counts + warp_m * 4, count);
         }
         for (int unit = warp_n; unit < UNITS; unit += WARPS_N) {
             const int which = unit / UNITS_IN_GROUP, row = which * OUT_TILE + unit % UNITS_IN_GROUP * UNIT * 8;
@@ -122,6 +163,7 @@ grouped_conv_forward(
                 sums, from, (RESIDENT ? weights : stage + Halo::BYTES) + row * WEIGHT_PITCH, taps);
             if (step % STEPS != STEPS - 1) continue;
 
+            const int first_row = warp_m * ROWS + row;
             sync_warp();  // the last results have left
 #pragma unroll
             for (int n = 0; n < UNIT; ++n) {
@@ -141,15 +183,31 @@ grouped_conv_forward(
                     }
                 }
                 if constexpr (PARTS) {
+                    total = over_rows(total);
+                    if (lane < 4) store_shared(column_sums + (first_row + n * 8 + lane * 2) * 4, total);
+                }
+            }
+            if constexpr (MOMENTS) {
+#pragma unroll 1
+                for (int n = 0; n < UNIT; ++n) {  // each lane reads what it has written itself
+                    Floats2 rounded[2 * SIXTEENS], total = {0.0f, 0.0f}, squares = {0.0f, 0.0f};
 #pragma unroll
-                    for (int mask = 4; mask < 32; mask *= 2) {
-                        total.x += shuffle_xor(total.x, mask);
-                        total.y += shuffle_xor(total.y, mask);
+                    for (int i = 0; i < 2 * SIXTEENS; ++i) {
+                        unsigned at = result + (i * 8 + lane / 4) * RESULT_PITCH + n * 16 + lane % 4 * 4;
+                        rounded[i] = widen<T>(load_shared<unsigned>(at));
+                        if (inner >> i & 1) total.x += rounded[i].x, total.y += rounded[i].y;
                     }
-                    if (lane < 4) {
-                        int place = warp_m * GROUPS * OUT_TILE + row + n * 8 + lane * 2;
-                        store_shared(column_sums + place * 4, total);
+                    total = over_rows(total);
+                    const Floats2 mean = {total.x * share, total.y * share};
+#pragma unroll
+                    for (int i = 0; i < 2 * SIXTEENS; ++i) {
+                        if (!(inner >> i & 1)) continue;
+                        squares.x += (rounded[i].x - mean.x) * (rounded[i].x - mean.x);
+                        squares.y += (rounded[i].y - mean.y) * (rounded[i].y - mean.y);
                     }
+                    squares = over_rows(squares);
+                    const unsigned to = column_sums + (first_row + n * 8 + lane * 2) * 8;
+                    if (lane < 4) store_shared(to, Floats4{mean.x, squares.x, mean.y, squares.y});
                 }
             }
             sync_warp();
@@ -168,16 +226,39 @@ grouped_conv_forward(
         if (PARTS && step % STEPS == STEPS - 1) {
             sync_block();
             int tile = block_x() + step / STEPS * grid_x();
-            for (int row = thread_x(); row < GROUPS * OUT_TILE; row += THREADS) {
+            for (int row = thread_x(); row < ROWS; row += THREADS) {
                 int which = row / OUT_TILE, n = first_out + row % OUT_TILE;
                 if (which >= known_groups || n >= WIDTH) continue;
                 float total = 0.0f;
                 for (int m = 0; m < WARPS_M; ++m)
-                    total += load_shared<float>(column_sums + (m * GROUPS * OUT_TILE + row) * 4);
+                    total += load_shared<float>(column_sums + (m * ROWS + row) * 4);
                 long long place = (long long)tile * channels + (group + which) * WIDTH + n;
                 store_global(parts + place, total / (out_height * out_columns));
             }
         }
+        if (MOMENTS && step % STEPS == STEPS - 1) {
+            sync_block();  // the warps' moments are there
+#pragma unroll
+            for (int i = 0; i < ROWS_OF_THREAD; ++i) {
+                int row = thread_x() + i * THREADS;
+                if (row >= ROWS) continue;
+                for (int m = 0; m < WARPS_M; ++m) {
+                    Floats2 two = load_shared<Floats2>(column_sums + (m * ROWS + row) * 8);
+                    merge(found[i], {load_shared<float>(counts + m * 4), two.x, two.y});
+                }
+            }
+        }
     }
     wait_copies<0>();
+    if constexpr (MOMENTS) {
+#pragma unroll
+        for (int i = 0; i < ROWS_OF_THREAD; ++i) {
+            int row = thread_x() + i * THREADS, which = row / OUT_TILE, n = first_out + row % OUT_TILE;
+            if (row >= ROWS || which >= known_groups || n >= WIDTH) continue;
+            float* to = moments + (long long)block_x() * 3 * channels + (group + which) * WIDTH + n;
+            store_global(to, found[i].count);
+            store_global(to + channels, found[i].mean);
+            store_global(to + 2 * channels, found[i].squares);
+        }
+    }
 }

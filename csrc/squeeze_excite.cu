@@ -4,7 +4,7 @@
 //     gate[n, c] = sigmoid(sum_r fc2[c, r] * h[n, r] + bias2[c])
 //
 //   parts (images, tiles, channels), fc1 (hidden, channels), bias1 (hidden), fc2 (channels, hidden), bias2 (channels): float
-//   gate (images, channels): T; channels is even
+//   gate (images, channels): T, 16 bits or float; channels is even
 //
 // A block computes IMAGES images. A warp takes one hidden channel, then two of the gate, for all of them: its lanes read
 // a row of weights together and add up their sums.
@@ -60,9 +60,13 @@ squeeze_excite(
                 high[n] += shuffle_xor(high[n], mask);
             }
             if (lane == 0 && image + n < images) {
-                unsigned pair = narrow<T>(
-                    sigmoid(low[n] + load_global(bias2 + c)), sigmoid(high[n] + load_global(bias2 + c + 1)));
-                store_global(reinterpret_cast<unsigned*>(gate + (long long)(image + n) * channels + c), pair);
+                const Floats2 pair = {
+                    sigmoid(low[n] + load_global(bias2 + c)), sigmoid(high[n] + load_global(bias2 + c + 1))};
+                T* to = gate + (long long)(image + n) * channels + c;
+                if constexpr (sizeof(T) == 4)
+                    store_global(reinterpret_cast<Floats2*>(to), pair);
+                else
+                    store_global(reinterpret_cast<unsigned*>(to), narrow<T>(pair.x, pair.y));
             }
         }
     }

@@ -266,7 +266,11 @@ def write(path: Path, kernel: ModuleType, known: dict[Key, Entry]) -> None:
         }
         lines.append(json.dumps(line))
     head = json.dumps({"schema": SCHEMA, "kernel": name(kernel), "provenance": provenance}, indent=1)
-    text = head.removesuffix("\n}") + ',\n "entries": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+    replace(path, head.removesuffix("\n}") + ',\n "entries": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file in the place of what was there, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

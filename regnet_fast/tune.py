@@ -176,7 +176,7 @@ def tune(
 
     Raises TableError for a table that cannot be used, which stays as it is.
     """
-    conditions = _conditions(x.device)
+    facts = conditions(x.device)
     with torch.cuda.device_of(x):
         timer = timer or GpuTimer(x.device)
     for kernel, shape in shapes:
@@ -186,7 +186,7 @@ def tune(
         with torch.no_grad(), torch.cuda.device_of(x):
             run = _captured(model, x, kernel, shape)
             measured, tried, skipped = _measure(kernel, shape, run, timer, announce)
-        entry = Entry(*measured, conditions)
+        entry = Entry(*measured, facts)
         tables.write(path, kernel, tables.read(path, kernel) | {key: entry})
         tables.forget()
         yield Result(tables.name(kernel), dict(key), entry, tried, skipped)
@@ -244,18 +244,19 @@ def _fault(run: Callable[[Any], Any], config: Any, expected: list[Tensor]) -> st
     for tensor in expected:
         torch.full_like(tensor, math.nan)  # let go at once, for the next result to lie in, of which nothing may be left
     try:
-        found, rounding = _outputs(run(config)), _rounding(expected[0].dtype)
-        same = all(_same(a, b, rounding) for a, b in zip(found, expected, strict=True))
+        found = _outputs(run(config))
+        agree = all(same(a, b, _rounding(expected[0].dtype)) for a, b in zip(found, expected, strict=True))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the compiler fails, or takes more registers or shared memory than there are
         synchronize(expected[0].device.type)  # which raises where it was not the configuration but the GPU
         return type(error).__name__
-    return "" if same else WRONG
+    return "" if agree else WRONG
 
 
-def _same(found: Tensor, expected: Tensor, rounding: float) -> bool:
+def same(found: Tensor, expected: Tensor, rounding: float | None = None) -> bool:
     """Whether two results differ by two roundings at most, of the value and of the RMS."""
+    rounding = rounding or _rounding(expected.dtype)
     found, expected = found.float(), expected.float()
     rms = expected.nan_to_num(0, 0, 0).square().mean().sqrt().item()
     return torch.allclose(found, expected, rtol=2 * rounding, atol=2 * rounding * rms, equal_nan=True)
@@ -270,7 +271,7 @@ def _rounding(dtype: torch.dtype) -> float:
     return 2**-10 if torch.backends.cudnn.allow_tf32 else 2**-16
 
 
-def _conditions(device: torch.device) -> dict[str, Any]:
+def conditions(device: torch.device) -> dict[str, Any]:
     """What a table says about where its times come from."""
     facts = info.conditions(str(device))
     wanted = ("driver", "CUDA", "torch", "triton", "regnet_fast", "commit", "dirty")

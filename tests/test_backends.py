@@ -140,7 +140,7 @@ def test_nobody_serving_is_an_error(monkeypatch):
 # Forcing
 
 
-@pytest.mark.parametrize("name", ["nope", "", "Aten", "aten,", "aten,nope", "auto,aten"])
+@pytest.mark.parametrize("name", ["nope", "", "Aten", "aten,", "aten,nope", "auto,aten", "cuda|", "cuda|aten"])
 def test_an_unknown_backend_is_refused(name):
     names = "auto, aten, triton, cuda, reference"
     with pytest.raises(ValueError, match=rf"Unknown backend .*choose one of: {names}"), backend(name):

@@ -12,7 +12,8 @@ import pytest
 import timm
 import torch
 from helpers import assert_close_to_reference, randomize_bn
-from simulator import machine
+from simulator import stand_in
+from simulator.stand_in import simulate
 
 import regnet_fast
 import regnet_fast.functional as R
@@ -21,6 +22,7 @@ from regnet_fast.backends import (
     BackendError,
     ConvProblem,
     NormActProblem,
+    SqueezeExciteProblem,
     aten,
     backend,
     cuda,
@@ -30,6 +32,7 @@ from regnet_fast.backends import (
     cuda_plans,
     cuda_sources,
     cuda_store,
+    reference,
     select,
 )
 from regnet_fast.backends.cuda_plans import Target
@@ -40,25 +43,13 @@ PROBLEM = ConvProblem(
 )
 ON_CPU = dataclasses.replace(PROBLEM, device="cpu")
 OTHERS = "cuda,aten,reference"  # what computes the other layers of a model
-RESULTS = ("y", "parts")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def simulate(launch, tensors):
-    """Run a launch on the CPU; what it does not write stays NaN."""
-    if shutil.which(machine.COMPILER) is None:
-        pytest.skip("the simulator needs a C++ compiler")
-    outputs = {name: tensors[name] for name in RESULTS}
-    for tensor in outputs.values():
-        if tensor is not None:
-            tensor.fill_(torch.nan)
-    machine.run(launch, {name: t for name, t in tensors.items() if name not in RESULTS}, outputs)
-
-
 @pytest.fixture
 def simulated():
-    with cuda_launch.standing_in(simulate, Target(90, 3)):
+    with stand_in.simulated():
         yield
 
 
@@ -152,6 +143,28 @@ def test_the_operation_takes_it_when_forced(simulated):
     torch.testing.assert_close(means.double(), y.double().mean((2, 3)), rtol=1e-5, atol=1e-6)
 
 
+GATE = SqueezeExciteProblem(3, 40, 10, "relu", torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_prepared_gate(simulated, dtype, activation):
+    """From means and from their parts, in the dtype of a map; the weights in any, wherever they begin."""
+    problem = dataclasses.replace(GATE, activation=activation)
+    weights = [torch.randn(shape) / 4 for shape in ((10, 40), 10, (40, 10), 40)]
+    parts = torch.randn(3, 5, 40)
+    run = cuda.prepare_squeeze_excite(problem, *(shifted(t) for t in weights))
+    eager = reference.squeeze_excite(parts.sum(1), *weights, activation).to(dtype)
+    exact = reference.squeeze_excite(parts.double().sum(1), *(t.double() for t in weights), activation)
+    found = run.from_parts(parts, dtype)
+    assert_close_to_reference(found, eager, exact, "gate")
+    assert_close_to_reference(run(parts.sum(1)), eager.float(), exact, "gate of means")
+    assert torch.equal(run.from_parts(shifted(parts), dtype), found) and run.label == "CUDA C++, stand-in"
+    with backend("cuda"):
+        gate = R.squeeze_excite(parts.sum(1).bfloat16(), *weights, activation=activation)
+    assert gate.dtype == torch.bfloat16
+
+
 def stage(dtype):
     """The first two stages of a small RegNetY, of a group width of 8."""
     model = timm.create_model("regnety_002").eval()
@@ -161,7 +174,7 @@ def stage(dtype):
 
 @torch.no_grad()
 def test_a_models_blocks_run_on_it():
-    """Every grouped convolution of the blocks, those with parts of the means for squeeze-excite, and no other layer."""
+    """Every grouped convolution of the blocks, with parts of the means for squeeze-excite, and that; no other layer."""
     host, launches = stage(torch.bfloat16), []
 
     def hear(launch, tensors):
@@ -172,7 +185,9 @@ def test_a_models_blocks_run_on_it():
     ours = regnet_fast.rebuild(host, inplace=False).model
     with cuda_launch.standing_in(hear, Target(90, 3)), backend(OTHERS):
         y = ours(x)
-    assert len(launches) == 2 and all("true>" in launch.kernel for launch in launches)
+    convolutions, gates = launches[::2], launches[1::2]
+    assert len(launches) == 4 and all("parts" in launch.buffers for launch in convolutions)
+    assert all(launch.kernel.startswith("squeeze_excite<BFloat16") for launch in gates)
     assert_close_to_reference(y, host(x), host.double()(x.double()), "two stages")
 
 
@@ -191,8 +206,11 @@ def test_explain_says_what_runs():
     weights = 56 * 8 * 9 * 2 + 56 * 4
     maps = 2 * 56 * (8 * 8 + 4 * 4) * 2
     assert weights + maps <= row.launched[0].bytes <= weights + maps + 2 * 56 * 4 * 4
+    gate = rows["2.b1.se"]
+    assert (gate.backend, gate.label, gate.reason) == ("cuda", "CUDA C++, stand-in", "")
+    assert [kernel.name for kernel in gate.launched] == ["squeeze_excite.squeeze_excite"]
     other = rows["2.b1.conv1.conv"] if "2.b1.conv1.conv" in rows else rows["2.b1.conv1"]
-    assert other.backend in ("aten", "reference") and "grouped convolutions alone" in other.reason
+    assert other.backend in ("aten", "reference") and "grouped convolutions and squeeze-excite alone" in other.reason
 
 
 def test_stand_ins_nest_and_end():
@@ -211,6 +229,12 @@ REFUSED = {
     "float32": ({"dtype": torch.float32}, "not in float32"),
     "float64": ({"dtype": torch.float64}, "not in float64"),
     "channels that are no multiple of 8": ({"input_shape": (2, 24, 9, 7), "out_channels": 24}, "groups of 12 channels"),
+    "groups of 4 channels": ({"groups": 12}, "groups of 4 channels: only multiples of 8 from 8 to 264"),
+    "groups of 328 channels": ({"input_shape": (2, 656, 9, 7), "out_channels": 656}, "groups of 328 channels"),
+    "more groups than a grid takes": (
+        {"input_shape": (1, 524288, 1, 1), "out_channels": 524288, "groups": 65536},
+        "65536 groups: more than a grid takes",
+    ),
     "groups too wide": ({"input_shape": (2, 544, 9, 7), "out_channels": 544}, "groups of 272 channels"),
     "an empty batch": ({"input_shape": (0, 48, 9, 7)}, "empty map"),
     "an image beyond 2^31 elements": ({"input_shape": (1, 48, 2**13, 2**13)}, "an image of too many elements"),
@@ -224,7 +248,7 @@ REFUSED = {
     "another size": ({"kernel": (5, 5), "padding": (2, 2)}, "only 3x3"),
     "a gate": ({"gate": True}, "with a gate"),
     "a residual": ({"residual": True}, "with a residual"),
-    "a dense convolution": ({"op": "dense_conv", "groups": 1}, "grouped convolutions alone"),
+    "a dense convolution": ({"op": "dense_conv", "groups": 1}, "grouped convolutions and squeeze-excite alone"),
 }
 
 
@@ -237,10 +261,29 @@ def test_what_it_cannot_serve_is_refused_with_the_reason(simulated, what):
         select(problem)
 
 
-def test_other_operations_and_training_are_refused(simulated):
-    assert "grouped convolutions alone" in cuda.refuse(NormActProblem((2, 8, 4, 4), "relu", False, torch.half, "cpu"))
+REFUSED_GATES = {
+    "float64": ({"dtype": torch.float64}, "the gate is in bfloat16, float16, float32, not in torch.float64"),
+    "an odd number of channels": ({"channels": 41}, "41 channels: the gate is written in pairs"),
+    "too many channels": ({"channels": 60000}, "bytes of shared memory"),
+    "an empty batch": ({"batch": 0}, "an empty batch"),
+    "images beyond 2^31": ({"batch": 2**31}, "too many images"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED_GATES)
+def test_gates_that_it_cannot_serve(simulated, what):
+    changes, reason = REFUSED_GATES[what]
+    problem = dataclasses.replace(GATE, **changes)
+    assert reason in cuda.refuse(problem)
+    with backend("cuda,reference"):
+        assert select(problem).name == "reference"
+
+
+def test_other_operations_and_training_alone_are_refused(simulated):
+    other = NormActProblem((2, 8, 4, 4), "relu", False, torch.half, "cpu")
+    assert "grouped convolutions and squeeze-excite alone" in cuda.refuse(other)
     model = regnet_fast.rebuild(stage(torch.float32)).model.train()
-    with backend("cuda"), pytest.raises(BackendError, match=r"'cuda' was asked for.*inference alone"):
+    with backend("cuda"), pytest.raises(BackendError, match=r"'cuda' was asked for.*of a training step alone"):
         model(torch.randn(2, 3, 32, 32))
     with backend("cuda,aten"):
         model(torch.randn(2, 3, 32, 32)).sum().backward()

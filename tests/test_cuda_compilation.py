@@ -1,30 +1,39 @@
 """The CUDA C++ kernels compiled without a GPU: no local memory, wide copies, matrix instructions."""
 
-import ctypes
 import dataclasses
-import importlib.util
+import itertools
+import re
 import shutil
-from pathlib import Path
+import subprocess
 
 import pytest
 
-from bench import cuda_compilation
-from regnet_fast.backends import cuda_plans
+from bench import cuda_compilation, cuda_compilation_page, cuda_launches
+from regnet_fast.backends import cuda_nvrtc, cuda_plans
+from regnet_fast.backends.cuda_plans import PROCESSORS
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", cuda_plans.SHARED_BYTES)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=() if arch in (80, 90, 120) else pytest.mark.slow) for arch in PROCESSORS]
+)
 def test_kernels_compile(arch):
-    """A narrow and a wide model's kernels, some of each kind."""
+    """The first and the last of each kind, of a narrow and a wide model."""
+    dtypes = ["float16" if arch == 90 else "bfloat16"]
+    jobs = cuda_compilation.jobs(["regnety_016", "regnety_120"], [arch], dtypes)
+    jobs += [cuda_compilation.Job(arch, launch) for launch in cuda_launches.of_depthwise(dtypes)]
     kinds: dict[str, list] = {}
-    for job in cuda_compilation.jobs(["regnety_016", "regnety_120"], [arch], ["float16" if arch == 90 else "bfloat16"]):
-        kinds.setdefault(cuda_compilation._row_name(job.launch)[0], []).append(job)
-    assert len(kinds) >= 6
-    chosen = [job for jobs in kinds.values() for job in jobs[:: max(1, len(jobs) // 2)][:2]]
-    for made in cuda_compilation.compile_all(chosen):
-        assert not made.fault, f"{made.job.launch.kernel}: {made.fault}"
+    for job in jobs:
+        row = cuda_compilation.Compiled(job, 1).row()
+        kinds.setdefault(cuda_compilation_page.kind(row)[0], []).append(job)
+    assert len(kinds) == 8
+    chosen = [job for same in kinds.values() for job in dict.fromkeys((same[0], same[-1]))]
+    made = list(cuda_compilation.compile_all(chosen, cuda_compilation.Kept()))
+    assert len(made) == len(chosen)
+    for one in made:
+        assert not one.fault, f"{one.job.launch.kernel}: {one.fault}"
 
 
 @needs_nvcc
@@ -60,45 +69,102 @@ def test_local_memory_is_seen(tmp_path, monkeypatch):
     assert "local memory" in made.fault
 
 
-def test_rows_are_merged():
-    rows = ["| b | 16 | sm_90 | float16 | new |", "| b | 8 | sm_100 | - | 1 |", "| b | 8 | sm_90 | - | 1 |"]
-    old = (
-        "<!-- cuda-compilation -->\nt\n-\n"
-        + rows[1]
-        + "\n| b | 16 | sm_90 | float16 | old |\n<!-- /cuda-compilation -->"
-    )
-    merged = cuda_compilation.merged(old, "\n".join(["t", "-", rows[0], rows[2]]))
-    assert merged.splitlines()[3:-1] == [rows[2], rows[1], rows[0]]
+def test_only_what_changed_is_compiled_again(tmp_path, monkeypatch):
+    """By the text of the source and its headers, the compiler and the kernel; a line cut short costs its kernel."""
+    compiled = []
+
+    def compile_jobs(same):
+        compiled.append([job.launch.kernel for job in same])
+        return [cuda_compilation.Compiled(job, 100 + i, instructions=7) for i, job in enumerate(same)]
+
+    monkeypatch.setattr(cuda_compilation, "compile_jobs", compile_jobs)
+    monkeypatch.setattr(cuda_compilation, "compiler_version", lambda: "V13.0")
+    jobs = cuda_compilation.jobs(["regnety_016"], [80, 90], ["bfloat16"])
+    kernels = {(job.arch, job.launch.kernel) for job in jobs}
+
+    def run():
+        compiled.clear()
+        made = list(cuda_compilation.compile_all(jobs, cuda_compilation.Kept(tmp_path)))
+        assert {(one.job.arch, one.job.launch.kernel) for one in made} == kernels
+        return {(one.job.arch, one.job.launch.kernel): one for one in made}
+
+    first = run()
+    assert sum(map(len, compiled)) == len(jobs) and max(map(len, compiled)) <= cuda_compilation.TOGETHER
+    assert run() == first and not compiled
+
+    text = cuda_compilation._content
+    monkeypatch.setattr(cuda_compilation, "_content", lambda source: text(source) + "x" * source.startswith("squeeze"))
+    run()
+    assert compiled and all(kernel.startswith("squeeze_excite<") for part in compiled for kernel in part)
+
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-9])
+    run()
+    assert sum(map(len, compiled)) == 1
+    assert run() and not compiled
+
+    monkeypatch.setattr(cuda_compilation, "compiler_version", lambda: "V13.1")
+    run()
+    assert sum(map(len, compiled)) == len(jobs)
 
 
-def _nvrtc() -> ctypes.CDLL | None:
-    """CUDA's compiler as a library, as torch's CUDA builds bring it along."""
-    for folder in getattr(importlib.util.find_spec("nvidia"), "submodule_search_locations", None) or ():
-        for path in Path(folder).glob("*/lib/libnvrtc.so.*"):
-            return ctypes.CDLL(str(path))
-    return None
+def test_the_content_of_a_source_has_its_headers(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_compilation, "CSRC", tmp_path)
+    monkeypatch.setattr(cuda_compilation, "_content", cuda_compilation._content.__wrapped__)
+    (tmp_path / "device").mkdir()
+    (tmp_path / "a.cu").write_text('#include "b.cuh"\n')
+    (tmp_path / "b.cuh").write_text("#include <c.cuh>\n")
+    (tmp_path / "device" / "c.cuh").write_text("1")
+    (tmp_path / "other.cuh").write_text("1")
+    before = cuda_compilation._content("a.cu")
+    (tmp_path / "other.cuh").write_text("2")
+    assert cuda_compilation._content("a.cu") == before
+    (tmp_path / "device" / "c.cuh").write_text("2")
+    assert cuda_compilation._content("a.cu") != before
 
 
+def test_the_page_is_of_the_rows():
+    """docs/cuda.md says what the file of all kernels does, which has every width, stride, dtype and architecture."""
+    rows, page = cuda_compilation_page.read(), cuda_compilation_page.PAGE.read_text()
+    release = re.search(r"^nvcc ([\d.]+\d)\.$", page, re.MULTILINE)[1]
+    assert cuda_compilation_page.filled(page, rows, f"V{release}") == page
+    assert len({(row["architecture"], row["kernel"]) for row in rows}) == len(rows)
+    for name in ("grouped_conv_forward", "grouped_conv_backward"):
+        facts = [
+            (row["architecture"], row["kernel"].partition("<")[2].split(", ")) for row in rows if name in row["kernel"]
+        ]
+        found = {(arch, f[0], int(f[1]), int(f[6])) for arch, f in facts}
+        widths = range(8, cuda_plans.WIDEST + 1, 8)
+        assert found == set(itertools.product(PROCESSORS, cuda_plans.TYPES.values(), widths, (1, 2)))
+
+
+def test_a_summary_shows_the_worst():
+    def row(kernel, arch, registers, local):
+        launch = cuda_plans.Launch("x.cu", kernel, (1, 1, 1), 256, 1024 * registers, ())
+        return cuda_compilation.Compiled(cuda_compilation.Job(arch, launch), registers, local).row()
+
+    wide, narrow = (f"grouped_conv_forward<BFloat16, {width}, 1>" for width in (16, 8))
+    rows = [row(wide, 80, 128, 0), row(wide, 80, 64, 8), row(narrow, 90, 32, 0)]
+    lines = cuda_compilation_page.summary(rows).splitlines()
+    assert "| sm_80 | bfloat16 | 2 | 128 | 128 | 12 | 8 | 0 |" in lines
+    assert "| sm_90 | bfloat16 | 1 | 32 | 32 | 75 | 0 | 0 |" in lines
+    assert "| grouped_conv_forward&lt;BFloat16, 16, 1&gt; | sm_80 | 8 |" in lines
+    forward = [line for line in lines if line.startswith("| grouped_conv_forward |")]
+    assert [line.split("|")[2].strip() for line in forward] == ["8", "16"]
+    assert forward[1].split("|")[3:5] == [" 2 ", " 128 / 128 / 12 "]
+
+
+@pytest.mark.skipif(cuda_nvrtc.refuse() is not None or shutil.which("c++filt") is None, reason="no NVRTC or no c++filt")
 def test_nvrtc_takes_the_same_sources():
-    """One kernel of each source, by its name expression and without any other header."""
-    library = _nvrtc()
-    if library is None:
-        pytest.skip("NVRTC is not installed")
-    launches = {launch.source: launch for launch in cuda_compilation.launches(["regnety_016"], 90, "bfloat16", (1,))}
-    assert set(launches) == {path.name for path in (cuda_compilation.ROOT / "csrc").glob("*.cu")}
-    folders = [cuda_compilation.ROOT / "csrc", cuda_compilation.ROOT / "csrc" / "device"]
-    options = [b"-arch=sm_80", b"-std=c++17", *(f"-I{folder}".encode() for folder in folders)]
+    """One kernel of each source, by its name expression: it takes what the plan passes."""
+    launches = {launch.source: launch for launch in cuda_launches.of_models(["regnety_016"], 90, ["bfloat16"], (1,))}
+    launches |= {launch.source: launch for launch in cuda_launches.of_depthwise(["float16"])}
+    assert set(launches) == {path.name for path in cuda_compilation.CSRC.glob("*.cu")}
     for source, launch in launches.items():
-        program, size = ctypes.c_void_p(), ctypes.c_size_t()
-        text = (cuda_compilation.ROOT / "csrc" / source).read_bytes()
-        assert not library.nvrtcCreateProgram(ctypes.byref(program), text, b"kernel.cu", 0, None, None)
-        assert not library.nvrtcAddNameExpression(program, launch.kernel.encode())
-        failed = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
-        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-        log = ctypes.create_string_buffer(size.value)
-        library.nvrtcGetProgramLog(program, log)
-        assert not failed, f"{source}: {log.value.decode()}"
-        lowered = ctypes.c_char_p()
-        assert not library.nvrtcGetLoweredName(program, launch.kernel.encode(), ctypes.byref(lowered))
-        assert launch.kernel.partition("<")[0] in lowered.value.decode()
-        library.nvrtcDestroyProgram(ctypes.byref(program))
+        made = cuda_nvrtc._compile(source, launch.kernel, ("--gpu-architecture=sm_80", *cuda_nvrtc.OPTIONS))
+        name = made.partition(b"\n")[0].decode()
+        plain = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
+        assert plain.startswith(f"void {launch.kernel.partition('<')[0]}<")
+        taken = plain[plain.rindex("(") + 1 : -1].split(", ")
+        passed = ["*" if isinstance(a, str) else type(a).__name__ for a in launch.arguments]
+        assert ["*" if kind.endswith("*") else kind for kind in taken] == passed

@@ -17,6 +17,11 @@ DEVICE int grid_x() { return gridDim.x; }
 
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
+
+// The compiler moves no load of shared memory from behind this to before it. For sm_100 and later it otherwise begins a
+// long sum with all of its loads, for which there are not the registers.
+DEVICE void hold_loads() { __syncwarp(); }
+
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];

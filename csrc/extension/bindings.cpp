@@ -1,6 +1,6 @@
 // The extension module: kernels by name, and how to launch one. It knows pointers, sizes and a stream; no tensor.
 //
-//     kernels()                                                             their names
+//     kernels()                                                             what each takes, by name: see entry.h
 //     launch(name, device, grid, threads, shared, stream, arguments)        raises KeyError, ValueError, RuntimeError
 //
 // `arguments` holds each argument in eight bytes, a smaller one in the first of them.
@@ -39,10 +39,10 @@ void check(cudaError_t error, const std::string& name) {
     throw std::runtime_error(name + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-std::vector<std::string> kernels() {
-    std::vector<std::string> names;
-    for (const auto& [name, kernel] : table()) names.push_back(name);
-    return names;
+std::unordered_map<std::string, std::string> kernels() {
+    std::unordered_map<std::string, std::string> found;
+    for (const auto& [name, kernel] : table()) found.emplace(name, kernel.arguments);
+    return found;
 }
 
 void launch(const std::string& name, int device, std::array<unsigned, 3> grid, unsigned threads, int shared,
@@ -51,14 +51,15 @@ void launch(const std::string& name, int device, std::array<unsigned, 3> grid, u
     if (found == table().end()) throw py::key_error(name);
     const Kernel& kernel = found->second;
     const std::string_view given = arguments;
-    if (given.size() != kernel.arguments * SLOT)
-        throw py::value_error(name + " takes " + std::to_string(kernel.arguments) + " arguments of " +
+    const std::size_t count = kernel.arguments.size();
+    if (given.size() != count * SLOT)
+        throw py::value_error(name + " takes " + std::to_string(count) + " arguments of " +
                               std::to_string(SLOT) + " bytes, got " + std::to_string(given.size()) + " bytes");
     alignas(SLOT) char slots[64 * SLOT];
     void* places[64];
-    if (kernel.arguments > 64) throw py::value_error(name + " takes more than 64 arguments");
+    if (count > 64) throw py::value_error(name + " takes more than 64 arguments");
     given.copy(slots, given.size());
-    for (std::size_t i = 0; i < kernel.arguments; ++i) places[i] = slots + i * SLOT;
+    for (std::size_t i = 0; i < count; ++i) places[i] = slots + i * SLOT;
 
     check(cudaSetDevice(device), name);
     if (shared > ORDINARY_SHARED)

@@ -5,7 +5,7 @@ Nothing of CUDA is touched, and nothing compiled, before it is asked to serve on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from . import cuda_launch, cuda_plans
 from .cuda_plans import DepthwiseConv, Launch
 from .cuda_plans import GroupedConv as Groups
-from .problem import ConvProblem, Problem
+from .problem import ConvProblem, Problem, SqueezeExciteProblem
 from .triton import current
 
 NAME = "cuda"
@@ -27,8 +27,15 @@ def refuse(problem: Problem) -> str | None:
     reason = cuda_launch.refuse_device(problem.device)
     if reason is not None:
         return reason
+    if isinstance(problem, SqueezeExciteProblem):
+        return _refuse_squeeze_excite(problem)
     if not isinstance(problem, ConvProblem) or (problem.groups == 1 and problem.op != "grouped_conv"):
-        return "csrc/ has kernels for grouped convolutions alone"
+        return "csrc/ has kernels for grouped convolutions and squeeze-excite alone"
+    return refuse_conv(problem) or no_way((_launch(problem, means) for means in (False, True)), problem.device)
+
+
+def refuse_conv(problem: ConvProblem) -> str | None:
+    """Why there are no kernels for a grouped convolution on a device that nothing is said against, or None."""
     if problem.gate or problem.residual:
         return f"a grouped convolution with a {'gate' if problem.gate else 'residual'}"
     if problem.out_channels != problem.input_shape[1]:
@@ -36,40 +43,48 @@ def refuse(problem: Problem) -> str | None:
     if problem.stride[0] != problem.stride[1]:
         return f"two different strides, {problem.stride}"
     geometry = {"kernel": problem.kernel, "padding": problem.padding, "dilation": problem.dilation}
-    arch = cuda_launch.target(problem.device).arch
-    refuse_plan = cuda_plans.refuse_depthwise if _depthwise(problem) else cuda_plans.refuse
-    reason = refuse_plan(_plan(problem), arch=arch, **geometry)
-    launches = () if reason else (_launch(problem, means) for means in (False, True))
-    return reason or next(filter(None, (cuda_launch.refuse(launch, problem.device) for launch in launches)), None)
+    refuse_plan = cuda_plans.refuse_depthwise if is_depthwise(problem) else cuda_plans.refuse
+    return refuse_plan(plan_of(problem), arch=cuda_launch.target(problem.device).arch, **geometry)
+
+
+def no_way(launches: Iterable[Launch], device: str) -> str | None:
+    """Why some plans cannot be launched on a device that nothing is said against, or None."""
+    return next(filter(None, (cuda_launch.refuse(launch, device) for launch in launches)), None)
 
 
 def refuse_training(x: Tensor) -> str:
-    """Why there are no kernels for a training step."""
-    return "the CUDA C++ kernels are used in inference alone"
+    """Why there are no kernels for a whole training step."""
+    return "csrc/ has the grouped convolutions of a training step alone: name what computes the rest, as 'cuda,triton'"
 
 
-def _depthwise(problem: ConvProblem) -> bool:
+def is_depthwise(problem: ConvProblem) -> bool:
+    """Whether each channel is a group of its own."""
     return problem.groups > 1 and problem.groups == problem.input_shape[1]
 
 
-def _plan(problem: ConvProblem) -> Groups | DepthwiseConv:
+def plan_of(problem: ConvProblem) -> Groups | DepthwiseConv:
+    """A convolution as the plans take it."""
     images, channels, height, columns = problem.input_shape
-    facts = problem.stride[0], str(problem.dtype).removeprefix("torch.")
-    if _depthwise(problem):
+    facts = problem.stride[0], _plain(problem.dtype)
+    if is_depthwise(problem):
         return DepthwiseConv(images, height, columns, channels, *facts)
     return Groups(images, height, columns, problem.groups, channels // problem.groups, *facts)
 
 
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _launch(problem: ConvProblem, means: bool) -> Launch:
-    if _depthwise(problem):
-        return cuda_plans.depthwise_conv_forward(_plan(problem), problem.activation, means)
+    if is_depthwise(problem):
+        return cuda_plans.depthwise_conv_forward(plan_of(problem), problem.activation, means)
     target = cuda_launch.target(problem.device)
-    return cuda_plans.grouped_conv_forward(_plan(problem), problem.activation, means, target)
+    return cuda_plans.grouped_conv_forward(plan_of(problem), problem.activation, means, target)
 
 
 def packed_weight(problem: ConvProblem, weight: Tensor) -> Tensor:
     """(K, C / groups, 3, 3) as the kernels read it, tap by tap: (K, 9 * C / groups), or (9, K) of a depthwise one."""
-    if _depthwise(problem):
+    if is_depthwise(problem):
         return weight.flatten(1).t().contiguous()
     return weight.permute(0, 2, 3, 1).flatten(1).contiguous()
 
@@ -81,8 +96,8 @@ class GroupedConv:
     """
 
     def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
-        self.problem, self.weight = problem, _aligned(packed_weight(problem, weight))
-        self.bias = None if bias is None else _aligned(bias.float().contiguous())
+        self.problem, self.weight = problem, aligned(packed_weight(problem, weight))
+        self.bias = None if bias is None else aligned(bias.float().contiguous())
         self._kernels: dict[bool, cuda_launch.Kernel] = {}
         self.label = f"{LABEL}, {cuda_launch.way(_launch(problem, False), problem.device)}"
 
@@ -106,12 +121,13 @@ class GroupedConv:
         kernel = self._kernel(means)
         y = torch.empty(self.problem.output_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         parts = x.new_empty(kernel.launch.buffers["parts"], dtype=torch.float32) if means else None
+        unused = dict.fromkeys(("scale", "shift", "moments"))
         with current(x):
-            kernel(x=_aligned(x), weight=self.weight, bias=self.bias, y=y, parts=parts)
+            kernel(x=aligned(x), weight=self.weight, bias=self.bias, y=y, parts=parts, **unused)
         return y, parts
 
 
-def _aligned(t: Tensor) -> Tensor:
+def aligned(t: Tensor) -> Tensor:
     """A dense tensor, or a copy of one that begins in the middle of something."""
     return t.clone() if t.data_ptr() % cuda_launch.ALIGNMENT else t
 
@@ -122,3 +138,47 @@ def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> C
     The first run raises `cuda_nvrtc.CompileError` where the kernel has to be compiled and cannot.
     """
     return GroupedConv(problem, weight, bias)
+
+
+def _refuse_squeeze_excite(problem: SqueezeExciteProblem) -> str | None:
+    if _plain(problem.dtype) not in cuda_plans.GATES:
+        return f"the gate is in {', '.join(cuda_plans.GATES)}, not in {problem.dtype}"
+    sizes = problem.batch, problem.channels, problem.hidden
+    reason = cuda_plans.refuse_squeeze_excite(*sizes, cuda_launch.target(problem.device))
+    return reason or no_way([_gate_launch(problem, 1, problem.dtype)], problem.device)
+
+
+def _gate_launch(problem: SqueezeExciteProblem, tiles: int, dtype: torch.dtype) -> Launch:
+    sizes, target = (problem.batch, tiles, problem.channels, problem.hidden), cuda_launch.target(problem.device)
+    return cuda_plans.squeeze_excite(*sizes, _plain(dtype), problem.activation, target)
+
+
+class SqueezeExcite:
+    """The gate bound to its weights: `run(means)`, or `run.from_parts(parts, dtype)`."""
+
+    def __init__(self, problem: SqueezeExciteProblem, *weights: Tensor):
+        self.problem, self.weights = problem, [aligned(t.float().contiguous()) for t in weights]
+        self._kernels: dict[tuple, cuda_launch.Kernel] = {}
+        self.label = f"{LABEL}, {cuda_launch.way(_gate_launch(problem, 1, problem.dtype), problem.device)}"
+
+    def __call__(self, means: Tensor) -> Tensor:
+        return self.from_parts(means[:, None], means.dtype)
+
+    def from_parts(self, parts: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gate in a dtype, from (N, T, C) parts whose sum over T are the means."""
+        key = (parts.shape[1], dtype)
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            kernel = cuda_launch.Kernel(_gate_launch(self.problem, *key), parts.device)
+            self._kernels = {**self._kernels, key: kernel}
+        gate = torch.empty((parts.shape[0], parts.shape[2]), dtype=dtype, device=parts.device)
+        names = ("fc1", "bias1", "fc2", "bias2")
+        with current(parts):
+            weights = dict(zip(names, self.weights, strict=True))
+            kernel(parts=aligned(parts.float().contiguous()), **weights, gate=gate)
+        return gate
+
+
+def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> Callable[[Tensor], Tensor]:
+    """The gate bound to its weights: `run(means)`."""
+    return SqueezeExcite(problem, *weights)

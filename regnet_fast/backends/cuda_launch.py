@@ -142,6 +142,12 @@ class Kernel:
         return _by_extension(self.launch, index) if way == "extension" else _by_cupy(self.launch, index, arch)
 
 
+@functools.lru_cache(maxsize=4096)
+def kernel(launch: Launch, device: torch.device) -> Kernel:
+    """A plan bound to a device, loaded once for all who launch it."""
+    return Kernel(launch, device)
+
+
 def values(launch: Launch, tensors: dict[str, Tensor | None]) -> list[int | float]:
     """The arguments of a launch, tensors as their addresses. Raises ValueError for one that is not aligned."""
     found: list[int | float] = []

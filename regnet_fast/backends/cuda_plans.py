@@ -29,6 +29,9 @@ SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120
 PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 TYPES = {"bfloat16": "BFloat16", "float16": "Float16"}
+GATES = TYPES | {"float32": "float"}
+"""What squeeze-excite's gate may be in."""
+
 ACTIVATIONS = {"none": "NONE", "relu": "RELU", "silu": "SILU"}
 
 WIDEST = 264
@@ -118,6 +121,8 @@ def refuse(
         return "an image of too many elements to count in 32 bits"
     if problem.images * problem.height * problem.columns > _MOST:
         return "too many pixels to count in 32 bits"
+    if problem.groups * _cdiv(problem.width, 16) ** 2 > _MOST_SLABS:
+        return f"{problem.groups} groups: more than a grid takes"
     return None
 
 
@@ -141,7 +146,7 @@ class ForwardConfig:
     warps_n: int
     stages: int
 
-    def shared_bytes(self, width: int, stride: int) -> int:
+    def shared_bytes(self, width: int, stride: int, moments: bool = False) -> int:
         """Dynamic shared memory: pixels and weights in flight, resident weights, results, and sums of columns."""
         halo = (
             ((self.tile_h - 1) * stride + 3) * ((self.tile_w - 1) * stride + 3) * _pitch(self.groups * self.chunk // 8)
@@ -150,7 +155,7 @@ class ForwardConfig:
         sixteens = _cdiv(self.tile_h * self.tile_w, 16 * self.warps_m)
         results = self.warps_m * self.warps_n * sixteens * 16 * _pitch(self.unit)
         held = (weights, 0) if self.chunk >= width else (0, weights)
-        sums = 4 * self.warps_m * self.groups * self.out_tile
+        sums = 4 * self.warps_m * (self.groups * self.out_tile * (1 + moments) + moments)
         return self.stages * (halo + held[1]) + held[0] + results + sums
 
 
@@ -215,12 +220,12 @@ def _forward_cost(config: ForwardConfig, problem: GroupedConv, arch: int, proces
 
 
 @functools.lru_cache(maxsize=4096)
-def forward_config(problem: GroupedConv, target: Target) -> ForwardConfig:
+def forward_config(problem: GroupedConv, target: Target, moments: bool = False) -> ForwardConfig:
     """The configuration that a rough model of the machine takes for the fastest; no measurement stands behind it."""
     fits = [
         config
         for config in _forward_configs(problem.width, problem.groups)
-        if config.shared_bytes(problem.width, problem.stride) <= SHARED_BYTES[target.arch]
+        if config.shared_bytes(problem.width, problem.stride, moments) <= SHARED_BYTES[target.arch]
         and 4 <= config.warps_m * config.warps_n <= 12
     ]
     return min(fits, key=lambda config: _forward_cost(config, problem, target.arch, target.processors))
@@ -232,33 +237,51 @@ def grouped_conv_forward(
     parts: bool = False,
     target: Target = Target(),
     config: ForwardConfig | None = None,
+    *,
+    read: str | None = None,
+    moments: bool = False,
 ) -> Launch:
-    """`activation(conv(x) + bias)`: tensors x, weight, bias (may be null), y, parts (null without `parts`).
+    """`activation(conv(read(x)) + bias)`: tensors x, weight, bias (may be null), y; and, null where they are not asked
+    for, scale and shift, parts, moments.
 
-    The weight is (channels, 9 * width), tap by tap. parts are (images, tiles, channels): their sum over tiles are the
-    means of y over an image's pixels.
+    The weight is (channels, 9 * width), tap by tap. With an activation for `read`, read(x) is that of x * scale +
+    shift. parts are (images, tiles, channels): their sum over tiles are the means of y over an image's pixels. moments
+    are (workers, 3, channels), for `merged_moments`. There are either of them.
     """
     _check(problem)
-    config = config or forward_config(problem, target)
+    config = config or forward_config(problem, target, moments)
     (out_height, out_columns), p, c = problem.out_size, problem, config
     tiles = _cdiv(out_height, c.tile_h) * _cdiv(out_columns, c.tile_w)
     slabs = _cdiv(p.groups, c.groups) * _cdiv(p.width, c.out_tile)
-    shared = c.shared_bytes(p.width, p.stride)
+    shared = c.shared_bytes(p.width, p.stride, moments)
     resident = _resident_blocks(shared, 32 * c.warps_m * c.warps_n, target.arch)
     workers = min(p.images * tiles, max(1, resident * target.processors // slabs))
     facts = (
         TYPES[p.dtype], p.width, c.groups, c.chunk, c.out_tile, c.unit, p.stride, c.tile_h, c.tile_w, c.warps_m,
-        c.warps_n, c.stages, ACTIVATIONS[activation], str(parts).lower(),
+        c.warps_n, c.stages, ACTIVATIONS[activation], str(parts).lower(), str(read is not None).lower(),
+        ACTIVATIONS[read or "none"], str(moments).lower(),
     )  # fmt: skip
+    buffers = {"parts": (p.images, tiles, p.channels)} if parts else {}
     return Launch(
         "grouped_conv_forward.cu",
         f"grouped_conv_forward<{', '.join(map(str, facts))}>",
         (workers, slabs, 1),
         32 * c.warps_m * c.warps_n,
         shared,
-        ("x", "weight", "bias", "y", "parts", p.images, p.height, p.columns, out_height, out_columns, p.groups),
-        {"parts": (p.images, tiles, p.channels)} if parts else {},
-    )
+        ("x", "scale", "shift", "weight", "bias", "y", "parts", "moments", p.images, p.height, p.columns, out_height,
+         out_columns, p.groups),
+        buffers | ({"moments": (workers, 3, p.channels)} if moments else {}),
+    )  # fmt: skip
+
+
+def merged_moments(parts: int, channels: int) -> Launch:
+    """mean and var (channels), the biased one, of so many parts with their moments."""
+    warps = 16
+    buffers = dict.fromkeys(("mean", "var"), (channels,))
+    return Launch(
+        "merged_moments.cu", f"merged_moments<{warps}>", (_cdiv(channels, 32), 1, 1), 32 * warps, 12 * 32 * warps,
+        ("moments", "mean", "var", parts, channels), buffers,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -531,26 +554,36 @@ def depthwise_conv_backward(
     return (launch, *(_ordered_sum(workers, (9, p.channels)) for _ in range(needs_weight)))
 
 
+def refuse_squeeze_excite(images: int, channels: int, hidden: int, target: Target = Target()) -> str | None:
+    """Why csrc/ has no squeeze-excite for so many images and channels, or None."""
+    if min(images, channels, hidden) < 1:
+        return "an empty batch, or no channels"
+    if channels % 2:
+        return f"{channels} channels: the gate is written in pairs"
+    needed = 4 * (channels + hidden)
+    if needed > SHARED_BYTES[target.arch]:
+        return f"{channels} channels and {hidden} hidden ones need {needed} bytes of shared memory"
+    if images > _MOST:
+        return "too many images to count in 32 bits"
+    return None
+
+
 def squeeze_excite(
     images: int, tiles: int, channels: int, hidden: int, dtype: str, activation: str = "relu", target: Target = Target()
 ) -> Launch:
-    """The gate in a 16-bit dtype: tensors parts (images, tiles, channels), fc1, bias1, fc2, bias2, gate.
-
-    Raises ValueError for an odd number of channels, or more of them than shared memory holds.
-    """
-    if channels % 2:
-        raise ValueError(f"{channels} channels: the gate is written in pairs")
+    """The gate in a dtype of `GATES`: tensors parts (images, tiles, channels), fc1, bias1, fc2, bias2, gate."""
+    reason = refuse_squeeze_excite(images, channels, hidden, target)
+    if reason is not None:
+        raise ValueError(f"no kernel for a gate: {reason}")
     block = next((n for n in (4, 2, 1) if n <= images and images // n >= target.processors), 1)
     while block > 1 and 4 * block * (channels + hidden) > SHARED_BYTES[target.arch]:
         block //= 2
-    shared, threads = 4 * block * (channels + hidden), 512
-    if shared > SHARED_BYTES[target.arch]:
-        raise ValueError(f"{channels} channels and {hidden} hidden ones need {shared} bytes of shared memory")
+    threads = 512
     return Launch(
         "squeeze_excite.cu",
-        f"squeeze_excite<{TYPES[dtype]}, {block}, {threads}, {ACTIVATIONS[activation]}>",
+        f"squeeze_excite<{GATES[dtype]}, {block}, {threads}, {ACTIVATIONS[activation]}>",
         (_cdiv(images, block), 1, 1),
         threads,
-        shared,
+        4 * block * (channels + hidden),
         ("parts", "fc1", "bias1", "fc2", "bias2", "gate", images, tiles, channels, hidden),
     )

@@ -42,6 +42,13 @@ class Norm(NamedTuple):
     eps: float
     activation: str
 
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift, dense float32 vectors: the normalised map is `x * scale + shift`."""
+        mean, var, weight, bias = (None if t is None else t.float().contiguous() for t in self[:4])
+        scale = (var + self.eps).rsqrt_()
+        scale = scale if weight is None else scale.mul_(weight)
+        return scale, -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1.0)
+
 
 class Excite(NamedTuple):
     """Squeeze-and-excitation of the map that a convolution reads: (R, C) and (C, R) weights, biases, activation."""
@@ -324,6 +331,10 @@ class Own(NamedTuple):
         q = (a * invstd).mul_(self.sums.product).mul_(-1.0 / self.count)
         k = torch.addcmul(q * self.mean, a, self.sums.plain, value=1.0 / self.count).neg_()
         return a.view(1, -1, 1, 1), q.view(1, -1, 1, 1), k.view(1, -1, 1, 1)
+
+    def vectors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`coefficients` as dense float32 vectors."""
+        return tuple(None if t is None else t.flatten().float() for t in self.coefficients())
 
 
 def raw_gradient(grad: Tensor, y: Tensor, coefficients: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:

@@ -6,7 +6,17 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import BACKENDS, BackendError, forced_backend, forced_backends, passes, triton
+from . import (
+    BACKENDS,
+    BackendError,
+    cuda,
+    cuda_passes,
+    forced_backend,
+    forced_backends,
+    forced_to_compare,
+    passes,
+    triton,
+)
 
 
 def refuse(x: Tensor) -> str | None:
@@ -20,17 +30,20 @@ def _refused(name: str, x: Tensor) -> str | None:
     return None if refuse_training is None else refuse_training(x)
 
 
-def passes_for(x: Tensor) -> ModuleType:
-    """`passes`, or where the backend `triton` is forced `triton_passes`: a module with the same functions.
+def passes_for(x: Tensor) -> ModuleType | cuda_passes.Passes:
+    """`passes`, or where the backend `triton` is forced `triton_passes`: a module with the same functions. Where `cuda`
+    is forced before it, `cuda_passes.Passes` over that module.
 
     Raises BackendError where the kernels of the forced backends cannot serve maps like x.
     """
     reason = refuse(x)
     if reason is not None:
         raise BackendError(f"training: the backend {forced_backend()!r} was asked for and cannot serve: {reason}")
-    name = next((name for name in forced_backends() if not _refused(name, x)), None)
-    if name != triton.NAME:
-        return passes
-    from . import triton_passes
-
-    return triton_passes
+    names = forced_backends()
+    name = next((name for name in names if not _refused(name, x)), None)
+    module = passes
+    if name == triton.NAME:
+        from . import triton_passes as module
+    if cuda.NAME not in names[: names.index(name) if name else 0]:
+        return module
+    return cuda_passes.Passes(module, compared=name == triton.NAME and forced_to_compare())

@@ -63,7 +63,7 @@ def _convolved(x: Tensor, norm: Norm | None, excite: Excite | None, weight: Tens
     pointwise = weight.shape[2:] == (1, 1) and groups == 1 and not any(padding) and stride[0] == stride[1]
     if norm is not None and excite is None and pointwise:
         x, packed = x.contiguous(memory_format=_LAST), weight.flatten(1).contiguous()
-        return pointwise_conv(x, packed, stride=stride[0], norm=_affine(norm))
+        return pointwise_conv(x, packed, stride=stride[0], norm=(*norm.affine(), norm.activation))
     if norm is not None or excite is not None:
         term = _read(x.contiguous(memory_format=_LAST), norm)
         if excite is not None:
@@ -78,15 +78,6 @@ def _convolved(x: Tensor, norm: Norm | None, excite: Excite | None, weight: Tens
             x, packed, None, None, size, tuple(stride), tuple(padding), tuple(dilation), groups, "none"
         )[0]
     return torch.conv2d(x, weight, None, *geometry).contiguous(memory_format=_LAST)
-
-
-def _affine(norm: Norm) -> tuple[Tensor, Tensor, str]:
-    """Scale, shift and activation of a norm."""
-    mean, var, weight, bias = map(_wide, norm[:4])
-    scale = (var + norm.eps).rsqrt_()
-    scale = scale if weight is None else scale.mul_(weight)
-    shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1.0)
-    return scale, shift, norm.activation
 
 
 def _is_grouped(weight: Tensor, geometry: Sequence) -> bool:
@@ -120,7 +111,7 @@ def convs_backward(
             else:
                 if read is None and (factor is not None or (norm is not None and needs)):
                     read = training_join.join(term._replace(factor=factor))
-                dy = grad if own is None else raw_gradient(grad, y, *_coefficients(own))
+                dy = grad if own is None else raw_gradient(grad, y, *own.vectors())
                 one, dweight = passes.convolution_backward(
                     dy, x if read is None else read, weight, geometry, needs_x, needs
                 )
@@ -142,10 +133,6 @@ def convs_backward(
         return ConvGradients(dz, None if product is None else Sums(product, plain), dweights, found)
 
 
-def _coefficients(own: Own) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return tuple(None if t is None else t.flatten().float() for t in own.coefficients())
-
-
 def _grouped_backward(
     grad: Tensor,
     own: Own | None,
@@ -159,13 +146,13 @@ def _grouped_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of the map that a grouped convolution reads, and of its weight."""
     *pairs, groups = geometry
-    shape, affine = (tuple(weight.shape[2:]), *map(tuple, pairs)), None if own is None else _coefficients(own)
+    shape, affine = (tuple(weight.shape[2:]), *map(tuple, pairs)), None if own is None else own.vectors()
     da = dweight = None
     if needs_x:
         packed = grouped_input_gradient.packed_weight(weight, groups)
         da = grouped_input_gradient.input_gradient(grad, y, affine, packed, tuple(x.shape[2:]), *shape, groups)
     if needs_weight:
-        read = None if norm is None else _affine(norm)
+        read = None if norm is None else (*norm.affine(), norm.activation)
         dweight = weight_gradient(x, read, grad, y, affine, *shape, groups).to(weight.dtype)
     return da, dweight
 
@@ -193,4 +180,4 @@ def entered_backward(grad: Tensor, own: Own, x: Tensor, identity: Tensor | None)
     """`passes.entered_backward`."""
     with current(x):
         identity = None if identity is None else identity.contiguous(memory_format=_LAST)
-        return raw_gradient(grad, x, *_coefficients(own), identity=identity)
+        return raw_gradient(grad, x, *own.vectors(), identity=identity)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import assert_close_to_reference
+from test_cuda_training import GRADIENTS, Conv, check_forward, check_gradients, check_step, network
 
 from regnet_fast.backends import ConvProblem, cuda, cuda_extension, cuda_launch, cuda_nvrtc
 
@@ -74,3 +75,28 @@ def test_on_another_stream_and_in_a_graph(way):
     x.mul_(2)
     graph.replay()
     assert torch.equal(y, run(x, None, None, False, False)) and not torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("facts", GRADIENTS, ids=str)
+def test_training(way, facts):
+    """Both halves of a step by the kernels of this way."""
+    conv = Conv(*facts, device="cuda:0")
+    launched = []
+
+    def hear(launch, device):
+        launched.append(launch.source)
+        return cuda_launch.Kernel(launch, device)  # not one that the other way has loaded
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_launch, "kernel", hear)
+        check_gradients(conv)
+        check_forward(conv)
+    if not launched:
+        pytest.skip(f"{way} has none of these kernels")
+
+
+def test_a_training_step():
+    """A small RegNet in bfloat16, as near to float64 as timm's."""
+    pytest.importorskip("triton")
+    for forced in ("cuda,triton", "cuda,aten"):
+        check_step(network(24, se_ratio=0.25), torch.bfloat16, torch.randn(4, 3, 40, 40), forced, "cuda:0")

@@ -6,12 +6,13 @@ import pytest
 import timm
 import torch
 from helpers import assert_close_to_reference, randomize_bn, reasons
+from simulator.stand_in import TARGET, simulate
 from timm.layers import BatchNormAct2d, create_conv2d
 from timm.models import byobnet, regnet, resnetv2
 from torch import nn
 
 import regnet_fast
-from regnet_fast.backends import BackendError, backend, passes, triton_passes
+from regnet_fast.backends import BackendError, backend, cuda_launch, passes, triton_passes
 from regnet_fast.backends.training import passes_for
 from regnet_fast.ops import training as ops
 
@@ -61,17 +62,17 @@ def step(model, x, dy, forced="auto"):
     }
 
 
-def check(theirs: nn.Module, dtype: torch.dtype, x: torch.Tensor) -> None:
+def check(theirs: nn.Module, dtype: torch.dtype, x: torch.Tensor, forced: str = "triton") -> None:
     """One step of a rebuilt model with the backend forced is as near to float64 as eager's."""
     randomize_bn(theirs, 0, (4, 3, 64, 64)).train()
     ours, exact = regnet_fast.rebuild(copy.deepcopy(theirs)).model, copy.deepcopy(theirs).double()
-    with backend("triton"):
+    with backend(forced):
         assert reasons(copy.deepcopy(ours).to(dtype), x.to(dtype)) == {None}
     dy = torch.randn(copy.deepcopy(theirs)(x).shape)
     x = x.contiguous(memory_format=torch.channels_last)
     found = [
         step(model.to(memory_format=torch.channels_last).to(kind), x.to(kind), dy, forced)
-        for model, kind, forced in ((ours, dtype, "triton"), (theirs, dtype, "auto"), (exact, torch.float64, "auto"))
+        for model, kind, forced in ((ours, dtype, forced), (theirs, dtype, "auto"), (exact, torch.float64, "auto"))
     ]
     assert_close_to_reference(*(one["output"] for one in found), "output")
     for what in ("gradients", "statistics"):
@@ -84,6 +85,18 @@ def check(theirs: nn.Module, dtype: torch.dtype, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_blocks(name, dtype):
     check(NETWORKS[name](), dtype, torch.randn(4, 3, 40, 40))
+
+
+def test_with_grouped_convolutions_of_csrc():
+    heard = []
+
+    def hear(launch, tensors):
+        heard.append(launch.source)
+        simulate(launch, tensors)
+
+    with cuda_launch.standing_in(hear, TARGET):
+        check(NETWORKS["regnet_y"](), torch.bfloat16, torch.randn(4, 3, 32, 32), "cuda,triton")
+    assert heard.count("grouped_conv_backward.cu") == 5  # of six, the first is of one group
 
 
 @pytest.mark.slow

@@ -266,12 +266,12 @@ def test_results_that_differ_by_rounding_are_the_same():
     y = torch.randn(2, 8, 5, 5)
     for dtype in (torch.float16, torch.bfloat16):
         eps = torch.finfo(dtype).eps
-        assert tune._same((y * (1 + eps)).to(dtype), y.to(dtype), tune._rounding(dtype))
-        assert not tune._same((y * (1 + 8 * eps)).to(dtype), y.to(dtype), tune._rounding(dtype))
+        assert tune.same((y * (1 + eps)).to(dtype), y.to(dtype), tune._rounding(dtype))
+        assert not tune.same((y * (1 + 8 * eps)).to(dtype), y.to(dtype), tune._rounding(dtype))
     inf = y.clone()
     inf[0, 0, 0, 0] = math.inf
-    assert tune._same(inf, inf, 1e-3) and not tune._same(inf + 1, inf, 1e-3)
-    assert tune._same(y / 0, y / 0, 1e-3) and not tune._same(y / 0, y, 1e-3) and not tune._same(y, y / 0, 1e-3)
+    assert tune.same(inf, inf, 1e-3) and not tune.same(inf + 1, inf, 1e-3)
+    assert tune.same(y / 0, y / 0, 1e-3) and not tune.same(y / 0, y, 1e-3) and not tune.same(y, y / 0, 1e-3)
 
 
 # The command

@@ -27,36 +27,56 @@ def packed(weight):
 class Forward:
     """A problem with random operands; `run` computes it in the simulator, `check` judges it."""
 
-    def __init__(self, problem, activation="none", parts=False, bias=True):
-        self.problem, self.activation = problem, activation
+    def __init__(self, problem, activation="none", parts=False, bias=True, read=None, moments=False):
+        self.problem, self.activation, self.read = problem, activation, read
         dtype, channels = DTYPES[problem.dtype], problem.channels
         self.x = nhwc(problem.images, channels, problem.height, problem.columns, dtype=dtype)
         self.weight = (torch.randn(channels, problem.width, 3, 3) / (9 * problem.width) ** 0.5).to(dtype)
         self.bias = torch.randn(channels) if bias else None
-        self.has_parts = parts
+        self.scale, self.shift = torch.rand(channels) + 0.5, torch.randn(channels)
+        self.has_parts, self.has_moments = parts, moments
 
     def run(self, order="ascending", text=None, target=Target(arch=90, processors=3), config=None):  # noqa: B008
         p = self.problem
-        launch = cuda_plans.grouped_conv_forward(p, self.activation, self.has_parts, target, config)
+        training = {"read": self.read, "moments": True} if self.read or self.has_moments else {}
+        launch = cuda_plans.grouped_conv_forward(p, self.activation, self.has_parts, target, config, **training)
         y = nhwc(p.images, p.channels, *p.out_size, dtype=self.x.dtype).fill_(torch.nan)
-        parts = torch.full(launch.buffers["parts"], torch.nan) if self.has_parts else None
-        inputs = {"x": self.x, "weight": packed(self.weight), "bias": self.bias}
-        run(launch, inputs, {"y": y, "parts": parts}, order, text)
-        return y, parts
+        outputs = {"y": y, "parts": None, "moments": None}
+        outputs |= {name: torch.full(shape, torch.nan) for name, shape in launch.buffers.items()}
+        norm = {name: getattr(self, name) if self.read else None for name in ("scale", "shift")}
+        run(launch, {"x": self.x, "weight": packed(self.weight), "bias": self.bias} | norm, outputs, order, text)
+        return y, outputs["moments"] if self.has_moments else outputs["parts"]
 
     def expected(self, dtype):
-        bias = None if self.bias is None else self.bias.to(dtype)
-        y = F.conv2d(self.x.to(dtype), self.weight.to(dtype), bias, self.problem.stride, 1, 1, self.problem.groups)
+        bias, x = None if self.bias is None else self.bias.to(dtype), self.x.to(dtype)
+        if self.read:
+            x = ACTIVATIONS[self.read](x * self.scale.to(dtype)[:, None, None] + self.shift.to(dtype)[:, None, None])
+            x = x if dtype == torch.float64 else x.to(self.x.dtype).to(dtype)
+        y = F.conv2d(x, self.weight.to(dtype), bias, self.problem.stride, 1, 1, self.problem.groups)
         return ACTIVATIONS[self.activation](y)
 
     def check(self, *args, **kwargs):
-        y, parts = self.run(*args, **kwargs)
+        y, sums = self.run(*args, **kwargs)
         eager = self.expected(torch.float32).to(y.dtype)
         assert_close_to_reference(y, eager, self.expected(torch.float64), str(self.problem), self.problem.groups)
-        if parts is not None:
+        if self.has_parts:
             means = y.double().mean((2, 3))
-            torch.testing.assert_close(parts.double().sum(1), means, rtol=1e-5, atol=1e-6)
-        return y, parts
+            torch.testing.assert_close(sums.double().sum(1), means, rtol=1e-5, atol=1e-6)
+        if self.has_moments:
+            self.check_moments(y, sums)
+        return y, sums
+
+    @staticmethod
+    def check_moments(y, moments):
+        """Merged by their own kernel they are the statistics of the rounded results."""
+        launch = cuda_plans.merged_moments(len(moments), moments.shape[2])
+        merged = {name: torch.full(shape, torch.nan) for name, shape in launch.buffers.items()}
+        run(launch, {"moments": moments}, merged, "random")
+        var, mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+        assert (moments[:, 0].sum(0) == y.numel() / y.shape[1]).all()
+        torch.testing.assert_close(merged["mean"].double(), mean, rtol=1e-6, atol=1e-6)
+        rtol = 1e-5 + 1e-7 * float((mean.abs() / (var.sqrt() + 1e-3)).max())
+        torch.testing.assert_close(merged["var"].double(), var, rtol=rtol, atol=1e-6)
 
 
 NARROW = (8, 16, 24, 40, 48, 56, 64)
@@ -72,14 +92,47 @@ def test_widths(width, stride):
     Forward(GroupedConv(2, 15, 9, groups, width, stride, dtype), "relu", parts=True).check()
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("width", [8, 24, 64, 112])
+def test_training(width, stride):
+    """A raw map read through its norm, a raw result, and its moments: a worker for some tiles and one for each."""
+    groups, dtype = (1, "float16") if width > 64 else (max(2, 80 // width), "bfloat16")
+    problem, read = GroupedConv(2, 15, 9, groups, width, stride, dtype), "silu" if stride == 1 else "relu"
+    one = Forward(problem, read=read, bias=False, moments=True)
+    one.check()
+    one.check("random", target=Target(90, 64))
+
+
+@pytest.mark.parametrize("mean", [40.0, 3000.0])
+def test_moments_far_from_zero(mean):
+    """As many digits as a float32 mean leaves: float32 squares of such a mean would hold none of the variance."""
+    one = Forward(GroupedConv(3, 9, 7, 3, 24, 1, "float16"), read="none", moments=True)
+    one.weight *= 0.25
+    one.bias = torch.full((72,), mean)
+    y, moments = one.run()
+    one.check_moments(y, moments)
+    assert (y.float().std((0, 2, 3)) < mean / 50).all()
+
+
+def test_the_padding_is_zero_behind_the_activation():
+    """Not the activation of the shift."""
+    for stride in (1, 2):
+        one = Forward(GroupedConv(1, 3, 2, 2, 16, stride, "float16"), bias=False, read="relu", moments=True)
+        one.shift += 30
+        one.check()
+
+
 def test_one_pixel():
     Forward(GroupedConv(1, 1, 1, 5, 24, 1, "bfloat16")).check()
+    Forward(GroupedConv(1, 1, 1, 5, 24, 1, "bfloat16"), read="relu", moments=True).check()
 
 
 def test_activations_orders_and_equal_bits():
     """The same bits in every order of the warps; without a bias; batch 1."""
-    for activation in ACTIVATIONS:
-        one = Forward(GroupedConv(1, 13, 17, 4, 24, 1, "bfloat16"), activation, parts=True, bias=activation != "none")
+    problem, moments = GroupedConv(1, 13, 17, 4, 24, 1, "bfloat16"), {"read": "silu", "moments": True}
+    for activation in (*ACTIVATIONS, None):
+        options = moments if activation is None else {"parts": True, "bias": activation != "none"}
+        one = Forward(problem, activation or "none", **options)
         results = [one.check(order) for order in ORDERS]
         for y, parts in results[1:]:
             assert torch.equal(y, results[0][0]) and torch.equal(parts, results[0][1])
@@ -123,12 +176,21 @@ BUGS = {
     "wrong halves of a fragment": ("bool second = lane >= 16;", "bool second = lane % 16 >= 8;", None),
     "wrong columns of a result": ("+ lane % 4 * 4, pair", "+ (lane + 1) % 4 * 4, pair", None),
     "wrong order of weights": ("lane / 16 * 8 + lane % 8", "lane / 8 % 2 * 8 + lane % 8", None),
-    "halo off by a row": ("place.top * STRIDE - 1", "place.top * STRIDE", None),
-    "halo off by a column": ("place.left * STRIDE - 1", "place.left * STRIDE - 2", None),
+    "halo off by a row": ("map, place.top * STRIDE - 1", "map, place.top * STRIDE", None),
+    "halo off by a column": ("place.left * STRIDE - 1, height", "place.left * STRIDE - 2, height", None),
     "halo too small": ("(TILE_W - 1) * STRIDE + 3,", "(TILE_W - 1) * STRIDE + 2,", None),
     "no padding on the left": ("w >= 0 && w < columns", "w < columns", "of x|NUMBERS"),
     "results beyond the image": ("n < known && inside(pixel)", "n < known", "of y|another thread"),
     "store misaligned": ("channels + out + n * 8)", "channels + out + n * 8 + 1)", "misaligned"),
+    "padding read through the norm": ("if (h < 0 || h >= height || w < 0", "if (h < 0 || w < 0", None),
+    "missing barrier for the moments": (
+        "            sync_block();  // the warps' moments",
+        "            // the warps' moments",
+        "without|never",
+    ),
+    "squares about zero": ("const Floats2 mean = {total.x * share,", "const Floats2 mean = {0.0f,", None),
+    "moments beyond the image": ("if (!(inner >> i & 1)) continue;", "", None),
+    "moments of one tile alone": ("merge(found[i], {load", "found[i] = {}, merge(found[i], {load", None),
     "result too small": ("SIXTEENS * 16 * RESULT_PITCH;", "8 * RESULT_PITCH;", "barrier|bytes|written"),
 }
 
@@ -141,7 +203,10 @@ def test_seeded_bugs_are_seen(bug):
     assert text.count(right) == 1, "the source has changed: seed the bug again"
     text = text.replace(right, wrong)
     for order in ORDERS:
-        one = Forward(GroupedConv(2, 15, 17, 4, 24, 1, "bfloat16"), "relu", parts=True)
+        problem = GroupedConv(2, 15, 17, 4, 24, 1, "bfloat16")
+        training = any(word in bug for word in ("moments", "squares", "norm"))
+        options = {"read": "silu", "moments": True} if training else {"activation": "relu", "parts": True}
+        one = Forward(problem, **options)
         with pytest.raises((SimulationError, AssertionError)) as caught:
             one.check(order, text)
         if words is not None and "NUMBERS" not in words:
@@ -187,7 +252,8 @@ def test_shared_memory_is_what_the_kernel_takes():
         one = Forward(GroupedConv(1, 9, 9, 1, width, 1, "bfloat16"), parts=True)
         outputs = {"y": torch.zeros_like(one.x), "parts": torch.zeros(launch.buffers["parts"])}
         with pytest.raises(SimulationError, match=f"there are {less.shared} bytes"):
-            run(less, {"x": one.x, "weight": packed(one.weight), "bias": one.bias}, outputs)
+            inputs = {"x": one.x, "weight": packed(one.weight), "bias": one.bias}
+            run(less, inputs | dict.fromkeys(("scale", "shift", "moments")), outputs)
 
 
 def test_every_problem_has_a_plan():
@@ -199,9 +265,10 @@ def test_every_problem_has_a_plan():
                 target = Target(arch, cuda_plans.PROCESSORS[arch])
                 training = {"affine": 2, "norm": True, "sums": True, "target": target}
                 launches = [cuda_plans.grouped_conv_forward(problem, parts=True, target=target)]
+                launches.append(cuda_plans.grouped_conv_forward(problem, target=target, read="relu", moments=True))
                 launches += cuda_plans.grouped_conv_backward(problem, **training)
                 assert all(launch.shared <= shared and launch.threads <= 384 for launch in launches)
-    with pytest.raises(ValueError, match="a grid of"):
+    with pytest.raises(ValueError, match="600000 groups: more than a grid takes"):
         cuda_plans.grouped_conv_forward(GroupedConv(1, 1, 1, 600000, 24, 1, "float16"))
 
 
@@ -215,3 +282,4 @@ def test_every_width(width, stride, dtype):
         groups = max(1, 72 // width) + 1 if width <= 72 else 1
         problem = GroupedConv(2, *size, groups, width, stride, dtype)
         Forward(problem, activation, parts=activation != "none").check(target=Target(arch, 2))
+        Forward(problem, bias=False, read=activation, moments=True).check(target=Target(arch, 2))

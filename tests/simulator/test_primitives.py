@@ -175,6 +175,7 @@ COPY = "copy_async(16 * thread_x(), x + 4 * thread_x(), true); commit_copies();\
     [
         ("without a barrier", ONCE + WRITE + "load_shared<float>(4 * (63 - thread_x()));"),
         ("without a barrier", ONCE + WRITE + "load_shared<float>(4 * (thread_x() ^ 1));"),
+        ("without a barrier", ONCE + WRITE + "hold_loads(); load_shared<float>(4 * (thread_x() ^ 1));"),
         ("without a barrier", ONCE + WRITE + "sync_warp(); load_shared<float>(4 * (thread_x() ^ 32));"),
         ("without a barrier", ONCE + "load_shared<float>(4 * (thread_x() ^ 32));" + WRITE),
         ("without a barrier", WRITE + "sync_warp(); load_shared<float>(4 * (thread_x() ^ 1));" + WRITE),

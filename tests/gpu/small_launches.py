@@ -1,0 +1,46 @@
+"""Every kind of csrc/'s kernels once on small maps, for compute-sanitizer: `python tests/gpu/small_launches.py`.
+
+Odd sizes, so that tiles overhang; narrow groups, wide ones whose channels come in steps, and depthwise. Nothing else of
+consequence runs on the GPU.
+"""
+
+import torch
+
+from regnet_fast.backends import ConvProblem, SqueezeExciteProblem, cuda, cuda_passes, passes
+from regnet_fast.backends.passes import Arriving, Filter, Norm, Own, Sums
+
+CASES = [(24, 3, 1, torch.bfloat16), (16, 5, 2, torch.float16), (232, 1, 2, torch.bfloat16), (1, 40, 1, torch.float16)]
+"""Group width, groups, stride, dtype."""
+
+
+def launch_all(device: str) -> None:
+    """Inference, then the forward and the gradients of training. Raises AssertionError where a result is not finite."""
+    ours = cuda_passes.Passes(passes)
+    for width, groups, stride, dtype in CASES:
+        channels, size = width * groups, (15, 9)
+
+        def of(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            t = torch.rand(shape).to(dtype)
+            return (t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t).to(device)
+
+        x, weight = of(2, channels, *size, dtype=dtype), of(channels, width, 3, 3, dtype=dtype).div_(width)
+        geometry = ((stride, stride), (1, 1), (1, 1), groups)
+        sizes = ("grouped_conv", tuple(x.shape), channels, (3, 3))
+        problem = ConvProblem(*sizes, *geometry, "silu", False, False, dtype, device)
+        y, parts = cuda.prepare_conv(problem, weight, of(channels)).with_parts(x)
+        weights = of(8, channels, dtype=dtype), of(8), of(channels, 8, dtype=dtype), of(channels)
+        excite = SqueezeExciteProblem(2, channels, 8, "relu", dtype, device)
+        results = [y, parts, cuda.prepare_squeeze_excite(excite, *weights).from_parts(parts, dtype)]
+
+        norm, one = Norm(*(of(channels) for _ in range(4)), 1e-5, "relu"), Filter(weight, geometry)
+        ((raw, _),) = ours.convs(x, norm, None, [one], [True])
+        own = Own(*(of(channels) for _ in range(3)), 1e-5, Sums(of(channels), of(channels)), raw.numel() / channels)
+        arriving = [Arriving(of(*raw.shape, dtype=dtype), own, raw)]
+        gradients = ours.convs_backward(arriving, x, norm, None, [one], True, [True])
+        results += [raw, gradients.x, *gradients.weights, *gradients.sums]
+        assert all(result.isfinite().all() for result in results)
+
+
+if __name__ == "__main__":
+    launch_all("cuda:0")
+    torch.cuda.synchronize()
