@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import re
 import shutil
@@ -133,13 +132,15 @@ def jobs(
     batches: Sequence[int] = BATCHES,
 ) -> list[Job]:
     """Every kernel that some models take, once; without models everything there is."""
-    found: dict[tuple[int, str], Job] = {}
-    for dtype, arch in itertools.product(dtypes, archs):
-        asked: list[Iterable[Launch]] = [cuda_launches.of_models(models, arch, (dtype,), batches)]
+    asked: list[tuple[int, Iterable[Launch]]] = []
+    for dtype in dtypes:
+        asked += [(arch, cuda_launches.of_models(models, arch, (dtype,), batches)) for arch in archs]
         if not models:
-            asked += [cuda_launches.of_depthwise((dtype,))]
-            asked += [cuda_launches.of_convs(other_widths(), arch, (dtype,), batches)]
-        for launch in itertools.chain(*asked):
+            asked += [(arch, cuda_launches.of_convs(other_widths(), arch, (dtype,), batches)) for arch in archs]
+            asked += [(arch, cuda_launches.of_depthwise((dtype,))) for arch in archs]
+    found: dict[tuple[int, str], Job] = {}
+    for arch, launches in asked:
+        for launch in launches:
             found.setdefault((arch, launch.kernel), Job(arch, launch))
     return list(found.values())
 
