@@ -5,7 +5,7 @@
     python -m bench.cuda_compilation --write               into docs/cuda.md and bench/results/cuda-compilation.csv
 
 What was compiled once is kept in .cache/cuda-compilation by all that it was made from: a run goes on where the last
-one ended, and after a change compiles what the change touches.
+one ended, and after a change compiles what the change touches. --write writes all that is kept of everything.
 
 Exit status 1 where a kernel does not compile, spills or uses local memory, needs more shared memory than there is,
 copies less than sixteen bytes at a time, or multiplies without matrix instructions.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import re
 import shutil
@@ -133,13 +132,15 @@ def jobs(
     batches: Sequence[int] = BATCHES,
 ) -> list[Job]:
     """Every kernel that some models take, once; without models everything there is."""
-    found: dict[tuple[int, str], Job] = {}
-    for dtype, arch in itertools.product(dtypes, archs):
-        asked: list[Iterable[Launch]] = [cuda_launches.of_models(models, arch, (dtype,), batches)]
+    asked: list[tuple[int, Iterable[Launch]]] = []
+    for dtype in dtypes:
+        asked += [(arch, cuda_launches.of_models(models, arch, (dtype,), batches)) for arch in archs]
         if not models:
-            asked += [cuda_launches.of_depthwise((dtype,))]
-            asked += [cuda_launches.of_convs(other_widths(), arch, (dtype,), batches)]
-        for launch in itertools.chain(*asked):
+            asked += [(arch, cuda_launches.of_convs(other_widths(), arch, (dtype,), batches)) for arch in archs]
+            asked += [(arch, cuda_launches.of_depthwise((dtype,))) for arch in archs]
+    found: dict[tuple[int, str], Job] = {}
+    for arch, launches in asked:
+        for launch in launches:
             found.setdefault((arch, launch.kernel), Job(arch, launch))
     return list(found.values())
 
@@ -159,6 +160,11 @@ def disassembler() -> str:
 def compiler_version() -> str:
     """The words of nvcc about itself."""
     return subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def release() -> str:
+    """nvcc's release, such as 13.0.88."""
+    return re.search(r"V([\d.]+)", compiler_version())[1]
 
 
 def _demangled(names: Sequence[str]) -> dict[str, str]:
@@ -279,21 +285,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=tuple(cuda_plans.TYPES), default=tuple(cuda_plans.TYPES))
     parser.add_argument("--model", nargs="+", help="by default all, and every width that none has")
     parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
-    parser.add_argument("--write", action="store_true", help="into docs/cuda.md and the file of all kernels")
+    parser.add_argument("--write", action="store_true", help="all that was compiled, into the file and docs/cuda.md")
     options = parser.parse_args(arguments)
+    kept, made, wrong = Kept(), [], 0
     found = jobs(options.model, options.arch, options.dtype, options.batch)
-    made, wrong = [], 0
-    for one in compile_all(found, Kept()):
+    for one in compile_all(found, kept):
         made.append(one)
         if one.fault:
             wrong += 1
             print(f"sm_{one.job.arch}, {one.job.launch.kernel}: {one.fault}", file=sys.stderr, flush=True)
         if sys.stderr.isatty() and not len(made) % TOGETHER:
             print(f"\r{len(made)} of {len(found)}", end="", file=sys.stderr, flush=True)
-    rows = [one.row() for one in made if not one.error]
-    print(cuda_compilation_page.summary(rows))
+    print(cuda_compilation_page.summary([one.row() for one in made if not one.error]))
     if options.write:
-        cuda_compilation_page.write(rows, compiler_version())
+        everything = jobs()
+        rows = [one.row() for one in map(Kept().get, everything) if one is not None]
+        cuda_compilation_page.write(rows, f"nvcc {release()}: {len(rows)} of {len(everything)} kernels.")
     return 1 if wrong else 0
 
 

@@ -27,20 +27,19 @@ def read(path: Path = ROWS) -> list[Row]:
         return [{name: int(v) if v.isdigit() else v for name, v in row.items()} for row in csv.DictReader(file)]
 
 
-def write(rows: Sequence[Row], version: str) -> None:
-    """All rows into the file, and their summary into the page."""
+def write(rows: Sequence[Row], said: str) -> None:
+    """All rows into the file, and their summary into the page, behind what is said of them."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(sorted(rows, key=lambda row: (row["architecture"], kind(row), row["kernel"])))
     ROWS.write_text(text.getvalue())
-    PAGE.write_text(filled(PAGE.read_text(), rows, version))
+    PAGE.write_text(filled(PAGE.read_text(), rows, said))
 
 
-def filled(page: str, rows: Sequence[Row], version: str) -> str:
+def filled(page: str, rows: Sequence[Row], said: str) -> str:
     """The page with the summary in its place."""
-    release = re.search(r"V([\d.]+)", version)[1]
-    return _PLACE.sub(lambda _: f"nvcc {release}.\n\n{summary(rows)}", page)
+    return _PLACE.sub(lambda _: f"{said}\n\n{summary(rows)}", page)
 
 
 def kind(row: Row) -> tuple[str, int]:
