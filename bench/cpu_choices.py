@@ -196,6 +196,18 @@ def sums() -> None:
             print(f"| {str(dtype)[6:]} | {'x'.join(map(str, shape))} | {times} | {passes._beside(x, grad)} |")
 
 
+def normalised() -> None:
+    """A map read through its norm, float32, in microseconds: torch's batch norm and one multiply-add."""
+    print("| shape | torch | ours |\n|---|---|---|")
+    for shape in ((4, 48, 112, 112), (6, 120, 56, 56), (16, 120, 28, 28), (16, 336, 14, 14), (16, 888, 7, 7)):
+        x, c = nhwc(*shape), shape[1]
+        norm = passes.Norm(torch.randn(c), torch.rand(c) + 0.5, torch.rand(c), torch.randn(c), 1e-5, "none")
+        facts = (norm.weight, norm.bias, norm.mean, norm.var, False, 0.0, norm.eps)
+        calls = {"torch": partial(torch.native_batch_norm, x, *facts), "ours": partial(passes.normalised, x, norm)}
+        times = " | ".join(f"{1e3 * time:.0f}" for time in interleaved(calls, 31).values())
+        print(f"| {'x'.join(map(str, shape))} | {times} |")
+
+
 def compiled_steps() -> None:
     """A training step of batch 16 in float32, channels_last, in milliseconds: eager, and through torch.compile."""
     print("| model | timm | timm, compiled | regnet_fast | regnet_fast, compiled |\n|---|---|---|---|---|")
@@ -266,7 +278,7 @@ def main() -> None:
         f"{torch.backends.cpu.get_cpu_capability()}, {time.strftime('%Y-%m-%d')}"
     )
     with torch.no_grad():
-        for table in (parts, winograd, pointwise, norm_act, means, sums, compiled_steps):
+        for table in (parts, winograd, pointwise, norm_act, means, normalised, sums, compiled_steps):
             print(f"\n{table.__doc__}\n")
             table()
 
