@@ -29,7 +29,7 @@ _HOME = {
     "FallbackWarning": "blocks.fused",
     "CheckpointError": "weights",
 }
-_MODULES = ("backends", "blocks", "functional", "hosts", "models", "ops", "weights")
+_MODULES = ("backends", "blocks", "functional", "hosts", "models", "ops", "transformers", "weights")
 
 __all__ = [*_HOME, *_MODULES, "__version__"]
 

@@ -16,7 +16,7 @@ from .blocks.fused import Fused, Plan, listening
 from .blocks.units import LinearUnit, PackedConvThenNorm, Unit
 from .counting import KernelCounter
 from .functional import PackedConv
-from .hosts import timm as host
+from .hosts.registry import candidates
 from .kernels import tables
 from .models import why_not
 from .recording import Kernel
@@ -160,8 +160,8 @@ def _shares(rows: list[Row], found: list[Kernel]) -> list[list[Kernel]]:
     for kernel in found:
         path = kernel.path.split(".")
         alike = [_common(path, other) for other in paths]
-        candidates = [i for i, length in enumerate(alike) if length == max(alike)]
-        last = last if last in candidates else candidates[0]
+        likely = [i for i, length in enumerate(alike) if length == max(alike)]
+        last = last if last in likely else likely[0]
         shares[last].append(kernel)
     return shares
 
@@ -173,7 +173,7 @@ def _common(path: list[str], other: list[str]) -> int:
 
 def _host_modules(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """The modules that run as the host's own, outermost blocks or single layers, each with the reason."""
-    kept = {id(module): why_not(module, cls) for _, module, cls in host.candidates(model)}
+    kept = {id(module): why_not(module, cls) for _, module, cls in candidates(model)}
     found = []
 
     def walk(path: str, module: nn.Module) -> None:

@@ -21,7 +21,8 @@ from .blocks.fused import Fused
 from .blocks.fused import freeze as freeze_block
 from .blocks.units import Refused
 from .graphs import graphed
-from .hosts import timm as host
+from .hosts.registry import candidates, chains
+from .hosts.timm import FAMILIES
 
 __all__ = [
     "Report",
@@ -70,14 +71,14 @@ def rebuild(model: nn.Module, inplace: bool = True) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"rebuild takes a torch.nn.Module, got {type(model).__name__}")
     report = Report(model if inplace else copy.deepcopy(model))
-    for path, module, cls in host.candidates(report.model):
+    for path, module, cls in candidates(report.model):
         reason = why_not(module, cls)
         if reason is not None:
             report.kept.append((path, type(module).__name__, reason))
             continue
         module.__class__ = cls
         report.rebuilt.append((path, cls.__name__))
-    for module, cls in host.chains(report.model):
+    for module, cls in chains(report.model):
         module.__class__ = cls
     return report
 
@@ -135,7 +136,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 def in_family(model_name: str) -> bool:
     """Whether an architecture is one whose models `create_model` rebuilds."""
-    return model_name.startswith(host.FAMILIES)
+    return model_name.startswith(FAMILIES)
 
 
 def create_model(

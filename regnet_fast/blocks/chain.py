@@ -7,6 +7,8 @@ the next block sees a block's output, and adding into it touches less memory tha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,10 @@ class Chain:
     """
 
     host: type[nn.Module]
+
+    def links(self) -> Iterable[nn.Module]:
+        """The blocks in the order of their calls: a Sequential calls one that stands in it twice for each place."""
+        return self if isinstance(self, nn.Sequential) else self.children()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training or type(x) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -53,7 +59,7 @@ class Chain:
         if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             return None
         plans = []
-        for child in self.children():
+        for child in self.links():
             if not isinstance(child, Fused) or hooked(child) or "forward" in child.__dict__:
                 return None
             plan = child.plan(x)
@@ -66,7 +72,7 @@ class Chain:
         """One pass through all blocks."""
         listen, dtype, own = recorder.get(), x.dtype, False
         x = x.contiguous(memory_format=torch.channels_last)
-        for child, plan in zip(self.children(), plans, strict=True):
+        for child, plan in zip(self.links(), plans, strict=True):
             if plan.in_channels not in (None, x.shape[1]) or x.dtype != dtype:
                 x, own = child.step(x, own)
                 continue
@@ -77,7 +83,7 @@ class Chain:
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         own = False
-        for child in self.children():
+        for child in self.links():
             if isinstance(child, Fused) and not hooked(child) and "forward" not in child.__dict__:
                 x, own = child.step(x, own)
             else:
