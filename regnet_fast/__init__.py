@@ -28,6 +28,8 @@ _HOME = {
     "BackendError": "backends",
     "FallbackWarning": "blocks.fused",
     "CheckpointError": "weights",
+    "convert": "layouts",
+    "convert_checkpoint": "conversion",
 }
 _MODULES = ("backends", "blocks", "functional", "hosts", "models", "ops", "transformers", "weights")
 

@@ -1,4 +1,5 @@
-"""The command line: `regnet-fast info | classify | explain | verify | compare | tune | demo`, and `cli_train`'s.
+"""The command line: `regnet-fast info | classify | explain | verify | compare | tune | convert | demo`, and those of
+`cli_train`.
 
 Exit status: 0 done; 1 the check that was asked for failed; 2 the request is wrong (an unknown model, an option);
 3 an image, a checkpoint, pretrained weights or a table cannot be read. With `--json` standard output holds JSON alone;
@@ -441,6 +442,28 @@ def _show_tuning(found: list[Any]) -> None:
         skipped = ", ".join(f"{count} {reason}" for reason, count in result.skipped.items())
         rows.add_row(result.kernel, shape, *map(str, times), f"{result.gain:.2f}x", str(result.tried), skipped)
     show(rows)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A file of timm or torchvision, or a folder of transformers.")],
+    destination: Annotated[Path, typer.Argument(help="A new file, or for transformers a new folder.")],
+    to: Annotated[str | None, typer.Option(help="timm, torchvision or transformers. [default: by DESTINATION]")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The weights of a RegNetX or RegNetY in the layout of another library, unchanged to the last bit."""
+    with _reported_errors():
+        from .conversion import convert_checkpoint
+
+        try:
+            found = convert_checkpoint(source, destination, to)
+        except ValueError as error:
+            raise _UsageError(str(error)) from None
+    if as_json:
+        return _print_json(vars(found))
+    depths = ", ".join(map(str, found.config["depths"]))
+    kind = f"RegNet{found.config['layer_type'].upper()} with {depths} blocks"
+    line(f"{found.source} ({found.layout}) -> {found.destination} ({found.to}): {kind}, {found.tensors} tensors")
 
 
 @app.command()

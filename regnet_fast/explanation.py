@@ -33,7 +33,7 @@ class Row:
     were; the counts are of all of them.
 
     `flops` counts two per multiply-accumulate; `bytes` reads inputs and weights and writes outputs once. Where
-    `operation` is "timm", the host's own module runs and `reason` says why. `launched` are the kernels that ran for the
+    `operation` is "host", the host's own module runs and `reason` says why. `launched` are the kernels that ran for the
     layer, as `regnet_fast.counting` counts them; a norm that runs inside a unit stands with its convolution. It is None
     for the host's own modules.
 
@@ -145,7 +145,7 @@ def _compared(
     found = []
     for row, *share in zip(rows, *shares, strict=True):
         eager, ideal = (count(some, ceilings) for some in share)
-        flops = eager.flops if row.operation == "timm" else row.flops
+        flops = eager.flops if row.operation == "host" else row.flops
         found.append(replace(row, ours=row.ours or eager, eager=eager, ideal=ideal, flops=flops))
     return found
 
@@ -207,7 +207,7 @@ def _host_row(path: str, module: nn.Module, inputs: tuple, output: Any, reason: 
     shape = " -> ".join(_size(t.shape) for t in (*inputs, output) if isinstance(t, Tensor))
     return Row(
         path,
-        "timm",
+        "host",
         shape,
         "host",
         type(module).__name__,
