@@ -21,7 +21,7 @@ from .blocks.fused import Fused
 from .blocks.fused import freeze as freeze_block
 from .blocks.units import Refused
 from .graphs import graphed
-from .hosts.registry import candidates, chains
+from .hosts.registry import candidates, chains, derived
 from .hosts.timm import FAMILIES
 
 __all__ = [
@@ -62,7 +62,8 @@ def rebuild(model: nn.Module, inplace: bool = True) -> Report:
     state-dict keys, optimisers, hooks and references to the block stay as they are.
 
     Args:
-        model: a timm model of any kind, or a network that contains such models or blocks.
+        model: a timm model of any kind, a RegNet of transformers or torchvision, or a network that contains such models
+            or blocks.
         inplace: change the model itself; else a deep copy of it.
 
     Returns a `Report` with the model, what was rebuilt, and what was not and why. Raises TypeError for anything but a
@@ -78,6 +79,9 @@ def rebuild(model: nn.Module, inplace: bool = True) -> Report:
             continue
         module.__class__ = cls
         report.rebuilt.append((path, cls.__name__))
+    for path, module, cls in derived(report.model):
+        reason = f"it is derived from {cls.__name__} and may compute something else"
+        report.kept.append((path, type(module).__name__, reason))
     for module, cls in chains(report.model):
         module.__class__ = cls
     return report

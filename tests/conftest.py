@@ -16,7 +16,7 @@ try:
 except ImportError:
     hypothesis = None
 
-pytest.register_assert_rewrite("checkpoint_files", "helpers", "problems")
+pytest.register_assert_rewrite("checkpoint_files", "helpers", "problems", "regnets")
 
 if hypothesis is not None:
     # The same examples every time, and no deadline: the first call of an operation may compile.

@@ -28,9 +28,13 @@ def hosts() -> list[ModuleType]:
     return [import_module(ours, __package__) for theirs, ours in _HOSTS.items() if theirs in sys.modules]
 
 
+def _blocks() -> dict[type[nn.Module], type[Fused]]:
+    return {host: ours for library in hosts() for host, ours in library.BLOCKS.items()}
+
+
 def candidates(network: nn.Module) -> list[tuple[str, nn.Module, type[Fused]]]:
     """Every module of a network that has a fused twin, outermost only: (path, module, fused class)."""
-    blocks = {host: ours for library in hosts() for host, ours in library.BLOCKS.items()}
+    blocks = _blocks()
     found: list[tuple[str, nn.Module, type[Fused]]] = []
     seen: set[int] = set()
 
@@ -47,6 +51,18 @@ def candidates(network: nn.Module) -> list[tuple[str, nn.Module, type[Fused]]]:
 
     walk("", network, False)
     return found
+
+
+def derived(network: nn.Module) -> list[tuple[str, nn.Module, type[nn.Module]]]:
+    """Every module of somebody's own class derived from a block's: (path, module, the block's class)."""
+    blocks = _blocks()
+    return [
+        (path, module, host)
+        for path, module in network.named_modules()
+        if not isinstance(module, Fused)
+        for host in type(module).__mro__[1:]
+        if host in blocks
+    ]
 
 
 def chains(network: nn.Module) -> list[tuple[nn.Module, type[Chain]]]:
