@@ -251,7 +251,7 @@ def test_to_a_folder_of_transformers_and_back(dtype, tmp_path):
     safetensors.torch.save_file(theirs.state_dict(), tmp_path / "timm.safetensors")
     regnet_fast.convert_checkpoint(tmp_path / "timm.safetensors", tmp_path / "folder")
     model, info = transformers.AutoModelForImageClassification.from_pretrained(
-        tmp_path / "folder", output_loading_info=True
+        tmp_path / "folder", dtype="auto", output_loading_info=True
     )
     assert type(model) is transformers.RegNetForImageClassification and model.dtype == dtype
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))

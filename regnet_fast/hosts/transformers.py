@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers.activations import LinearActivation, SiLUActivation
+from transformers.activations import ACT2CLS
 from transformers.models.regnet import modeling_regnet as regnet
 
 from ..blocks import forms
@@ -13,7 +13,7 @@ from ..blocks.units import ConvUnit, Refused, SqueezeExciteUnit
 from . import modules
 from .modules import check_quiet, conv_norm, squeeze_excite
 
-_ACTIVATIONS = {**modules.ACTIVATIONS, SiLUActivation: "silu", LinearActivation: "none"}
+_ACTIVATIONS = {**modules.ACTIVATIONS, ACT2CLS["silu"]: "silu", ACT2CLS["linear"]: "none"}
 
 
 def _activation(path: str, module: nn.Module) -> str:
