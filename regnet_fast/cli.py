@@ -42,7 +42,9 @@ SizeOption = Annotated[int | None, typer.Option(min=1, help="Height and width of
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 DtypesOption = Annotated[list[str], typer.Option(help="float32, bfloat16 or float16; may be given several times.")]
 BatchesOption = Annotated[list[int], typer.Option(min=1, help="Images; may be given several times.")]
-ModelArgument = Annotated[str, typer.Argument(help="A timm model name, such as regnety_016.")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="A timm model name, such as regnety_016; torchvision:NAME; or transformers:FOLDER.")
+]
 
 
 def _complain(text: str) -> None:
@@ -67,7 +69,7 @@ def _reported_errors() -> Iterator[None]:
     from .verify import UnknownModelError
     from .weights import CheckpointError
 
-    for library in ("huggingface_hub", "timm", "torch"):
+    for library in ("huggingface_hub", "timm", "torch", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -230,7 +232,7 @@ def explain(
     if as_json:
         return _print_json(found)
     if not found["layers"]:
-        return line(f"{model} is no RegNet, RepVGG or ResNetV2: it is passed through as timm makes it.")
+        return line(f"{model} is no RegNet, RepVGG or ResNetV2: it is passed through as it is.")
     _show_layers(found)
 
 
@@ -332,12 +334,12 @@ def _show_verification(found: Any) -> None:
         if not check.ok:
             line(f"FAIL {check.stage}: {check.failure}")
     if not found.rebuilt:
-        line(f"Nothing of {found.model} is rebuilt: it is passed through as timm makes it.")
+        line(f"Nothing of {found.model} is rebuilt: it is passed through as it is.")
 
 
 @app.command()
 def compare(
-    models: Annotated[list[str], typer.Argument(help="timm model names.")],
+    models: Annotated[list[str], typer.Argument(help="timm model names, torchvision:NAME or transformers:FOLDER.")],
     batch: BatchesOption = [1],  # noqa: B006
     dtype: DtypesOption = ["float32"],  # noqa: B006
     size: SizeOption = None,
@@ -386,7 +388,7 @@ def compare(
 
 @app.command()
 def tune(
-    models: Annotated[list[str], typer.Argument(help="timm model names.")],
+    models: Annotated[list[str], typer.Argument(help="timm model names, torchvision:NAME or transformers:FOLDER.")],
     batch: BatchesOption = [1],  # noqa: B006
     dtype: DtypesOption = ["float32"],  # noqa: B006
     size: SizeOption = None,

@@ -78,6 +78,15 @@ def one_thread():
 
 
 @pytest.fixture
+def two_threads():
+    """For large models: with one thread torch leaves oneDNN for a matrix product that is more exact than ours."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def no_silent_fallback():
     """A block that leaves the fused path unasked fails the test."""
     with warnings.catch_warnings():

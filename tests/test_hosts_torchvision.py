@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("no_silent_fallback", "one_thread")
 DTYPES = [torch.float32, torch.bfloat16]
 QUICK = ("regnet_x_400mf", "regnet_y_400mf")
 NAMES = [
-    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    name if name in QUICK else pytest.param(name, marks=[pytest.mark.slow, pytest.mark.usefixtures("two_threads")])
     for name in sorted(host.__all__)
     if name.startswith("regnet_") and name != "regnet_y_128gf"  # 2.6 GB of weights, three times over and in float64
 ]
