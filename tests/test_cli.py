@@ -71,7 +71,19 @@ def test_help_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
     result = run("--help")
     assert result.exit_code == 0
-    commands = ("info", "classify", "explain", "verify", "compare", "tune", "demo", "train", "validate", "run")
+    commands = (
+        "info",
+        "classify",
+        "explain",
+        "verify",
+        "compare",
+        "tune",
+        "convert",
+        "demo",
+        "train",
+        "validate",
+        "run",
+    )
     assert all(command in result.output for command in commands)
 
 

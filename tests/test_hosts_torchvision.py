@@ -1,6 +1,7 @@
 """RegNets of torchvision, rebuilt: numbers of every stage, training, and what is left to torchvision."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -12,16 +13,18 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
+from typer.testing import CliRunner
 
 import regnet_fast
 from regnet_fast.blocks.fused import FallbackWarning, Fused
+from regnet_fast.cli import app
 
 pytestmark = pytest.mark.usefixtures("no_silent_fallback", "one_thread")
 
 DTYPES = [torch.float32, torch.bfloat16]
 QUICK = ("regnet_x_400mf", "regnet_y_400mf")
 NAMES = [
-    name if name in QUICK else pytest.param(name, marks=[pytest.mark.slow, pytest.mark.usefixtures("two_threads")])
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
     for name in sorted(host.__all__)
     if name.startswith("regnet_") and name != "regnet_y_128gf"  # 2.6 GB of weights, three times over and in float64
 ]
@@ -45,7 +48,7 @@ def test_every_stage(kind, activation, dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_architecture(name):
+def test_every_architecture(name, two_threads):
     torch.manual_seed(0)
     model = with_statistics(getattr(host, name)(), 0)
     assert_same_function(model, torch.randn(2, 3, 64, 96), stages, name)
@@ -175,6 +178,22 @@ def test_explained():
     assert sum(row.eager.kernels for row in rows) > sum(row.ours.kernels for row in rows)
     kept = regnet_fast.explain(of_torchvision(activation=nn.Hardswish), (1, 3, 64, 64))
     assert {row.operation for row in kept} == {"host"} and "Hardswish" in kept[0].reason
+
+
+def test_by_name_on_the_command_line():
+    def run(*arguments):
+        return CliRunner().invoke(app, [*arguments, "--json"])
+
+    result = run("verify", "torchvision:regnet_y_400mf", "--size", "64")
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["verifications"]
+    assert found["rebuilt"] == 17 and [check["stage"] for check in found["checks"]] == ["logits"]
+    result = run("explain", "torchvision:regnet_y_400mf", "--size", "64")
+    assert json.loads(result.stdout)["totals"]["layers_by_backend"]["host"] == 2
+    result = run("compare", "torchvision:regnet_x_400mf", "--size", "32", "--rounds", "1", "--no-compile")
+    assert json.loads(result.stdout)["cases"][0]["correct"]
+    result = run("verify", "torchvision:regnet_y_40mf")
+    assert result.exit_code == 2 and "Close: regnet_y_400mf" in result.stderr
 
 
 def test_a_changed_layer_is_noticed():

@@ -2,6 +2,7 @@
 
 import copy
 import filecmp
+import json
 import pickle
 import subprocess
 import sys
@@ -22,11 +23,14 @@ from regnets import (
     of_transformers,
     transformers_config,
     transformers_model,
+    with_statistics,
 )
 from torch import nn
+from typer.testing import CliRunner
 
 import regnet_fast
 from regnet_fast.blocks.fused import Fused
+from regnet_fast.cli import app
 from regnet_fast.layouts import recognize
 
 transformers = pytest.importorskip("transformers")
@@ -314,6 +318,32 @@ def test_pipeline(folder):
     assert {answer["label"] for answer in found} == {f"cat {i}" for i in range(CLASSES)}
     for one, other in zip(found, expected, strict=True):
         assert one["score"] == pytest.approx(other["score"], rel=1e-3)
+
+
+def test_a_timm_model_inside():
+    config = transformers.TimmBackboneConfig(backbone="regnetx_002", use_pretrained_backbone=False, out_indices=(1, 2))
+    theirs = with_statistics(transformers.TimmBackbone(config), 0)
+    ours = regnet_fast.rebuild(copy.deepcopy(theirs)).model
+    x = torch.randn(1, 3, 64, 64)
+    assert reasons(ours, x) == {None}
+    for a, b in zip(ours(x).feature_maps, theirs(x).feature_maps, strict=True):
+        close(a, b)
+
+
+def test_by_name_on_the_command_line(folder):
+    def run(*arguments):
+        return CliRunner().invoke(app, [*arguments, "--json"])
+
+    name = f"transformers:{folder}"
+    result = run("verify", name, "--size", "64")
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["verifications"]
+    stages = [f"hidden state {i}" for i in range(5)]
+    assert found["rebuilt"] == BLOCKS and [check["stage"] for check in found["checks"]] == [*stages, "logits"]
+    result = run("explain", name, "--size", "64")
+    assert json.loads(result.stdout)["totals"]["layers_by_backend"]["host"] == 2
+    result = run("compare", name, "--size", "32", "--rounds", "1", "--no-compile")
+    assert json.loads(result.stdout)["cases"][0]["correct"]
 
 
 CLASSIFY = """
