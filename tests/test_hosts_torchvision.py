@@ -22,12 +22,9 @@ from regnet_fast.cli import app
 pytestmark = pytest.mark.usefixtures("no_silent_fallback", "one_thread")
 
 DTYPES = [torch.float32, torch.bfloat16]
+NAMES = [name for name in sorted(host.__all__) if name.startswith("regnet_")]
 QUICK = ("regnet_x_400mf", "regnet_y_400mf")
-NAMES = [
-    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-    for name in sorted(host.__all__)
-    if name.startswith("regnet_") and name != "regnet_y_128gf"  # 2.6 GB of weights, three times over and in float64
-]
+TOO_LARGE = ("regnet_y_128gf",)  # 2.6 GB of weights, three times over and in float64
 
 
 def stages(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -47,11 +44,21 @@ def test_every_stage(kind, activation, dtype):
     assert_same_function(model, torch.randn(3, 3, 65, 71).to(dtype), stages, f"{kind} {activation.__name__}")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_architecture(name, two_threads):
+def assert_same_architecture(name: str) -> None:
     torch.manual_seed(0)
     model = with_statistics(getattr(host, name)(), 0)
     assert_same_function(model, torch.randn(2, 3, 64, 96), stages, name)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_smallest_architectures(name):
+    assert_same_architecture(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in QUICK + TOO_LARGE])
+def test_every_architecture(name, two_threads):
+    assert_same_architecture(name)
 
 
 @pytest.mark.parametrize("kind", ["x", "y"])
@@ -147,13 +154,12 @@ def test_rebuilt_twice_frozen_copied_pickled_and_restored():
     assert torch.equal(ours(x), expected)
 
 
-@pytest.mark.parametrize("compiled", [torch.compile, lambda model, **kwargs: model.compile(**kwargs) or model])
-def test_compiled_before_it_is_rebuilt(compiled, fresh_compiler):
+def test_compiled_before_it_is_rebuilt(fresh_compiler):
     theirs = of_torchvision()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = theirs(x)
-        model = compiled(copy.deepcopy(theirs), backend="eager")
+        model = torch.compile(copy.deepcopy(theirs), backend="eager")
         close(model(x), expected)
         assert len(regnet_fast.rebuild(model).rebuilt) == BLOCKS
         close(model(x), expected)
