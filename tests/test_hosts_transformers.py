@@ -134,6 +134,20 @@ def test_training_step(config):
     assert_trains_alike(model, lambda model, x, target: model(x, labels=target).loss)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast(training):
+    theirs = of_transformers().train(training)
+    ours = regnet_fast.rebuild(copy.deepcopy(theirs)).model
+    x = torch.randn(4, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reasons(copy.deepcopy(ours), x) == {None}
+        found, expected = (model(x, labels=torch.arange(4), output_hidden_states=True) for model in (ours, theirs))
+    for a, b in zip((*found.hidden_states, found.logits), (*expected.hidden_states, expected.logits), strict=True):
+        assert a.dtype == b.dtype == torch.bfloat16
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * float(b.detach().abs().max()))
+    found.loss.backward()
+
+
 def test_losses_fall_alike():
     theirs = of_transformers()
     ours = regnet_fast.rebuild(copy.deepcopy(theirs)).model
@@ -407,6 +421,7 @@ def test_it_is_imported_by_nobody_else():
         import regnet_fast
         model = regnet_fast.create_model("regnetx_002")
         assert regnet_fast.rebuild(regnet_fast.restore(model)).rebuilt
+        exec("from regnet_fast import *")
         assert "transformers" not in sys.modules
         sys.modules["transformers"] = None  # as where it is not installed
         try:

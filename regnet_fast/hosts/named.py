@@ -30,8 +30,9 @@ def build(name: str) -> nn.Module:
     if f"{library}:" == _TORCHVISION:
         import torchvision
 
-        if rest not in torchvision.models.list_models():
-            close = difflib.get_close_matches(rest, torchvision.models.list_models(), n=4)
+        names = torchvision.models.list_models(torchvision.models)  # which classify images
+        if rest not in names:
+            close = difflib.get_close_matches(rest, names, n=4)
             hint = f"Close: {', '.join(close)}" if close else "See torchvision.models.list_models()"
             raise ValueError(f"Unknown model ({rest}) of torchvision. {hint}")
         return torchvision.models.get_model(rest, weights=None)
