@@ -1,8 +1,8 @@
 """RegNet weights under the keys of timm, transformers or torchvision: the same tensors, renamed.
 
 RegNetX and RegNetY are the same network in the three libraries: the same order of operations, padding, eps and place of
-the stride. A `Plan` says which parts a network has; with a library's `Layout` it gives all keys, always in one order,
-so that the keys of two libraries belong together pair by pair.
+the stride. `Parts` says which parts a network has; with a library's `Layout` it gives all keys, always in one order, so
+that the keys of two libraries belong together pair by pair.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ LAYOUTS = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class Parts:
     """Which parts a RegNet has: for every block of every stage whether it has a shortcut with weights, and the rest."""
 
     shortcuts: tuple[tuple[bool, ...], ...]
@@ -108,27 +108,27 @@ class Plan:
 
 @dataclass(frozen=True)
 class Weights:
-    """A RegNet's tensors under timm's keys, the layout that they came in, the plan, and transformers' configuration of
-    the network as far as weights tell.
+    """A RegNet's tensors under timm's keys, the layout that they came in, the network's parts, and transformers'
+    configuration of it as far as weights tell.
     """
 
     state: StateDict
     layout: str
-    plan: Plan
+    parts: Parts
     config: dict[str, Any]
 
     def under(self, to: str) -> StateDict:
         """The same tensors under the keys of a layout. Raises CheckpointError where that library has no such model."""
         if to == "torchvision":
-            if not self.plan.classifier:
+            if not self.parts.classifier:
                 raise CheckpointError("these weights have no classifier, and torchvision has no RegNet without one")
             if self.config["num_channels"] != 3:
                 raise CheckpointError(
                     f"these weights take {self.config['num_channels']} input channels, and torchvision's RegNets take 3"
                 )
         layout = LAYOUTS[to]
-        keys = self.plan.keys(layout, layout.trunk if self.plan.classifier else "")
-        names = dict(zip(self.plan.keys(LAYOUTS["timm"], ""), keys, strict=True))
+        keys = self.parts.keys(layout, layout.trunk if self.parts.classifier else "")
+        names = dict(zip(self.parts.keys(LAYOUTS["timm"], ""), keys, strict=True))
         return {names[key]: value for key, value in self.state.items()}
 
 
@@ -161,19 +161,25 @@ def recognize(state: Mapping[str, Tensor]) -> Weights:
     naming what is missing, unknown or of another shape.
     """
     name, trunk = _layout(state)
-    plan = _plan(state, LAYOUTS[name], trunk)
-    theirs = list(plan.keys(LAYOUTS[name], trunk))
+    parts = _parts(state, LAYOUTS[name], trunk)
+    theirs = list(parts.keys(LAYOUTS[name], trunk))
     missing = [key for key in theirs if key not in state and not key.endswith("num_batches_tracked")]
     unknown = sorted(state.keys() - set(theirs))
     if missing or unknown:
-        parts = [f"{word}: {abridged(keys)}" for word, keys in (("missing", missing), ("unknown", unknown)) if keys]
-        raise CheckpointError(f"these are not the keys of a RegNetX or RegNetY of {name}; {'; '.join(parts)}")
-    pairs = zip(theirs, plan.keys(LAYOUTS["timm"], ""), strict=True)
+        found = [f"{word}: {abridged(keys)}" for word, keys in (("missing", missing), ("unknown", unknown)) if keys]
+        raise CheckpointError(f"these are not the keys of a RegNetX or RegNetY of {name}; {'; '.join(found)}")
+    for stage, blocks in enumerate(parts.shortcuts, 1):
+        if blocks != (True, *[False] * (len(blocks) - 1)):
+            raise CheckpointError(
+                f"in stage {stage} the blocks with a shortcut of their own are not the first one alone, where these "
+                "networks halve the image"
+            )
+    pairs = zip(theirs, parts.keys(LAYOUTS["timm"], ""), strict=True)
     renamed = {ours: state[key] for key, ours in pairs if key in state}
-    config = _config(renamed, plan)
+    config = _config(renamed, parts)
     wrong = [
         f"{key} is {tuple(renamed[key].shape)} and not {shape}"
-        for key, shape in _shapes(plan, config).items()
+        for key, shape in _shapes(parts, config).items()
         if key in renamed and tuple(renamed[key].shape) != shape
     ]
     if wrong:
@@ -181,7 +187,7 @@ def recognize(state: Mapping[str, Tensor]) -> Weights:
             "these weights are no RegNetX or RegNetY, where a block keeps its width, groups are equally wide and "
             f"squeeze-excite has a quarter of the block's input (timm's keys): {abridged(wrong, '; ')}"
         )
-    return Weights(renamed, name, plan, config)
+    return Weights(renamed, name, parts, config)
 
 
 def _layout(state: Mapping[str, Tensor]) -> tuple[str, str]:
@@ -196,7 +202,7 @@ def _layout(state: Mapping[str, Tensor]) -> tuple[str, str]:
     )
 
 
-def _plan(state: Mapping[str, Tensor], layout: Layout, trunk: str) -> Plan:
+def _parts(state: Mapping[str, Tensor], layout: Layout, trunk: str) -> Parts:
     def has(stage: int, place: int, part: str) -> bool:
         return f"{trunk}{layout.at(stage, place)}.{part}.weight" in state
 
@@ -207,10 +213,10 @@ def _plan(state: Mapping[str, Tensor], layout: Layout, trunk: str) -> Plan:
             blocks.append(has(stage, len(blocks), f"{layout.shortcut}.{layout.conv}"))
         shortcuts.append(tuple(blocks))
     classifier = f"{layout.classifier}.weight" in state
-    return Plan(tuple(shortcuts), has(0, 0, layout.squeeze_excite[0]), classifier)
+    return Parts(tuple(shortcuts), has(0, 0, layout.squeeze_excite[0]), classifier)
 
 
-def _config(state: StateDict, plan: Plan) -> dict[str, Any]:
+def _config(state: StateDict, parts: Parts) -> dict[str, Any]:
     """What transformers' RegNetConfig says of these weights. A stage narrower than `groups_width` is one group."""
 
     def size(key: str, axis: int) -> int:
@@ -219,18 +225,18 @@ def _config(state: StateDict, plan: Plan) -> dict[str, Any]:
             raise CheckpointError(f"{key} (timm's key) is of shape {tuple(shape)} and no weight of a convolution")
         return shape[axis]
 
-    firsts = [f"s{stage + 1}.b1" for stage in range(len(plan.shortcuts))]
+    firsts = [f"s{stage + 1}.b1" for stage in range(len(parts.shortcuts))]
     return {
         "num_channels": size("stem.conv.weight", 1),
         "embedding_size": size("stem.conv.weight", 0),
         "hidden_sizes": [size(f"{first}.conv3.conv.weight", 0) for first in firsts],
-        "depths": [len(blocks) for blocks in plan.shortcuts],
+        "depths": [len(blocks) for blocks in parts.shortcuts],
         "groups_width": max(size(f"{first}.conv2.conv.weight", 1) for first in firsts),
-        "layer_type": "y" if plan.squeeze_excite else "x",
+        "layer_type": "y" if parts.squeeze_excite else "x",
     }
 
 
-def _shapes(plan: Plan, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _shapes(parts: Parts, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor under timm's keys."""
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -240,14 +246,14 @@ def _shapes(plan: Plan, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]
 
     width = config["embedding_size"]
     unit("stem", width, config["num_channels"], 3, 3)
-    for stage, (blocks, wider) in enumerate(zip(plan.shortcuts, config["hidden_sizes"], strict=True), 1):
+    for stage, (blocks, wider) in enumerate(zip(parts.shortcuts, config["hidden_sizes"], strict=True), 1):
         groups = max(1, wider // max(1, config["groups_width"]))
         for place, shortcut in enumerate(blocks, 1):
             block = f"s{stage}.b{place}"
             unit(f"{block}.conv1", wider, width, 1, 1)
             unit(f"{block}.conv2", wider, wider // groups, 3, 3)
             unit(f"{block}.conv3", wider, wider, 1, 1)
-            if plan.squeeze_excite:
+            if parts.squeeze_excite:
                 hidden = round(width / 4)
                 shapes[f"{block}.se.fc1.weight"], shapes[f"{block}.se.fc1.bias"] = (hidden, wider, 1, 1), (hidden,)
                 shapes[f"{block}.se.fc2.weight"], shapes[f"{block}.se.fc2.bias"] = (wider, hidden, 1, 1), (wider,)

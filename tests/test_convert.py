@@ -163,8 +163,8 @@ def test_frozen_norms_have_no_count_of_batches():
     state = of_torchvision(norm_layer=FrozenBatchNorm2d).state_dict()
     model = of_timm(seed=1)
     model.load_state_dict(regnet_fast.convert(state, "timm"), strict=False)
-    without = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
-    assert same(regnet_fast.convert(without, "torchvision"), state)
+    counted = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    assert same(regnet_fast.convert(counted, "torchvision"), state)
 
 
 def on_meta(name: str) -> dict:
@@ -177,6 +177,10 @@ def changed(**tensors: torch.Tensor | None) -> dict:
     return {key: value for key, value in state.items() if value is not None}
 
 
+def without(part: str) -> dict:
+    return {key: value for key, value in of_timm().state_dict().items() if not key.startswith(part)}
+
+
 SPOILT = {
     "nothing": (dict, "their keys are none"),
     "a linear layer": (lambda: nn.Linear(2, 2).state_dict(), "their keys are weight, bias"),
@@ -186,6 +190,7 @@ SPOILT = {
     "a key is missing": (lambda: changed(s3__b2__conv2__bn__bias=None), r"missing: s3\.b2\.conv2\.bn\.bias"),
     "a key too many": (lambda: changed(s3__b2__conv9__weight=torch.ones(1)), r"unknown: s3\.b2\.conv9\.weight"),
     "half of squeeze-excite": (lambda: changed(s1__b1__se__fc2__weight=None), r"missing: s1\.b1\.se\.fc2\.weight"),
+    "a first block without a shortcut": (lambda: without("s2.b1.downsample"), "in stage 2 the blocks with a shortcut"),
     "another squeeze-excite": (lambda: changed(s1__b1__se__fc1__bias=torch.ones(9)), r"bias is \(9,\) and not \(8,\)"),
     "widened inside": (lambda: changed(s2__b1__conv1__conv__weight=torch.ones(48, 16, 1, 1)), "keeps its width"),
     "a vector for a kernel": (lambda: changed(stem__conv__weight=torch.ones(3)), "no weight of a convolution"),
