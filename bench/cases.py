@@ -117,7 +117,7 @@ def blocks(model: str) -> list[str]:
     import timm
     import torch
 
-    from regnet_fast.hosts.timm import candidates
+    from regnet_fast.hosts.registry import candidates
 
     network = timm.create_model(model, device="meta").eval()
     found: dict[tuple, str] = {}

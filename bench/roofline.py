@@ -21,7 +21,7 @@ from typing import Any
 import timm
 import torch
 
-from regnet_fast.hosts.timm import candidates
+from regnet_fast.hosts.registry import candidates
 from regnet_fast.recording import Kernel, record
 from regnet_fast.roofline import EXECUTIONS, Ceilings, count, kernels
 from regnet_fast.timing import Timed

@@ -28,8 +28,11 @@ _HOME = {
     "BackendError": "backends",
     "FallbackWarning": "blocks.fused",
     "CheckpointError": "weights",
+    "convert": "layouts",
+    "convert_checkpoint": "conversion",
 }
 _MODULES = ("backends", "blocks", "export", "functional", "hosts", "models", "ops", "weights")
+_OPTIONAL = ("transformers",)  # what needs an extra, and is left out where everything is imported
 
 __all__ = [*_HOME, *_MODULES, "__version__"]
 
@@ -37,7 +40,7 @@ __all__ = [*_HOME, *_MODULES, "__version__"]
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    if name in _MODULES:
+    if name in (*_MODULES, *_OPTIONAL):
         return importlib.import_module(f".{name}", __name__)
     if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,5 @@
-"""The command line: `regnet-fast info | classify | explain | compare | tune | demo`, and those of `cli_verify`,
-`cli_export` and `cli_train`.
+"""The command line: `regnet-fast info | classify | explain | compare | tune | convert | demo`, and those of
+`cli_verify`, `cli_export` and `cli_train`.
 
 Exit status: 0 done; 1 the check that was asked for failed; 2 the request is wrong (an unknown model, an option);
 3 an image, a checkpoint, pretrained weights or a table cannot be read. With `--json` standard output holds JSON alone;
@@ -42,7 +42,9 @@ SizeOption = Annotated[int | None, typer.Option(min=1, help="Height and width of
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 DtypesOption = Annotated[list[str], typer.Option(help="float32, bfloat16 or float16; may be given several times.")]
 BatchesOption = Annotated[list[int], typer.Option(min=1, help="Images; may be given several times.")]
-ModelArgument = Annotated[str, typer.Argument(help="A timm model name, such as regnety_016.")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="A timm model name, such as regnety_016; torchvision:NAME; or transformers:FOLDER.")
+]
 
 
 def _complain(text: str) -> None:
@@ -67,7 +69,7 @@ def _reported_errors() -> Iterator[None]:
     from .verify import UnknownModelError
     from .weights import CheckpointError
 
-    for library in ("huggingface_hub", "timm", "torch"):
+    for library in ("huggingface_hub", "timm", "torch", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -230,7 +232,7 @@ def explain(
     if as_json:
         return _print_json(found)
     if not found["layers"]:
-        return line(f"{model} is no RegNet, RepVGG or ResNetV2: it is passed through as timm makes it.")
+        return line(f"{model} is no RegNet, RepVGG or ResNetV2: it is passed through as it is.")
     _show_layers(found)
 
 
@@ -291,7 +293,7 @@ def _execution(title: str, found: dict[str, Any]) -> str:
 
 @app.command()
 def compare(
-    models: Annotated[list[str], typer.Argument(help="timm model names.")],
+    models: Annotated[list[str], typer.Argument(help="timm model names, torchvision:NAME or transformers:FOLDER.")],
     batch: BatchesOption = [1],  # noqa: B006
     dtype: DtypesOption = ["float32"],  # noqa: B006
     size: SizeOption = None,
@@ -340,7 +342,7 @@ def compare(
 
 @app.command()
 def tune(
-    models: Annotated[list[str], typer.Argument(help="timm model names.")],
+    models: Annotated[list[str], typer.Argument(help="timm model names, torchvision:NAME or transformers:FOLDER.")],
     batch: BatchesOption = [1],  # noqa: B006
     dtype: DtypesOption = ["float32"],  # noqa: B006
     size: SizeOption = None,
@@ -401,6 +403,28 @@ def _show_tuning(found: list[Any]) -> None:
         skipped = ", ".join(f"{count} {reason}" for reason, count in result.skipped.items())
         rows.add_row(result.kernel, shape, *map(str, times), f"{result.gain:.2f}x", str(result.tried), skipped)
     show(rows)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A file of timm or torchvision, or a folder of transformers.")],
+    destination: Annotated[Path, typer.Argument(help="A new file, or for transformers a new folder.")],
+    to: Annotated[str | None, typer.Option(help="timm, torchvision or transformers. [default: by DESTINATION]")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The weights of a RegNetX or RegNetY in the layout of another library, unchanged to the last bit."""
+    with _reported_errors():
+        from .conversion import convert_checkpoint
+
+        try:
+            found = convert_checkpoint(source, destination, to)
+        except ValueError as error:
+            raise _UsageError(str(error)) from None
+    if as_json:
+        return _print_json(vars(found))
+    depths = ", ".join(map(str, found.config["depths"]))
+    kind = f"RegNet{found.config['layer_type'].upper()} with {depths} blocks"
+    line(f"{found.source} ({found.layout}) -> {found.destination} ({found.to}): {kind}, {found.tensors} tensors")
 
 
 @app.command()

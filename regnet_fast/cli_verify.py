@@ -78,7 +78,7 @@ def _show_verification(found: Any) -> None:
         if not check.ok:
             line(f"FAIL {check.stage}: {check.failure}")
     if not found.rebuilt:
-        return line(f"Nothing of {found.model} is rebuilt: it is passed through as timm makes it.")
+        return line(f"Nothing of {found.model} is rebuilt: it is passed through as it is.")
     if found.first_fault is not None:
         line(f"first layer beyond the rule: {found.first_fault.stage}: {found.first_fault.failure}")
     worst = found.worst

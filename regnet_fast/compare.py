@@ -19,6 +19,7 @@ import timm.utils
 import torch
 from torch import Tensor, nn
 
+from .hosts import named
 from .timing import Announce, Timed, describe, frozen_compilation, interleave, ratio, silent, synchronize, tuned_cudnn
 from .verify import ERROR_RATIO, host_model, input_size, judge, randomize_norms, rebuilt
 
@@ -105,7 +106,8 @@ def find_model_fault(ours: Variant, eager: Variant, ours_logits: Tensor) -> str:
         if hasattr(reference, forward):
             k = ours_logits if what == "logits" else getattr(ours.model, forward)(x)
             r = getattr(reference, forward)(x[edges(x.shape[0])].double())
-            fault = find_fault(what, k, getattr(eager.model, forward)(eager.x), r)
+            results = (k, getattr(eager.model, forward)(eager.x), r)
+            fault = find_fault(what, *map(named.logits, results))
             if fault:
                 return fault
     return ""
@@ -167,7 +169,7 @@ def compare(
     """Time one model on random weights and a random input; RepVGG reparameterised everywhere.
 
     Args:
-        name: a timm model name.
+        name: a timm model name, or one of `hosts.named`.
         batch: images.
         dtype: compute dtype of every variant.
         device: where to run.

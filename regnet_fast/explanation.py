@@ -16,7 +16,7 @@ from .blocks.fused import Fused, Plan, listening
 from .blocks.units import LinearUnit, PackedConvThenNorm, Unit
 from .counting import KernelCounter
 from .functional import PackedConv
-from .hosts import timm as host
+from .hosts.registry import candidates
 from .kernels import tables
 from .models import why_not
 from .recording import Kernel
@@ -33,7 +33,7 @@ class Row:
     were; the counts are of all of them.
 
     `flops` counts two per multiply-accumulate; `bytes` reads inputs and weights and writes outputs once. Where
-    `operation` is "timm", the host's own module runs and `reason` says why. `launched` are the kernels that ran for the
+    `operation` is "host", the host's own module runs and `reason` says why. `launched` are the kernels that ran for the
     layer, as `regnet_fast.counting` counts them; a norm that runs inside a unit stands with its convolution. It is None
     for the host's own modules.
 
@@ -145,7 +145,7 @@ def _compared(
     found = []
     for row, *share in zip(rows, *shares, strict=True):
         eager, ideal = (count(some, ceilings) for some in share)
-        flops = eager.flops if row.operation == "timm" else row.flops
+        flops = eager.flops if row.operation == "host" else row.flops
         found.append(replace(row, ours=row.ours or eager, eager=eager, ideal=ideal, flops=flops))
     return found
 
@@ -160,8 +160,8 @@ def _shares(rows: list[Row], found: list[Kernel]) -> list[list[Kernel]]:
     for kernel in found:
         path = kernel.path.split(".")
         alike = [_common(path, other) for other in paths]
-        candidates = [i for i, length in enumerate(alike) if length == max(alike)]
-        last = last if last in candidates else candidates[0]
+        likely = [i for i, length in enumerate(alike) if length == max(alike)]
+        last = last if last in likely else likely[0]
         shares[last].append(kernel)
     return shares
 
@@ -173,7 +173,7 @@ def _common(path: list[str], other: list[str]) -> int:
 
 def _host_modules(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """The modules that run as the host's own, outermost blocks or single layers, each with the reason."""
-    kept = {id(module): why_not(module, cls) for _, module, cls in host.candidates(model)}
+    kept = {id(module): why_not(module, cls) for _, module, cls in candidates(model)}
     found = []
 
     def walk(path: str, module: nn.Module) -> None:
@@ -207,7 +207,7 @@ def _host_row(path: str, module: nn.Module, inputs: tuple, output: Any, reason: 
     shape = " -> ".join(_size(t.shape) for t in (*inputs, output) if isinstance(t, Tensor))
     return Row(
         path,
-        "timm",
+        "host",
         shape,
         "host",
         type(module).__name__,

@@ -66,7 +66,9 @@ def _library_versions() -> dict[str, str | None]:
 
 def versions() -> dict[str, str | None]:
     """Versions by name; None for what is not installed."""
-    packages = {name: package_version(name) for name in ("timm", "triton", "numpy", "cupy")}
+    packages = {
+        name: package_version(name) for name in ("timm", "transformers", "torchvision", "triton", "numpy", "cupy")
+    }
     own = {"regnet_fast": own_version(), "python": platform.python_version(), "torch": torch.__version__}
     return {**own, **packages, **_library_versions()}
 

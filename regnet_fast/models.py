@@ -21,7 +21,8 @@ from .blocks.fused import Fused
 from .blocks.fused import freeze as freeze_block
 from .blocks.units import Refused
 from .graphs import graphed
-from .hosts import timm as host
+from .hosts.registry import candidates, chains, derived
+from .hosts.timm import FAMILIES
 
 __all__ = [
     "Report",
@@ -61,7 +62,8 @@ def rebuild(model: nn.Module, inplace: bool = True) -> Report:
     state-dict keys, optimisers, hooks and references to the block stay as they are.
 
     Args:
-        model: a timm model of any kind, or a network that contains such models or blocks.
+        model: a timm model of any kind, a RegNet of transformers or torchvision, or a network that contains such models
+            or blocks.
         inplace: change the model itself; else a deep copy of it.
 
     Returns a `Report` with the model, what was rebuilt, and what was not and why. Raises TypeError for anything but a
@@ -70,14 +72,17 @@ def rebuild(model: nn.Module, inplace: bool = True) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"rebuild takes a torch.nn.Module, got {type(model).__name__}")
     report = Report(model if inplace else copy.deepcopy(model))
-    for path, module, cls in host.candidates(report.model):
+    for path, module, cls in candidates(report.model):
         reason = why_not(module, cls)
         if reason is not None:
             report.kept.append((path, type(module).__name__, reason))
             continue
         module.__class__ = cls
         report.rebuilt.append((path, cls.__name__))
-    for module, cls in host.chains(report.model):
+    for path, module, cls in derived(report.model):
+        reason = f"it is derived from {cls.__name__} and may compute something else"
+        report.kept.append((path, type(module).__name__, reason))
+    for module, cls in chains(report.model):
         module.__class__ = cls
     return report
 
@@ -135,7 +140,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 def in_family(model_name: str) -> bool:
     """Whether an architecture is one whose models `create_model` rebuilds."""
-    return model_name.startswith(host.FAMILIES)
+    return model_name.startswith(FAMILIES)
 
 
 def create_model(

@@ -103,7 +103,7 @@ def html(found: Sequence[Verification]) -> str:
 def _section(found: Verification) -> str:
     lines = [f"<h2>{escape(_title(found))}, seed {found.seed}</h2>", _table("stage", found.checks)]
     if found.worst is None:
-        return "\n".join([*lines, "<p>Nothing is rebuilt: the model is passed through as timm makes it.</p>"])
+        return "\n".join([*lines, "<p>Nothing is rebuilt: the model is passed through as it is.</p>"])
     worst = found.worst
     kept = [f"kept as timm makes it: {path} ({kind}): {reason}" for path, kind, reason in found.kept]
     told = [f"Worst layer: {worst.stage}, {worst.ratio:.2f} times timm's error; {worst.place}", *kept]

@@ -24,6 +24,7 @@ import timm.utils
 import torch
 from torch import Tensor, nn
 
+from .hosts import named
 from .models import Report, in_family, rebuild
 from .timing import Announce, silent
 
@@ -115,10 +116,15 @@ class Verification:
 
 
 def host_model(name: str, **kwargs: Any) -> nn.Module:
-    """timm's own model, in evaluation mode and with random weights.
+    """The host's own model, in evaluation mode: timm's with random weights, or another's (`hosts.named`).
 
-    Raises UnknownModelError, with timm's message and the closest names, where timm has no such model or tag.
+    Raises UnknownModelError, with the host's message and the closest names, where it has no such model or tag.
     """
+    if named.is_named(name):
+        try:
+            return named.build(name).eval()
+        except ValueError as error:
+            raise UnknownModelError(str(error)) from error
     with unknown_model_errors(name):
         return timm.create_model(name, pretrained=False, **kwargs).eval()
 
@@ -144,9 +150,11 @@ def unknown_model_errors(name: str) -> Iterator[None]:
 
 
 def rebuilt(model: nn.Module) -> Report:
-    """What `create_model` makes of a model of timm's: its blocks rebuilt in place, or nothing outside our families."""
-    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or ""
-    return rebuild(model) if in_family(architecture) else Report(model)
+    """What `create_model` makes of a model of timm's: its blocks rebuilt in place, or nothing outside our families.
+    A model of another host is rebuilt.
+    """
+    config = getattr(model, "pretrained_cfg", None)
+    return rebuild(model) if config is None or in_family(config.get("architecture") or "") else Report(model)
 
 
 def _with_close_names(error: Exception, name: str) -> str:
@@ -160,7 +168,8 @@ def _with_close_names(error: Exception, name: str) -> str:
 
 def input_size(model: nn.Module, size: int | None = None) -> tuple[int, int, int]:
     """(C, H, W) of the model's input: the size it was trained for, or a square one of `size`."""
-    channels, height, width = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (3, 224, 224)
+    default = (getattr(getattr(model, "config", None), "num_channels", 3), 224, 224)
+    channels, height, width = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or default
     return (channels, size or height, size or width)
 
 
@@ -330,7 +339,7 @@ def outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
         if len(names) != len(features) or len(set(names)) != len(names):
             names = [f"feature {i}" for i in range(len(features))]
         stages.update(zip(names, features, strict=True))
-    stages["logits"] = model(x)
+    stages.update(named.results(model, x))
     return {name: value for name, value in stages.items() if isinstance(value, Tensor)}
 
 
@@ -363,7 +372,7 @@ def verify(
     """Run a model three ways on the same random weights and input, and judge every stage, the logits and every layer.
 
     Args:
-        name: a timm model name.
+        name: a timm model name, or one of `hosts.named`.
         batch: images.
         size: height and width; by default those the model was trained for.
         dtype: compute dtype of timm eager and of ours.

@@ -42,7 +42,10 @@ _LAYOUTS = (
     ("stages.0.0.conv1_1x1.conv.weight", "a timm ByobNet such as regnetz_b16"),
     ("stages.0.blocks.0.conv1.weight", "a timm ResNetV2"),
     ("s1.b1.f.a.weight", "an original pycls RegNet, which timm converts offline: use its pycls_in1k tags"),
-    ("regnet.embedder.embedder.convolution.weight", "a Hugging Face transformers RegNet"),
+    (
+        "regnet.embedder.embedder.convolution.weight",
+        "a transformers RegNet, which `regnet-fast convert` renames",
+    ),
     ("layer1.0.conv1.weight", "a ResNet"),
     ("blocks.0.attn.qkv.weight", "a vision transformer"),
 )

@@ -17,7 +17,7 @@ try:
 except ImportError:
     hypothesis = None
 
-pytest.register_assert_rewrite("checkpoint_files", "helpers", "problems")
+pytest.register_assert_rewrite("checkpoint_files", "helpers", "problems", "regnets")
 
 if hypothesis is not None:
     # The same examples every time, and no deadline: the first call of an operation may compile.
@@ -74,6 +74,15 @@ def one_thread():
     """Shapes this small only wait for a second thread, for seconds where the cores are busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def two_threads():
+    """For large models: with one thread torch leaves oneDNN for a matrix product that is more exact than ours."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
 

@@ -148,3 +148,39 @@ def _describe(at: tuple[int, ...], ours: Tensor, eager: Tensor, reference: Tenso
 
 def _rows(window: Tensor) -> str:
     return "\n".join("    " + " ".join(f"{value:12.6g}" for value in row) for row in torch.atleast_2d(window))
+
+
+def assert_same_step(ours: nn.Module, theirs: nn.Module, exact: nn.Module, losses: list[Tensor]) -> None:
+    """Assert that a training step of ours was the same function as the host's, judged by the same step in float64.
+
+    `losses` are those of the three. All gradients are judged together, each in units of its RMS, and the RMS of each
+    alone; so are the running statistics. Some gradients are zero but for rounding, those of a bias before a norm: they
+    are judged in units of the others.
+    """
+    eps = torch.finfo(torch.float32).eps
+    error, granted = ((loss.double() - losses[2]).abs().item() for loss in losses[:2])
+    assert error <= 2 * granted + 2 * eps * losses[2].item()
+
+    for what in ("gradients", "running statistics"):
+        kept = []
+        for model in (ours, theirs, exact):
+            if what == "gradients":
+                kept.append({n: p.grad for n, p in model.named_parameters()})
+            else:
+                kept.append({n: b for n, b in model.named_buffers() if b.is_floating_point()})
+        assert kept[0].keys() == kept[1].keys() == kept[2].keys()
+        typical = torch.stack([r.square().mean().sqrt() for r in kept[2].values()]).median().item()
+        units = [{n: relative(k[n], r, 1e-6 * typical).flatten() for n, r in kept[2].items()} for k in kept[:2]]
+        for n, a in units[0].items():
+            b = units[1][n]
+            rms = [e.square().mean().sqrt().item() for e in (a, b)]
+            assert rms[0] <= 2 * rms[1] * (1 + 2 / a.numel() ** 0.5) + eps, f"{what}, {n}: {rms}"
+        ours_error, error = (torch.cat(list(u.values())) for u in units)
+        assert_close_to_reference(ours_error.float(), error.float(), torch.zeros_like(error), what)
+    for (path, a), b in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        assert a.is_floating_point() or torch.equal(a, b), path
+
+
+def relative(found: Tensor, reference: Tensor, least: float) -> Tensor:
+    """A tensor's error in units of its reference, or of `least` where that is larger."""
+    return (found.double() - reference) / reference.square().mean().sqrt().clamp(min=least)

@@ -143,12 +143,12 @@ def test_explain_reports_every_layer_and_restores_the_mode():
     model = regnet_fast.create_model("resnetv2_50d_gn")
     rows = regnet_fast.explain(model, (1, 3, 64, 64))
     assert model.training
-    assert {"dense_conv", "pointwise_conv", "timm"} <= {row.operation for row in rows}
+    assert {"dense_conv", "pointwise_conv", "host"} <= {row.operation for row in rows}
     assert {row.backend for row in rows} == {"aten", "host", "torch"}
-    assert any("GroupNormAct" in row.reason for row in rows if row.operation == "timm")
+    assert any("GroupNormAct" in row.reason for row in rows if row.operation == "host")
     assert sum(row.flops for row in rows) > 1e8 and all(row.bytes > 0 for row in rows)
     others = regnet_fast.explain(timm.create_model("resnet18"), (1, 3, 64, 64))
-    assert {row.operation for row in others} == {"timm"}
+    assert {row.operation for row in others} == {"host"}
 
 
 def test_importing_touches_nothing():

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from helpers import close, pair, reasons
+from timm.layers import ConvNormAct
 from torch import nn
 
 import regnet_fast
@@ -396,6 +397,23 @@ def test_a_differentiated_block_runs_the_host_afterwards_and_second_derivatives_
         close(gg, results[1][1])
     plan = next(iter(ours.b1.__dict__["_regnet_fast_plans"].values()))
     assert plan.differentiated
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_caller_may_write_to_the_output(training):
+    """As after timm's block, also where a matrix product computed it and the result is a view of another shape."""
+    theirs = ConvNormAct(16, 24, 1, apply_act=False).train(training)
+    ours = copy.deepcopy(theirs)
+    regnet_fast.rebuild(ours)
+    x = torch.randn(2, 16, 5, 7)
+    found = []
+    for block in (ours, theirs):
+        y = block(x)
+        y += 1
+        y.relu_().square().sum().backward()
+        found.append([y, *(p.grad for p in block.parameters())])
+    for a, b in zip(*found, strict=True):
+        close(a, b)
 
 
 def test_float64_and_meta_run_the_host():

@@ -77,6 +77,7 @@ def test_help_imports_no_torch():
         "explain",
         "compare",
         "tune",
+        "convert",
         "demo",
         "verify",
         "export",
@@ -181,7 +182,7 @@ def test_explain_says_where_tuning_would_help(monkeypatch, label, advised):
 def test_explain_says_that_another_family_is_passed_through():
     result = run("explain", OTHER, *SMALL)
     assert result.exit_code == 0
-    assert "as timm makes it" in result.output
+    assert "passed through as it is" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize("command", ["explain", "verify", "compare", "demo"])
@@ -219,7 +220,7 @@ def test_verify_passes():
 def test_verify_of_another_family_says_that_nothing_is_rebuilt():
     result = run("verify", OTHER, *SMALL)
     assert result.exit_code == 0
-    assert "as timm makes it" in result.output
+    assert "passed through as it is" in " ".join(result.output.split())
 
 
 def test_verify_finds_a_wrong_operation(wrong_operation):

@@ -393,7 +393,7 @@ def test_explain_counts_every_launch_once():
     assert conv.ours.kernels == 3  # the convolution, the norm in one pass, the activation
     assert conv.eager.kernels == 4  # the norm in two
     pool = units["stem.pool"]
-    assert pool.operation == "timm" and pool.ours == pool.eager and pool.ours.kernels == 1
+    assert pool.operation == "host" and pool.ours == pool.eager and pool.ours.kernels == 1
 
 
 def test_explain_counts_the_gate_behind_squeeze_excite():

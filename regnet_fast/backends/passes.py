@@ -116,8 +116,8 @@ def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
 def normaliser(norm: Norm, like: Tensor) -> Callable[[Tensor], Tensor]:
     """What makes of images their values after a norm, before its activation: new tensors.
 
-    On a CPU one pass of `x * scale + shift` is faster than torch's own (docs/training.md), which however is the one that
-    reads 16 bits and computes in 32.
+    On a CPU one pass of `x * scale + shift` is faster than torch's own (docs/training.md), which however is the one
+    that reads 16 bits and computes in 32.
     """
     if not like.is_cpu or like.dtype != norm.mean.dtype:
         facts = (norm.weight, norm.bias, norm.mean, norm.var, False, 0.0, norm.eps)

@@ -31,6 +31,10 @@ class Chain:
 
     host: type[nn.Module]
 
+    def links(self) -> Iterable[nn.Module]:
+        """The blocks in the order of their calls: a Sequential calls one that stands in it twice for each place."""
+        return self if isinstance(self, nn.Sequential) else self.children()
+
     def forward(self, x: Tensor) -> Tensor:
         if self.training or type(x) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
@@ -50,16 +54,12 @@ class Chain:
             y[start:end] = part
         return y
 
-    def _blocks(self) -> Iterable[nn.Module]:
-        """The children as the host's own forward runs them: one that stands there twice runs twice."""
-        return self._modules.values()
-
     def _plans(self, x: Tensor) -> list[Plan] | None:
         """The current plan of every child; None where not all of them run fused and unobserved."""
         if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             return None
         plans = []
-        for child in self._blocks():
+        for child in self.links():
             if not isinstance(child, Fused) or hooked(child) or "forward" in child.__dict__:
                 return None
             plan = child.plan(x)
@@ -72,7 +72,7 @@ class Chain:
         """One pass through all blocks."""
         listen, dtype, own = recorder.get(), x.dtype, False
         x = x.contiguous(memory_format=torch.channels_last)
-        for child, plan in zip(self._blocks(), plans, strict=True):
+        for child, plan in zip(self.links(), plans, strict=True):
             if plan.in_channels not in (None, x.shape[1]) or x.dtype != dtype:
                 x, own = child.step(x, own)
                 continue
@@ -83,7 +83,7 @@ class Chain:
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         own = False
-        for child in self._blocks():
+        for child in self.links():
             if isinstance(child, Fused) and not hooked(child) and "forward" not in child.__dict__:
                 x, own = child.step(x, own)
             else:

@@ -342,7 +342,8 @@ class _Evaluated(torch.autograd.Function):
         device = x.device.type
         ctx.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         ctx.save_for_backward(x, *parameters)
-        return block._run(plan, x)
+        y = block._run(plan, x)
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # which the caller may write to
 
     @staticmethod
     def backward(ctx, dy: Tensor):

@@ -6,8 +6,6 @@ at construction: a block is read again whenever a module, a setting or a hook be
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from timm.layers import (
     BatchNormAct2d,
     DropPath,
@@ -26,7 +24,6 @@ from timm.layers.activations import Sigmoid, Swish
 from timm.layers.drop import DropBlock2d
 from timm.models import byobnet, register_notrace_module, regnet, resnetv2
 from torch import Tensor, nn
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ..blocks import forms
 from ..blocks.chain import Chain
@@ -41,26 +38,20 @@ from ..blocks.units import (
     RepVggUnit,
     SqueezeExciteUnit,
 )
+from . import modules
+from .modules import check_quiet
 
 FAMILIES = ("regnetx_", "regnety_", "regnetv_", "regnetz_", "repvgg_", "resnetv2_")
 """Architectures whose models `create_model` rebuilds, by the beginning of their names."""
 
-_ACTIVATIONS = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu", Swish: "silu"}
+_ACTIVATIONS = {**modules.ACTIVATIONS, Swish: "silu"}
 _NORM_ACTS = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
-_BATCH_NORMS = (*_NORM_ACTS, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+_BATCH_NORMS = (*_NORM_ACTS, *modules.BATCH_NORMS)
 _INERT_IN_EVALUATION = (nn.Identity, nn.Dropout, DropPath, DropBlock2d)
 
 
-def _class(module: nn.Module) -> str:
-    """A class with its module's name: a wrapper often has the name of the layer that it wraps."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
 def _activation(path: str, module: nn.Module) -> str:
-    name = _ACTIVATIONS.get(type(module))
-    if name is None:
-        raise Refused(f"{path} is {type(module).__name__}, which has no fused form")
-    return name
+    return modules.activation(path, module, _ACTIVATIONS)
 
 
 def _check_inert(path: str, module: nn.Module | None) -> None:
@@ -79,22 +70,6 @@ def _drop_path(module: nn.Module | None) -> DropPath | None:
     return module
 
 
-def _check_quiet(block: nn.Module) -> None:
-    """Refuse a block below which somebody listens, trains or has replaced a forward."""
-    for path, module in block.named_modules():
-        if path == "":
-            continue
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            raise Refused(f"a hook is registered on {path}")
-        if "forward" in module.__dict__:
-            raise Refused(f"the forward of {path} was replaced")
-
-
-def _folds(norm: nn.Module) -> bool:
-    """Whether a norm is a fixed affine map in evaluation."""
-    return type(norm) in _BATCH_NORMS and norm.running_mean is not None and norm.running_var is not None
-
-
 def _norm_activation(path: str, norm: nn.Module) -> str:
     """The activation that a BatchNorm module carries. Raises `Refused` where it does anything else."""
     if not isinstance(norm, _NORM_ACTS):  # torch's conversion to SyncBatchNorm keeps an `act` that is never applied
@@ -106,10 +81,7 @@ def _norm_activation(path: str, norm: nn.Module) -> str:
 
 def _conv(path: str, conv: nn.Module) -> float | None:
     """The epsilon of weight standardisation, None for a plain convolution. Raises `Refused` for any other layer."""
-    if type(conv) not in (nn.Conv2d, StdConv2d, Conv2d):
-        raise Refused(f"{path} is {_class(conv)}, not a plain convolution")
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        raise Refused(f"{path} pads with {conv.padding!r} in mode {conv.padding_mode!r}")
+    modules.check_conv(path, conv, (nn.Conv2d, StdConv2d, Conv2d))
     return conv.eps if type(conv) is StdConv2d else None
 
 
@@ -124,7 +96,7 @@ def _conv_norm(
     unit = ConvUnit(conv_path, conv, standardize=_conv(conv_path, conv), activation=after)
     if norm is None:
         return unit
-    if not _folds(norm):
+    if not modules.folds(norm, _BATCH_NORMS):
         unit.then = norm
         return unit
     activation = _norm_activation(norm_path, norm)
@@ -152,7 +124,7 @@ def _conv_norm_act(path: str, module: nn.Module, after: str = "none") -> ConvUni
 
 def _norm(path: str, norm: nn.Module) -> NormActUnit | HostNormUnit:
     """A norm and activation that no convolution precedes."""
-    if not _folds(norm):
+    if not modules.folds(norm, _BATCH_NORMS):
         return HostNormUnit(path, norm)
     return NormActUnit(path, norm, _norm_activation(path, norm))
 
@@ -164,13 +136,7 @@ def _squeeze_excite(path: str, module: nn.Module) -> SqueezeExciteUnit | None:
         raise Refused(f"{path} is {type(module).__name__}, not SEModule")
     if module.add_maxpool or type(module.bn) is not nn.Identity or type(module.gate) not in (nn.Sigmoid, Sigmoid):
         raise Refused(f"{path} has a max pool, a norm or another gate than the sigmoid")
-    if (
-        type(module.fc1) is not nn.Conv2d
-        or type(module.fc2) is not nn.Conv2d
-        or module.fc1.bias is None
-        or module.fc2.bias is None
-    ):
-        raise Refused(f"{path} is not made of two plain convolutions with bias")
+    modules.check_excite(path, module.fc1, module.fc2)
     return SqueezeExciteUnit(path, module.fc1, module.fc2, _activation(f"{path}.act", module.act))
 
 
@@ -200,7 +166,7 @@ class ConvNormAct(Fused, TimmConvNormAct):
     host = TimmConvNormAct
 
     def fused_form(self) -> forms.Single:
-        _check_quiet(self)
+        check_quiet(self)
         return forms.Single(_conv_norm_act("", self))
 
 
@@ -235,7 +201,7 @@ class NormAct(Fused, BatchNormAct2d):
     host = BatchNormAct2d
 
     def fused_form(self) -> forms.Norm:
-        _check_quiet(self)
+        check_quiet(self)
         if self.running_mean is None or self.running_var is None:
             raise Refused("it keeps no running statistics")
         return forms.Norm(NormActUnit("", self, _norm_activation("", self)))
@@ -248,7 +214,7 @@ class Bottleneck(Fused, regnet.Bottleneck):
     host = regnet.Bottleneck
 
     def fused_form(self) -> forms.Bottleneck:
-        _check_quiet(self)
+        check_quiet(self)
         return forms.Bottleneck(
             _conv_norm_act("conv1", self.conv1),
             _conv_norm_act("conv2", self.conv2),
@@ -266,7 +232,7 @@ class BottleneckBlock(Fused, byobnet.BottleneckBlock):
     host = byobnet.BottleneckBlock
 
     def fused_form(self) -> forms.Bottleneck:
-        _check_quiet(self)
+        check_quiet(self)
         for path in ("conv2b_kxk", "attn_last"):
             if type(getattr(self, path)) is not nn.Identity:
                 raise Refused(f"{path} has no fused form")
@@ -287,7 +253,7 @@ class PreBottleneck(Fused, regnet.PreBottleneck):
     host = regnet.PreBottleneck
 
     def fused_form(self) -> forms.PreAct:
-        _check_quiet(self)
+        check_quiet(self)
         squeeze_excite = _squeeze_excite("se", self.se)
         norm1 = _norm("norm1", self.norm1)
         return forms.PreAct(
@@ -311,7 +277,7 @@ class PreActBottleneck(Fused, resnetv2.PreActBottleneck):
     host = resnetv2.PreActBottleneck
 
     def fused_form(self) -> forms.PreAct:
-        _check_quiet(self)
+        check_quiet(self)
         return forms.PreAct(
             _norm("norm1", self.norm1),
             _conv_norm("conv1", self.conv1, "norm2", self.norm2),
@@ -329,7 +295,7 @@ class PreActBasic(Fused, resnetv2.PreActBasic):
     host = resnetv2.PreActBasic
 
     def fused_form(self) -> forms.PreAct:
-        _check_quiet(self)
+        check_quiet(self)
         return forms.PreAct(
             _norm("norm1", self.norm1),
             _conv_norm("conv1", self.conv1, "norm2", self.norm2),
@@ -351,7 +317,7 @@ class RepVggBlock(Fused, byobnet.RepVggBlock):
     host = byobnet.RepVggBlock
 
     def fused_form(self) -> forms.RepVgg:
-        _check_quiet(self)
+        check_quiet(self)
         squeeze_excite = _squeeze_excite("attn", self.attn)
         activation = _activation("act", self.act)
         after = activation if squeeze_excite is None else "none"
@@ -400,7 +366,7 @@ class ClassifierHead(Fused, TimmClassifierHead):
     trains = False
 
     def fused_form(self) -> forms.Head:
-        _check_quiet(self)
+        check_quiet(self)
         _check_inert("drop", self.drop)
         if self.input_fmt not in (None, "NCHW") or self.global_pool.pool_type not in ("avg", "fast", "fastavg"):
             raise Refused(f"global_pool={self.global_pool.pool_type!r} has no fused form")
@@ -409,7 +375,7 @@ class ClassifierHead(Fused, TimmClassifierHead):
         if type(self.fc) is not nn.Linear and (
             type(self.fc) is not nn.Conv2d or _conv_kind(self.fc) != ((1, 1), (0, 0), 1)
         ):
-            raise Refused(f"fc is {_class(self.fc)}, not a plain linear layer or 1x1 convolution")
+            raise Refused(f"fc is {modules.class_name(self.fc)}, not a plain linear layer or 1x1 convolution")
         return forms.Head(LinearUnit("fc", self.fc))
 
     def forward(self, x, pre_logits: bool = False):
@@ -431,7 +397,9 @@ BLOCKS: dict[type[nn.Module], type[Fused]] = {
 }
 """timm's class to ours, wherever it stands in a network."""
 
-_BARE = {nn.Conv2d: Conv2d, StdConv2d: StdConv, BatchNormAct2d: NormAct}
+BARE: dict[type[nn.Module], type[Fused]] = {nn.Conv2d: Conv2d, StdConv2d: StdConv, BatchNormAct2d: NormAct}
+"""The same for single layers, which count only where a stem or the final norm of these models is made of them."""
+
 _BARE_PARENTS = (regnet.RegNet, resnetv2.ResNetV2)
 
 
@@ -440,57 +408,24 @@ class RegStage(Chain, regnet.RegStage):
 
     host = regnet.RegStage
 
-    def _blocks(self) -> Iterable[nn.Module]:
-        return self.children()  # timm's own passes over a block that stands there again
-
     def forward(self, x: Tensor) -> Tensor:
         return regnet.RegStage.forward(self, x) if self.grad_checkpointing else Chain.forward(self, x)
 
 
 class Sequential(Chain, nn.Sequential):
-    """A stage of a ByobNet, the blocks of a stage of ResNetV2."""
+    """A stage of a ByobNet, the blocks of a stage of ResNetV2 and of a stage of transformers' RegNet."""
 
     host = nn.Sequential
 
 
-_CHAINS: dict[type, type[Chain]] = {cls.host: cls for cls in (RegStage, Sequential)}
+CHAINS: dict[type[nn.Module], type[Chain]] = {cls.host: cls for cls in (RegStage, Sequential)}
+"""timm's container to ours, where the blocks in it were rebuilt."""
 
 
-def chains(network: nn.Module) -> list[tuple[nn.Module, type[Chain]]]:
-    """The containers of rebuilt blocks that run one after another, with their twins."""
-    return [
-        (module, _CHAINS[type(module)])
-        for module in network.modules()
-        if type(module) in _CHAINS and any(isinstance(child, Fused) for child in module.children())
-    ]
-
-
-def candidates(network: nn.Module) -> list[tuple[str, nn.Module, type[Fused]]]:
-    """Every module of a network that has a fused twin, outermost only: (path, module, fused class).
-
-    Bare convolutions and norms count only where a stem or the final norm of these models is made of them.
-    """
-    found: list[tuple[str, nn.Module, type[Fused]]] = []
-    seen: set[int] = set()
-
-    def walk(path: str, module: nn.Module, bare: bool) -> None:
-        if id(module) in seen or isinstance(module, Fused):
-            return
-        seen.add(id(module))
-        cls = BLOCKS.get(type(module)) or (_BARE.get(type(module)) if bare else None)
-        if cls is not None:
-            found.append((path, module, cls))
-            return
-        features = isinstance(module, nn.ModuleDict) and _holds_resnet_stages(module)
-        for name, child in module.named_children():
-            inside = isinstance(module, _BARE_PARENTS) or features
-            stem = (inside and (name.startswith("stem") or name == "norm")) or (
-                bare and isinstance(module, nn.Sequential)
-            )
-            walk(f"{path}.{name}" if path else name, child, stem)
-
-    walk("", network, False)
-    return found
+def is_bare(parent: nn.Module, name: str, bare: bool) -> bool:
+    """Whether the child `name` of a module is a stem's single layer or a final norm; `bare` says so of its parent."""
+    inside = isinstance(parent, _BARE_PARENTS) or (isinstance(parent, nn.ModuleDict) and _holds_resnet_stages(parent))
+    return (inside and (name.startswith("stem") or name == "norm")) or (bare and isinstance(parent, nn.Sequential))
 
 
 def _holds_resnet_stages(module: nn.Module) -> bool:

@@ -1,0 +1,73 @@
+"""Modules that every host has, read as units: plain convolutions, BatchNorms, activations, squeeze-excite."""
+
+from __future__ import annotations
+
+from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from ..blocks.units import ConvUnit, Refused, SqueezeExciteUnit
+
+ACTIVATIONS: dict[type[nn.Module], str] = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu"}
+BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+
+
+def class_name(module: nn.Module) -> str:
+    """A class with its module's name: a wrapper often has the name of the layer that it wraps."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def check_quiet(block: nn.Module) -> None:
+    """Refuse a block below which somebody listens or has replaced a forward."""
+    for path, module in block.named_modules():
+        if path == "":
+            continue
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            raise Refused(f"a hook is registered on {path}")
+        if "forward" in module.__dict__:
+            raise Refused(f"the forward of {path} was replaced")
+
+
+def activation(path: str, module: nn.Module, known: dict[type[nn.Module], str] = ACTIVATIONS) -> str:
+    """The name of an activation. Raises `Refused` for one that has no fused form."""
+    name = known.get(type(module))
+    if name is None:
+        raise Refused(f"{path} is {type(module).__name__}, which has no fused form")
+    return name
+
+
+def check_conv(path: str, conv: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Conv2d,)) -> None:
+    """Refuse any other layer than a plain convolution that pads with zeros."""
+    if type(conv) not in kinds:
+        raise Refused(f"{path} is {class_name(conv)}, not a plain convolution")
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        raise Refused(f"{path} pads with {conv.padding!r} in mode {conv.padding_mode!r}")
+
+
+def folds(norm: nn.Module, kinds: tuple[type[nn.Module], ...] = BATCH_NORMS) -> bool:
+    """Whether a norm is a fixed affine map in evaluation."""
+    return type(norm) in kinds and norm.running_mean is not None and norm.running_var is not None
+
+
+def conv_norm(conv_path: str, conv: nn.Module, norm_path: str, norm: nn.Module | None, activation: str) -> ConvUnit:
+    """A plain convolution, the norm after it where there is one, and the activation behind both."""
+    check_conv(conv_path, conv)
+    unit = ConvUnit(conv_path, conv, activation=activation)
+    if norm is not None and folds(norm):
+        unit.norm, unit.norm_path = norm, norm_path
+    else:
+        unit.then = norm
+    return unit
+
+
+def squeeze_excite(path: str, fc1: nn.Module, fc2: nn.Module, gate: nn.Module, activation: str) -> SqueezeExciteUnit:
+    """Two 1x1 convolutions on the channel means, with a sigmoid for the gate."""
+    if type(gate) is not nn.Sigmoid:
+        raise Refused(f"{path} has {type(gate).__name__} for a gate, not a sigmoid")
+    check_excite(path, fc1, fc2)
+    return SqueezeExciteUnit(path, fc1, fc2, activation)
+
+
+def check_excite(path: str, fc1: nn.Module, fc2: nn.Module) -> None:
+    """Refuse all but two plain convolutions with bias."""
+    if type(fc1) is not nn.Conv2d or type(fc2) is not nn.Conv2d or fc1.bias is None or fc2.bias is None:
+        raise Refused(f"{path} is not made of two plain convolutions with bias")
