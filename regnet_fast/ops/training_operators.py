@@ -20,7 +20,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..backends import backend, passes
+from ..backends import backend
 from ..backends.passes import Arriving, Excite, Filter, Norm, Own, Sums, Term
 from ..backends.training import passes_for
 from .convolution import channels_last, empty_output
@@ -94,10 +94,10 @@ def _split(found: Sequence, lengths: Sequence[int]) -> list[list]:
     return [[next(rest) for _ in range(length)] for length in lengths]
 
 
-def _itself(dz: Tensor, sums: Sums, x: Tensor, norm: Norm, reading: int) -> Tensor:
+def _itself(serving: ModuleType, dz: Tensor, sums: Sums, x: Tensor, norm: Norm, reading: int) -> Tensor:
     """The gradient of a map that entered, from that of the normalised map."""
     own = Own(norm.mean, norm.var, norm.weight, norm.eps, sums if reading == BATCH else None, _count(x))
-    return passes.entered_backward(dz, own, x, None)
+    return serving.entered_backward(dz, own, x, None)
 
 
 def _of_norm(sums: Sequence[Tensor], reading: int) -> list[Tensor | None]:
@@ -183,7 +183,7 @@ def convs_backward(
         found = serving.convs_backward(arriving, x, read, squeeze, filters, needs_x, needs_weights)
         dx = found.x
         if needs_x and reading in (BATCH, GIVEN):
-            dx = _itself(dx, found.sums, x, read, reading)
+            dx = _itself(serving, dx, found.sums, x, read, reading)
     results = [] if dx is None else [channels_last(dx)]
     results += [] if found.sums is None else [t.to(read.mean.dtype) for t in found.sums]
     results += [] if found.excite is None else [g.to(t.dtype) for g, t in zip(found.excite, excite, strict=True)]
@@ -289,7 +289,7 @@ def join_backward(grad, y, needs, maps, norms, eps, activations, reading, factor
                 continue
             (x, norm, _), (dx, sums) = terms[i], found[i]
             if reading[i] in (BATCH, GIVEN):
-                dx = _itself(dx, sums, x, norm, reading[i])
+                dx = _itself(serving, dx, sums, x, norm, reading[i])
             results += [] if same and there else [channels_last(dx)]
             results += [] if sums is None else [t.to(norm.mean.dtype) for t in sums]
             there = there or same
