@@ -11,7 +11,7 @@ OLDEST_PINS := "torch==2.11.0" "torchvision==0.26.0" "timm==1.0.31" "numpy<2.4"
 OLDEST_TESTS := tests/test_helpers.py tests/test_ops*.py tests/test_backends.py tests/test_blocks*.py \
 	tests/test_chains.py tests/test_freeze.py tests/test_graphs.py tests/test_compile.py tests/test_roofline.py \
 	tests/test_counting.py tests/test_bench.py tests/test_checkpoints.py tests/test_hostile_files.py \
-	tests/test_weights.py tests/test_compilation.py tests/test_training_ops.py tests/test_training_models.py \
+	tests/test_weights.py tests/test_compilation.py tests/test_training_ops.py tests/test_training_operators.py tests/test_training_models.py \
 	tests/test_training_distributed.py tests/test_train_resume.py tests/test_run.py
 # Too large for two workers to share the memory.
 ALONE := regnety_640,resnetv2_50x3_bit,resnetv2_152x2_bit
