@@ -28,7 +28,7 @@ def test_kernels_compile(arch):
     for job in jobs:
         row = cuda_compilation.Compiled(job, 1).row()
         kinds.setdefault(cuda_compilation_page.kind(row)[0], []).append(job)
-    assert len(kinds) == 8
+    assert len(kinds) == 9
     chosen = [job for same in kinds.values() for job in dict.fromkeys((same[0], same[-1]))]
     made = list(cuda_compilation.compile_all(chosen, cuda_compilation.Kept()))
     assert len(made) == len(chosen)
