@@ -239,7 +239,8 @@ def check_traced(form: forms.Form, x: Tensor) -> None:
 def unfit(form: forms.Form, x: Tensor) -> str | None:
     """Why an input is left to the host, which refuses or promotes it, or None."""
     autocast = torch.is_autocast_enabled(x.device.type)
-    if form.in_channels() not in (None, x.shape[1]):
+    channels = form.in_channels()
+    if channels is not None and channels != x.shape[1]:
         return f"an input of {x.shape[1]} channels is left to the host"
     for unit in form.units().values():
         if isinstance(unit, ConvUnit):
