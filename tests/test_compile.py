@@ -61,7 +61,7 @@ def test_compiled_once_for_any_batch(name, mode, seed, fresh_compiler):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
 def test_exported_for_a_gpu_without_one(name, dtype):
     """The operators are in the graph, and the fakes promise every result on the GPU, in its dtype and layout."""
