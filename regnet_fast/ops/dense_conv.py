@@ -36,13 +36,14 @@ def dense_conv(
         weight: (K, C / groups, R, S), or a `PackedConv` that holds all that follows but the residual.
         bias: (K,).
         norm: an evaluation-mode BatchNorm over K channels, folded in float64.
-        stride, padding, dilation: one integer or two.
+        stride: one integer or two.
+        padding: one integer or two.
+        dilation: one integer or two.
         activation: "none", "relu" or "silu".
         residual: (N, K, H', W'), added before the activation.
 
     Returns (N, K, H', W') in channels_last, in x's dtype. Differentiable in every tensor. Raises ValueError and
-    TypeError
-    for arguments that do not fit together, and BackendError where a forced backend cannot serve.
+    TypeError for arguments that do not fit together, and BackendError where a forced backend cannot serve.
     """
     if isinstance(weight, PackedConv):
         checks.check_not_given(

@@ -37,14 +37,14 @@ def grouped_conv(
         bias: (K,).
         groups: the number of groups; the group width is C / groups, 1 for a depthwise convolution.
         norm: an evaluation-mode BatchNorm over K channels, folded in float64.
-        stride, dilation: one integer or two.
+        stride: one integer or two.
+        dilation: one integer or two.
         activation: "none", "relu" or "silu".
         means: also return the per-image channel means of the output.
 
     Returns (N, K, H', W') in channels_last, in x's dtype; with `means` also (N, K) means, float32 or wider.
-    Differentiable
-    in every tensor. Raises ValueError and TypeError for arguments that do not fit together, and BackendError where a
-    forced backend cannot serve.
+    Differentiable in every tensor. Raises ValueError and TypeError for arguments that do not fit together, and
+    BackendError where a forced backend cannot serve.
     """
     if isinstance(weight, PackedConv):
         checks.check_not_given(
