@@ -25,12 +25,13 @@ PYTEST_MODELS := $(VENV)/bin/python -m pytest -q tests/test_models.py
 PYTEST_KERNELS := -m pytest -q -n $(WORKERS) tests/kernels -m "not slow"
 PYTEST_OLDEST := OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -q -n $(WORKERS)
 
-.PHONY: help demo digits test matrix kernels test-oldest lint host-suite bench gpu gpu-dry-run sanitize clean
+.PHONY: help demo digits docs test matrix kernels test-oldest lint host-suite bench gpu gpu-dry-run sanitize clean
 
 help:
 	@echo "make demo         what it does and how much faster it is here"
 	@echo "make digits       trains a small model on handwritten digits, and timm's own beside it: some ten minutes"
-	@echo "make test         lint, every test, and the quick part of timm's own model tests"
+	@echo "make docs         the documentation as a site, in build/site; fails on a broken link"
+	@echo "make test         lint, every test, the site of the documentation, and the quick part of timm's own model tests"
 	@echo "make test-oldest  the tests that must hold on the oldest supported versions"
 	@echo "make matrix       the numbers of all 75 architectures, the largest too (16 GB of memory)"
 	@echo "make kernels      every kernel for every shape and GPU architecture: more models in the interpreter, all compiled"
@@ -47,7 +48,10 @@ demo: $(VENV)/installed
 digits: $(VENV)/installed
 	$(VENV)/bin/python examples/digits.py
 
-test: lint
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+
+test: lint docs
 	$(PYTEST) tests --ignore=tests/test_models.py -m "not slow"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST_KERNELS)
 	$(PYTEST_MODELS) -m "not slow"

@@ -72,9 +72,9 @@ def draw(found: Sequence[Step]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '
         'font-family="DejaVu Sans, Verdana, sans-serif" font-size="11">',
         f'<rect width="{_WIDTH}" height="{height}" fill="{PAPER}"/>',
-        _text(12, 20, f"One RegNetY block ({MODEL}, {BLOCK}), {IMAGES} images, bfloat16", INK, weight="bold"),
+        _text(12, 20, f"One RegNetY block ({MODEL}, {BLOCK}), {IMAGES} images, bfloat16: counted, not measured", INK, weight="bold"),
         _text(12, 46, f"timm eager: {_sums(before, 'kernels')}", INK),
-        _text(_RIGHT - 100, 46, f"fused: {_sums(after, 'launches')}", INK),
+        _text(_RIGHT - 100, 46, f"fused, Triton: {_sums(after, 'launches')}", INK),
     ]
     y = _TOP
     for step in found:
