@@ -1,4 +1,4 @@
-"""The figure docs/figures/block.svg: the kernels of one block under timm eager, and what the Triton kernels launch for it.
+"""The figure docs/figures/block.svg: the kernels of a block under timm eager, and the launches of ours in Triton.
 
     python -m bench.block_figure --write       draws it anew; without --write prints the numbers
 
@@ -72,7 +72,7 @@ def draw(found: Sequence[Step]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '
         'font-family="DejaVu Sans, Verdana, sans-serif" font-size="11">',
         f'<rect width="{_WIDTH}" height="{height}" fill="{PAPER}"/>',
-        _text(12, 20, f"One RegNetY block ({MODEL}, {BLOCK}), {IMAGES} images, bfloat16: counted, not measured", INK, weight="bold"),
+        _text(12, 20, f"A RegNetY block ({MODEL}, {BLOCK}), {IMAGES} images, bfloat16: counted, not measured", INK),
         _text(12, 46, f"timm eager: {_sums(before, 'kernels')}", INK),
         _text(_RIGHT - 100, 46, f"fused, Triton: {_sums(after, 'launches')}", INK),
     ]
@@ -108,10 +108,8 @@ def _bar(x: float, y: float, kernel: Kernel, scale: float, colour: str, title: s
     ]
 
 
-def _text(x: float, y: float, text: str, colour: str, anchor: str = "start", weight: str = "normal") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:g}" fill="{colour}" text-anchor="{anchor}" font-weight="{weight}">{text}</text>'
-    )
+def _text(x: float, y: float, text: str, colour: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:g}" fill="{colour}" text-anchor="{anchor}">{text}</text>'
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -48,38 +48,6 @@ def test_names_fall_through_to_timm():
         _ = regnet_fast.nonsense
 
 
-def test_the_model_card_runs_unchanged(tmp_path):
-    """The three snippets of a model card, with a local file in place of the download and random weights."""
-    import numpy
-    from PIL import Image
-
-    Image.fromarray(numpy.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype="uint8")).save(tmp_path / "x.png")
-    import regnet_fast as timm
-
-    img = Image.open(tmp_path / "x.png")
-    model = timm.create_model("regnety_002.pycls_in1k", pretrained=False)
-    model = model.eval()
-    data_config = timm.data.resolve_model_data_config(model)
-    transforms = timm.data.create_transform(**data_config, is_training=False)
-    output = model(transforms(img).unsqueeze(0))
-    top5_probabilities, _ = torch.topk(output.softmax(dim=1) * 100, k=5)
-    assert top5_probabilities.shape == (1, 5)
-
-    model = timm.create_model("regnety_002.pycls_in1k", pretrained=False, features_only=True).eval()
-    assert [o.shape for o in model(transforms(img).unsqueeze(0))] == [
-        (1, 32, 112, 112),
-        (1, 24, 56, 56),
-        (1, 56, 28, 28),
-        (1, 152, 14, 14),
-        (1, 368, 7, 7),
-    ]
-    model = timm.create_model("regnety_002.pycls_in1k", pretrained=False, num_classes=0).eval()
-    assert model(transforms(img).unsqueeze(0)).shape == (1, 368)
-    output = model.forward_features(transforms(img).unsqueeze(0))
-    assert output.shape == (1, 368, 7, 7)
-    assert model.forward_head(output, pre_logits=True).shape == (1, 368)
-
-
 @pytest.mark.parametrize(
     ("args", "kwargs"),
     [

@@ -1,4 +1,4 @@
-"""What README.md and docs/ show works: blocks of Python run, commands and their options are there, links lead somewhere.
+"""What README.md and docs/ show works: Python runs, commands and their options are there, links lead somewhere.
 
 The blocks of a page run in their order in one namespace, in an empty folder, as a reader would type them.
 """

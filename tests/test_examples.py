@@ -39,3 +39,7 @@ def test_a_difference_is_told(digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(digits, "train", lambda name, *_: [{**result[0], "accuracy": curve[name]}])
     assert digits.main(["--seeds", "2", "--figure", str(tmp_path / "d.svg")]) == 1
     assert "DIFFER" in capsys.readouterr().out
+
+
+def test_every_example_is_run_here():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} <= {name.removeprefix("test_") for name in globals()}
