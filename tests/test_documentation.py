@@ -15,6 +15,7 @@ import timm
 import torch
 import typer
 from documents import PAGES, ROOT
+from typer.testing import CliRunner
 
 from regnet_fast.blocks.fused import FallbackWarning
 from regnet_fast.cli import app
@@ -27,6 +28,14 @@ NEEDS_A_GPU = {
 
 LARGE = {("docs/deploying.md", "aoti_compile_and_package"): "compiles C++ for a minute"}
 """Blocks that only a run of the slow tests has."""
+
+SHORT = [
+    "regnet-fast info",
+    "regnet-fast explain regnety_002",
+    "regnet-fast explain regnety_016 --bandwidth 4300 --peak 790 --launch 1.5",
+    "regnet-fast verify regnety_002",
+]
+"""Commands that take seconds, which are run as they stand. The others are only read."""
 
 WITH_PYTHON = [page for page in PAGES if documents.blocks(page, "python")]
 
@@ -89,7 +98,7 @@ def commands(program: str) -> list[str]:
 
 @pytest.mark.parametrize("command", commands("regnet-fast"))
 def test_command_is_understood(command):
-    """It is not run: its name, options and their values are read."""
+    """Its name, options and their values are read."""
     _, *words = shlex.split(command.replace("...", ""))
     program = typer.main.get_command(app)
     if len(words) > 1 and words[1] != "--help":
@@ -97,6 +106,13 @@ def test_command_is_understood(command):
             assert context.params
     else:
         assert not words or words[0] in program.commands
+
+
+@pytest.mark.parametrize("command", SHORT)
+def test_short_command_runs(command):
+    assert any(command in documents.commands(page) for page in PAGES), "no page shows it any more"
+    result = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("command", commands("python -m bench"))
