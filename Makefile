@@ -49,7 +49,7 @@ digits: $(VENV)/installed
 	$(VENV)/bin/python examples/digits.py
 
 docs: $(VENV)/installed
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 test: lint docs
 	$(PYTEST) tests --ignore=tests/test_models.py -m "not slow"

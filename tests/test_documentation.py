@@ -45,10 +45,33 @@ def named(table: dict, page: str, code: str) -> str:
     return next((reason for (where, text), reason in table.items() if where == page and text in code), "")
 
 
+EXTRAS = {
+    "docs/deploying.md": ("onnx", "onnxscript", "onnxruntime", "segmentation_models_pytorch"),
+    "docs/torchvision.md": ("torchvision",),
+    "docs/transformers.md": ("transformers",),
+}
+"""What a page needs beside the package; it is left out where that is not installed."""
+
+
 @pytest.fixture
-def without_downloads(monkeypatch):
+def without_downloads(request, monkeypatch):
     """Pretrained weights are random ones, made here: the one thing that is not as a reader has it."""
     monkeypatch.setattr(timm.models._builder, "load_pretrained", lambda *_, **__: None)
+    for name in EXTRAS.get(documents.name(request.getfixturevalue("page")), ()):
+        module = pytest.importorskip(name)
+        if name == "torchvision":
+            models = module.models
+            monkeypatch.setattr(models.WeightsEnum, "get_state_dict", lambda weights, **_: random_weights(weights))
+        if name == "transformers":
+            # the configuration's defaults are those of facebook/regnet-y-040
+            random = classmethod(lambda cls, *_, **__: cls(module.RegNetConfig(num_labels=1000)).eval())
+            monkeypatch.setattr(module.PreTrainedModel, "from_pretrained", random)
+
+
+def random_weights(weights):
+    import torchvision
+
+    return torchvision.models.get_model(type(weights).__name__.removesuffix("_Weights").lower()).state_dict()
 
 
 def run_page(page, wanted: Callable[[str], bool]) -> int:
@@ -79,10 +102,10 @@ def test_python_runs(page, tmp_path, monkeypatch, without_downloads, one_thread)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", sorted({where for where, _ in LARGE}))
-def test_large_python_runs(where, tmp_path, monkeypatch, without_downloads):
+@pytest.mark.parametrize("page", [page for page in PAGES if documents.name(page) in dict(LARGE)], ids=documents.name)
+def test_large_python_runs(page, tmp_path, monkeypatch, without_downloads):
     monkeypatch.chdir(tmp_path)
-    assert run_page(ROOT / where, lambda code: not named(NEEDS_A_GPU, where, code))
+    assert run_page(page, lambda code: not named(NEEDS_A_GPU, documents.name(page), code))
 
 
 @pytest.mark.parametrize("table", [NEEDS_A_GPU, LARGE], ids=["gpu", "large"])
