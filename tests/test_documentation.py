@@ -57,21 +57,30 @@ EXTRAS = {
 def without_downloads(request, monkeypatch):
     """Pretrained weights are random ones, made here: the one thing that is not as a reader has it."""
     monkeypatch.setattr(timm.models._builder, "load_pretrained", lambda *_, **__: None)
-    for name in EXTRAS.get(documents.name(request.getfixturevalue("page")), ()):
-        module = pytest.importorskip(name)
-        if name == "torchvision":
-            models = module.models
-            monkeypatch.setattr(models.WeightsEnum, "get_state_dict", lambda weights, **_: random_weights(weights))
-        if name == "transformers":
-            # the configuration's defaults are those of facebook/regnet-y-040
-            random = classmethod(lambda cls, *_, **__: cls(module.RegNetConfig(num_labels=1000)).eval())
-            monkeypatch.setattr(module.PreTrainedModel, "from_pretrained", random)
+    extras = EXTRAS.get(documents.name(request.getfixturevalue("page")), ())
+    for extra in extras:
+        pytest.importorskip(extra)
+    if "torchvision" in extras:
+        import torchvision
+
+        monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", random_weights)
+    if "transformers" in extras:
+        import transformers
+
+        monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(random_regnet))
 
 
-def random_weights(weights):
+def random_weights(weights, **_):
     import torchvision
 
     return torchvision.models.get_model(type(weights).__name__.removesuffix("_Weights").lower()).state_dict()
+
+
+def random_regnet(cls, name):
+    import transformers
+
+    assert name == "facebook/regnet-y-040"  # whose configuration is the default
+    return cls(transformers.RegNetConfig(num_labels=1000)).eval()
 
 
 def run_page(page, wanted: Callable[[str], bool]) -> int:
