@@ -37,20 +37,19 @@ SHORT = [
 ]
 """Commands that take seconds, which are run as they stand. The others are only read."""
 
-WITH_PYTHON = [page for page in PAGES if documents.blocks(page, "python")]
-
-
-def named(table: dict, page: str, code: str) -> str:
-    """The reason why a block stands in a table, or ''."""
-    return next((reason for (where, text), reason in table.items() if where == page and text in code), "")
-
-
 EXTRAS = {
     "docs/deploying.md": ("onnx", "onnxscript", "onnxruntime", "segmentation_models_pytorch"),
     "docs/torchvision.md": ("torchvision",),
     "docs/transformers.md": ("transformers",),
 }
 """What a page needs beside the package; it is left out where that is not installed."""
+
+WITH_PYTHON = [page for page in PAGES if documents.blocks(page, "python")]
+
+
+def named(table: dict, page: str, code: str) -> str:
+    """The reason why a block stands in a table, or ''."""
+    return next((reason for (where, text), reason in table.items() if where == page and text in code), "")
 
 
 @pytest.fixture
