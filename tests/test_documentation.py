@@ -110,7 +110,7 @@ def test_python_runs(page, tmp_path, monkeypatch, without_downloads, one_thread)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if documents.name(page) in dict(LARGE)], ids=documents.name)
+@pytest.mark.parametrize("page", sorted({ROOT / where for where, _ in LARGE}), ids=documents.name)
 def test_large_python_runs(page, tmp_path, monkeypatch, without_downloads):
     monkeypatch.chdir(tmp_path)
     assert run_page(page, lambda code: not named(NEEDS_A_GPU, documents.name(page), code))
