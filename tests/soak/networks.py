@@ -147,7 +147,7 @@ def _byobnet_options(acts: tuple[str, ...], rates: bool) -> st.SearchStrategy:
     )
     return st.fixed_dictionaries(
         dict(
-            stages=st.lists(stage, min_size=1, max_size=3),
+            stages=st.lists(stage, min_size=2, max_size=3),
             se=_any(0.0, 0.25),
             linear_out=st.booleans(),
             downsample=_any("conv1x1", "avg", ""),
