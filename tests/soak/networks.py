@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from helpers import randomize_bn
+from hypothesis import reject
 from hypothesis import strategies as st
 from problems import LAYOUTS
 from timm.layers import BatchNormAct2d, GroupNormAct, StdConv2d, create_conv2d, get_act_layer
@@ -32,7 +33,10 @@ class Network:
     def make(self) -> nn.Module:
         """The network as timm builds it, in evaluation, with random weights and statistics."""
         torch.manual_seed(self.seed)
-        model = FAMILIES[self.family][1](**self.options)
+        try:
+            model = FAMILIES[self.family][1](**self.options)
+        except ValueError:  # torch has no convolution of such groups
+            reject()
         return randomize_bn(model, self.seed, (4, self.in_chans, 32, 32)).eval()
 
 

@@ -32,7 +32,7 @@ PAGE = 4096
 GROWTH = 8 * MB
 """What the allocator's and the libraries' own pools may still take after the first half of the calls."""
 
-SIZES = [(2, 16 + 8 * i, 16 + 8 * j) for i in range(3) for j in range(3)]
+SIZES = [(2, 16, 16 + 4 * i) for i in range(9)]
 """More shapes than a convolution keeps, so that packed weights are dropped and made again."""
 
 
@@ -78,7 +78,7 @@ def assert_bounded(model) -> None:
     assert max(len(one._runs) for one in packed) == _SHAPES_KEPT
 
 
-@pytest.mark.parametrize("name", NETWORKS if FACTOR > 1 else ["regnet_y", "repvgg"])
+@pytest.mark.parametrize("name", NETWORKS if FACTOR > 1 else ["repvgg"])
 def test_inference(name, tally):
     theirs = randomize_bn(NETWORKS[name](), 0, (4, 3, 32, 32)).eval()
     models = {dtype: regnet_fast.rebuild(copy.deepcopy(theirs).to(dtype)).model for dtype in DTYPES}
@@ -92,7 +92,7 @@ def test_inference(name, tally):
             models[dtype](x)
 
     kinds = [(way, size) for way in ways for size in SIZES]
-    assert_level(call, kinds, times(75), tally, f"{name}, inference")
+    assert_level(call, kinds, times(50), tally, f"{name}, inference")
     for kind in kinds:
         call(kind)
     for model in models.values():
@@ -117,8 +117,8 @@ def test_training(name, tally):
             with torch.no_grad():
                 model.eval()(x)
 
-    kinds = list(itertools.product(SIZES[4:], (False, True), (False, True)))
-    assert_level(call, kinds, times(30), tally, f"{name}, training")
+    kinds = list(itertools.product(SIZES[-2:], (False, True), (False, True)))
+    assert_level(call, kinds, times(15), tally, f"{name}, training")
 
 
 def test_models_come_and_go(tally):
@@ -131,7 +131,7 @@ def test_models_come_and_go(tally):
         with torch.no_grad():
             model.eval()(x)
 
-    assert_level(call, list(NETWORKS), times(12), tally, "models come and go")
+    assert_level(call, list(NETWORKS), times(8), tally, "models come and go")
 
 
 def test_every_cache_has_a_bound():
