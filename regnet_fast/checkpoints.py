@@ -152,6 +152,8 @@ def _check_records(file: IO[bytes]) -> None:
             folder = record.external_attr & 0x10
             if record.file_size and (folder or not record.compress_size):
                 raise ValueError(f"its record {record.filename} is marked as {'a folder' if folder else 'empty'}")
+            if record.compress_type != zipfile.ZIP_STORED:  # torch writes none, and does not see that one is damaged
+                archive.read(record)
 
 
 def _why_unreadable(path: Path, head: bytes, error: Exception) -> str:

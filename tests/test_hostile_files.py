@@ -71,6 +71,15 @@ def test_a_record_that_is_marked_as_a_folder_is_refused(tmp_path):
     assert_unchanged(model, before)
 
 
+def test_a_classifier_that_is_one_number_is_refused(tmp_path):
+    model = tiny_repvgg(seed=1)
+    state = model.state_dict() | {"head.fc.weight": torch.tensor(1)}
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match=r"head\.fc\.weight is"):
+        load_checkpoint(model, save(tmp_path / "model.pth", state))
+    assert_unchanged(model, before)
+
+
 @pytest.mark.parametrize("damage", ["key", "shape", "layout", "truncated"])
 def test_bad_bit_archive_changes_nothing(tmp_path, damage):
     model, path = tiny_bit(2), tmp_path / "bit.npz"
