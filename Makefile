@@ -69,7 +69,7 @@ matrix: $(VENV)/installed
 soak: $(VENV)/installed
 	rm -rf .cache/soak
 	REGNET_FAST_SOAK=$(SOAK) $(PYTEST) --timeout 3600 tests/soak; \
-		status=$$?; $(VENV)/bin/python tests/soak/report.py && exit $$status
+		status=$$?; PYTHONPATH=. $(VENV)/bin/python tests/soak/report.py && exit $$status
 
 kernels: $(VENV)/installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS) tests/kernels
