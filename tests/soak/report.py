@@ -38,7 +38,8 @@ VERSIONS = ("torch", "timm", "regnet_fast")
 HEAD = """# Robustness
 
 Tests that try random inputs, many threads and many calls. `make test` runs a short form of them, the same inputs every
-time. `make soak` runs `SOAK` times as much with new random inputs, and writes this page from what it found.
+time. `make soak` runs `SOAK` times as much with new random inputs, and writes this page from what it found. The figures
+of a test that was run again, after a fix, are those of its last run.
 
 - **Numbers.** Random RegNets, ResNetV2s and ByobNets (widths, groups, squeeze-excite, activations, norms, shortcuts,
   strides, dilations, pre-activation, linear ends, stochastic depth, dropout), random sizes, layouts and dtypes of
