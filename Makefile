@@ -5,6 +5,7 @@ VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 WORKERS ?= 2
 BUDGET ?= 540
+SOAK ?= 50
 
 # The oldest versions that pyproject.toml admits, and the tests that must hold on them.
 OLDEST_PINS := "torch==2.11.0" "torchvision==0.26.0" "timm==1.0.31" "numpy<2.4"
@@ -25,7 +26,7 @@ PYTEST_MODELS := $(VENV)/bin/python -m pytest -q tests/test_models.py
 PYTEST_KERNELS := -m pytest -q -n $(WORKERS) tests/kernels -m "not slow"
 PYTEST_OLDEST := OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -q -n $(WORKERS)
 
-.PHONY: help demo digits docs test matrix kernels test-oldest lint host-suite bench gpu gpu-dry-run sanitize clean
+.PHONY: help demo digits docs test matrix soak kernels test-oldest lint host-suite bench gpu gpu-dry-run sanitize clean
 
 help:
 	@echo "make demo         what it does and how much faster it is here"
@@ -34,6 +35,7 @@ help:
 	@echo "make test         lint, every test, the site of the documentation, and the quick part of timm's own model tests"
 	@echo "make test-oldest  the tests that must hold on the oldest supported versions"
 	@echo "make matrix       the numbers of all 75 architectures, the largest too (16 GB of memory)"
+	@echo "make soak         SOAK times the random inputs, threads and calls of the tests: some 25 minutes; docs/robustness.md"
 	@echo "make kernels      every kernel for every shape and GPU architecture: more models in the interpreter, all compiled"
 	@echo "make host-suite   timm's own model tests on every architecture that fits in memory"
 	@echo "make bench        the CPU results in bench/results: an hour or two on an idle machine; goes on where it ended"
@@ -66,6 +68,12 @@ test-oldest: $(VENV_OLDEST)/installed
 
 matrix: $(VENV)/installed
 	$(PYTEST_MODELS)
+
+# The page is written from failures too.
+soak: $(VENV)/installed
+	rm -rf .cache/soak
+	REGNET_FAST_SOAK=$(SOAK) $(PYTEST) --timeout 3600 tests/soak; \
+		status=$$?; PYTHONPATH=. $(VENV)/bin/python tests/soak/report.py && exit $$status
 
 kernels: $(VENV)/installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS) tests/kernels

@@ -7,10 +7,11 @@ original RepVGG (https://github.com/DingXiaoH/RepVGG), which timm does not read.
 import argparse
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors.torch
 import torch
@@ -79,6 +80,9 @@ def read_content(path: str | PathLike, device: str | torch.device = "cpu") -> An
         try:
             if _is_safetensors(head):
                 return safetensors.torch.load_file(path, device=str(device))
+            if zipfile.is_zipfile(file):
+                _check_records(file)
+            file.seek(0)
             # An open file, because torch.load takes the name's extension for the format. timm's training
             # checkpoints keep their arguments as a Namespace, which is only data.
             with torch.serialization.safe_globals([argparse.Namespace]):
@@ -136,6 +140,20 @@ def abridged(items: Iterable[str], separator: str = ", ", limit: int = 4) -> str
 def _is_safetensors(head: bytes) -> bool:
     """Whether a file that starts with these bytes is safetensors: the length of a JSON header, then the header."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _SAFETENSORS_MAX_HEADER
+
+
+def _check_records(file: IO[bytes]) -> None:
+    """Refuse a torch archive in whose directory a record is damaged into an empty one or a folder.
+
+    torch reads nothing for it, raises nothing, and the tensor shows whatever was in the memory of the process.
+    """
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            folder = record.external_attr & 0x10
+            if record.file_size and (folder or not record.compress_size):
+                raise ValueError(f"its record {record.filename} is marked as {'a folder' if folder else 'empty'}")
+            if record.compress_type != zipfile.ZIP_STORED:  # torch writes none, and does not see that one is damaged
+                archive.read(record)
 
 
 def _why_unreadable(path: Path, head: bytes, error: Exception) -> str:

@@ -230,6 +230,8 @@ def _check(model: nn.Module, path: str | PathLike, state: StateDict, expected: S
 
 def _classifier_advice(key: str, path: str | PathLike, state: StateDict, expected: StateDict) -> Iterator[str]:
     """Yields what to do about a classifier (whose weight is `key`) of other size, or on one side only."""
+    if key in state and not state[key].ndim:
+        return
     if key not in state and key in expected:
         yield "The file has no classifier: create the model with num_classes=0, or load with strict=False."
     elif key in state and key not in expected:

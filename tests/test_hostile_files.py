@@ -55,6 +55,31 @@ def test_truncated_file_is_refused_and_changes_nothing(tmp_path, name, part):
     assert_unchanged(model, before)
 
 
+def test_a_record_that_is_marked_as_a_folder_is_refused(tmp_path):
+    """One bit of the archive's directory; torch reads nothing for it and shows uninitialised memory as weights."""
+    model, path = tiny_repvgg(seed=1), tmp_path / "model.pth"
+    torch.save(tiny_repvgg(seed=2).state_dict(), path)
+    data = bytearray(path.read_bytes())
+    name = data.rindex(b"/data/0")  # in the directory, in an entry whose attributes stand 8 bytes before its name
+    entry = data.rindex(b"PK\x01\x02", 0, name)
+    data[entry + 38] |= 0x10
+    path.write_bytes(data)
+    torch.load(path, weights_only=True)
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match="marked as a folder"):
+        load_checkpoint(model, path)
+    assert_unchanged(model, before)
+
+
+def test_a_classifier_that_is_one_number_is_refused(tmp_path):
+    model = tiny_repvgg(seed=1)
+    state = model.state_dict() | {"head.fc.weight": torch.tensor(1)}
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match=r"head\.fc\.weight is"):
+        load_checkpoint(model, save(tmp_path / "model.pth", state))
+    assert_unchanged(model, before)
+
+
 @pytest.mark.parametrize("damage", ["key", "shape", "layout", "truncated"])
 def test_bad_bit_archive_changes_nothing(tmp_path, damage):
     model, path = tiny_bit(2), tmp_path / "bit.npz"

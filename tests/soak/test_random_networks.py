@@ -1,0 +1,160 @@
+"""Random networks, images, layouts and dtypes: the numbers of the host's own model, in evaluation and in training."""
+
+import copy
+import warnings
+
+import pytest
+import timm
+import torch
+from amount import examples
+from helpers import assert_close_to_reference
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import FAMILIES, images, networks
+from problems import Untouched
+from training_blocks import state_of
+
+import regnet_fast
+from regnet_fast.blocks import fused
+from regnet_fast.blocks.fused import FallbackWarning, listening
+
+pytestmark = [pytest.mark.usefixtures("two_threads"), pytest.mark.filterwarnings("ignore:.*invalid value")]
+
+LAST = torch.channels_last
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def two_threads():
+    """With one thread torch leaves oneDNN for another library in some layers, whose float32 sums are more exact."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def called(tally, model, x):
+    """`model(x)`, or the class of what it raises; blocks are counted."""
+
+    def heard(block, x, plan, reason):
+        tally.count("blocks fused" if reason is None else "blocks left to timm")
+
+    try:
+        with listening(heard), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FallbackWarning)
+            return model(x)
+    except Exception as error:
+        return type(error)
+
+
+def wider(model, x):
+    """The result for x as a part of twice the batch: for one small image torch leaves oneDNN."""
+    return model(torch.cat([x, x]))[: len(x)]
+
+
+def by_worse(a, b, exact):
+    """Of two results of eager, each value that is farther from the exact one."""
+    return torch.where((a - exact).abs() >= (b - exact).abs(), a, b)
+
+
+@each_family
+@examples(2)
+@given(data=st.data())
+def test_evaluation(family, tally, data):
+    """Features and classes; eager is the worse of its two layouts, value by value."""
+    network = data.draw(networks(family))
+    drawn = data.draw(images(least=8))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
+    theirs = network.make().to(dtype)
+    x = drawn.make(network.in_chans, dtype)
+    ours = regnet_fast.rebuild(copy.deepcopy(theirs)).model
+    deployed = timm.utils.reparameterize_model(theirs)
+    tally.count("inputs")
+    with torch.no_grad(), Untouched(x):
+        found = called(tally, ours, x)
+        expected = called(tally, theirs, x)
+        if isinstance(expected, type) or isinstance(found, type):
+            assert found is expected, f"ours: {found}, timm's: {expected}"
+            return tally.count("inputs that timm refuses too")
+        results = [ours.forward_features(x)]
+        for layout in (torch.contiguous_format, LAST):
+            model = copy.deepcopy(deployed).to(memory_format=layout)
+            results.append(wider(model.forward_features, x.contiguous(memory_format=layout)))
+        exact = copy.deepcopy(theirs).double().forward_features(x.double())
+        assert_close_to_reference(results[0], by_worse(*results[1:], exact), exact, "features")
+        assert torch.equal(found, ours(x))
+
+
+def step(model, x):
+    """Output, gradients and buffers after one step."""
+    torch.manual_seed(0)
+    y = model(x)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (y * weights.to(y.dtype)).sum().backward()
+    return {"y": y.detach()} | state_of(model)
+
+
+@each_family
+@examples(2)
+@given(data=st.data())
+def test_training_in_float64(family, tally, data):
+    """Output, gradients and statistics, where nothing but a mistake differs; granted is what timm's own layouts differ
+    by.
+    """
+    network = data.draw(networks(family, rates=True))
+    drawn = data.draw(images(least=16))
+    theirs = network.make().double().train()
+    x = drawn.make(network.in_chans).double()
+    models = [copy.deepcopy(theirs) for _ in range(3)]
+    regnet_fast.rebuild(models[0])
+    models[2].to(memory_format=LAST)
+    inputs = [x, x, x.contiguous(memory_format=LAST)]
+    tally.count("inputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_DTYPES", (*fused._DTYPES, torch.float64))
+        found = [called(tally, lambda x, m=m: step(m, x), x) for m, x in zip(models, inputs, strict=True)]
+    if any(isinstance(one, type) for one in found):
+        assert len(set(map(str, found))) == 1, found
+        return tally.count("inputs that timm refuses too")
+    ours, expected, other = found
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        if value is None or ours[name] is None:
+            assert value is ours[name], name
+            continue
+        assert ours[name].dtype == value.dtype and ours[name].shape == value.shape, name
+        granted = 1e-9 * max(1.0, value.abs().max().item()) + 10 * (other[name] - value).abs().max().item()
+        assert (ours[name] - value).abs().max().item() <= granted, name
+
+
+def relative_errors(found, exact):
+    """The RMS of all gradients' errors together, each in units of its RMS or of a little of the typical one."""
+    kept = {n: v for n, v in exact.items() if n.startswith("gradient") and v is not None}
+    sizes = {n: v.square().mean().sqrt() for n, v in kept.items()}
+    least = 1e-3 * torch.stack(list(sizes.values())).median()
+    errors = [(found[n].double() - v) / sizes[n].clamp(min=least) for n, v in kept.items()]
+    return torch.cat([e.flatten() for e in errors]).square().mean().sqrt().item()
+
+
+@pytest.mark.slow
+@each_family
+@examples(1)
+@given(data=st.data())
+def test_training_in_float32(family, tally, data):
+    """Gradients are as near to float64's as timm's; with SiLU, since at ReLU's kinks errors leap by chance."""
+    network = data.draw(networks(family, acts=("silu",)))
+    drawn = data.draw(images(least=32, layouts=("NCHW", "channels_last", "batch slice")))
+    theirs = network.make().train()
+    x = drawn.make(network.in_chans)
+    exact = called(tally, lambda x: step(copy.deepcopy(theirs).double(), x), x.double())
+    ours = called(tally, lambda x: step(regnet_fast.rebuild(copy.deepcopy(theirs)).model, x), x)
+    tally.count("inputs")
+    if isinstance(exact, type) or isinstance(ours, type):
+        assert ours is exact, f"ours: {ours}, timm's: {exact}"
+        return tally.count("inputs that timm refuses too")
+    timms = []
+    for layout in (torch.contiguous_format, LAST):
+        model = copy.deepcopy(theirs).to(memory_format=layout)
+        timms.append(relative_errors(step(model, x.contiguous(memory_format=layout)), exact))
+    error = relative_errors(ours, exact)
+    assert error <= 2 * max(timms) + torch.finfo(torch.float32).eps, f"ours {error}, timm's {timms}"
