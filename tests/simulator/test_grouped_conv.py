@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers import assert_close_to_reference
 
 from regnet_fast.backends import cuda_plans
-from regnet_fast.backends.cuda_plans import GroupedConv, Target
+from regnet_fast.backends.cuda_plans import GroupedConv, Target, grouped_forward
 from simulator.machine import ORDERS, SimulationError, flattened, run
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -238,7 +238,7 @@ def test_refusals():
 @pytest.mark.parametrize("width", [8, 24, 40, 72])
 def test_some_configurations(width):
     """Some of the search space, whatever the model of the machine would choose."""
-    configs = [c for c in cuda_plans._forward_configs(width, 3) if c.warps_m * c.warps_n <= 12]
+    configs = [c for c in grouped_forward._configs(width, 3) if c.warps_m * c.warps_n <= 12]
     for config in random.sample(configs, 5):
         problem = GroupedConv(2, 11, 19, 3 if width < 72 else 1, width, random.choice((1, 2)), "bfloat16")
         if config.shared_bytes(width, problem.stride) <= cuda_plans.SHARED_BYTES[90]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import assert_close_to_reference
 
 from regnet_fast.backends import cuda_plans
-from regnet_fast.backends.cuda_plans import GroupedConv, Target
+from regnet_fast.backends.cuda_plans import GroupedConv, Target, grouped_backward
 from simulator.machine import ORDERS, SimulationError, flattened, run
 from simulator.test_grouped_conv import ACTIVATIONS, DTYPES, nhwc
 
@@ -205,7 +205,7 @@ def test_some_configurations(width, gradients):
         work = cuda_plans.BackwardWork(problem, needs_input, needs_weight, 2, needs_weight, needs_input)
         configs = [
             config
-            for config in cuda_plans._backward_configs(work)
+            for config in grouped_backward._configs(work)
             if config.warps_m * config.warps_n <= 12
             and config.accumulators(work) <= 112
             and config.shared_bytes(work) <= cuda_plans.SHARED_BYTES[90]

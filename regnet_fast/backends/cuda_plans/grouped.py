@@ -1,0 +1,87 @@
+"""The grouped 3x3 convolutions that csrc/ has kernels for, and a rough model of the machine that runs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .launch import MOST, MOST_SLABS, SHARED_BYTES, TYPES, cdiv
+
+WIDEST = 264
+
+
+@dataclass(frozen=True)
+class GroupedConv:
+    """A 3x3 convolution with padding 1 of (images, height, columns, groups * width), as wide as its result."""
+
+    images: int
+    height: int
+    columns: int
+    groups: int
+    width: int
+    stride: int
+    dtype: str
+
+    @property
+    def channels(self) -> int:
+        return self.groups * self.width
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        return cdiv(self.height, self.stride), cdiv(self.columns, self.stride)
+
+
+def refuse(
+    problem: GroupedConv,
+    *,
+    kernel: tuple[int, int] = (3, 3),
+    padding: tuple[int, int] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
+    arch: int = 90,
+) -> str | None:
+    """Why csrc/ has no grouped convolution for a problem, or None."""
+    if arch < 80:
+        return "the kernels need a GPU of compute capability 8.0 or newer"
+    if problem.dtype not in TYPES:
+        return f"the kernels compute in {' and '.join(TYPES)}, not in {problem.dtype}"
+    if kernel != (3, 3) or padding != (1, 1):
+        return f"a kernel of {kernel} with padding {padding}: only 3x3 with padding 1"
+    if dilation != (1, 1):
+        return f"a dilation of {dilation}"
+    if problem.stride not in (1, 2):
+        return f"a stride of {problem.stride}"
+    if problem.width % 8 or not 8 <= problem.width <= WIDEST:
+        return f"groups of {problem.width} channels: only multiples of 8 from 8 to {WIDEST}"
+    if min(problem.images, problem.height, problem.columns, problem.groups) < 1:
+        return "an empty map"
+    if problem.height * problem.columns * problem.channels > MOST:
+        return "an image of too many elements to count in 32 bits"
+    if problem.images * problem.height * problem.columns > MOST:
+        return "too many pixels to count in 32 bits"
+    if problem.groups * cdiv(problem.width, 16) ** 2 > MOST_SLABS:
+        return f"{problem.groups} groups: more than a grid takes"
+    return None
+
+
+def check(problem: GroupedConv) -> None:
+    """Raise ValueError where there is no kernel for a problem."""
+    reason = refuse(problem)
+    if reason is not None:
+        raise ValueError(f"no kernel for {problem}: {reason}")
+
+
+def pitch(chunks: int) -> int:
+    """Bytes between neighbours of so many 16-byte chunks: an odd number of these."""
+    return (chunks | 1) * 16
+
+
+BYTES_PER_CLOCK, PRODUCTS_PER_CLOCK, TILE_CLOCKS = 19, 1320, 400  # of one H200 processor, roughly
+
+
+def resident_blocks(shared: int, threads: int, arch: int) -> int:
+    """Blocks of a processor at once, by shared memory and, with 168 registers a thread, by registers."""
+    return max(1, min(SHARED_BYTES[arch] // shared, 65536 // (168 * threads)))
+
+
+def sectors(channels: int) -> int:
+    """Bytes moved for so many channels of a pixel, in sectors of 32, wherever the first of them lies."""
+    return 2 * channels if channels % 16 == 0 else 2 * channels + 16

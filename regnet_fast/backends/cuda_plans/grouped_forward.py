@@ -1,0 +1,160 @@
+"""The plans of csrc/grouped_conv_forward.cu, and of csrc/merged_moments.cu, which ends its statistics."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .grouped import (
+    BYTES_PER_CLOCK,
+    PRODUCTS_PER_CLOCK,
+    TILE_CLOCKS,
+    GroupedConv,
+    check,
+    pitch,
+    resident_blocks,
+    sectors,
+)
+from .launch import ACTIVATIONS, H200, SHARED_BYTES, TYPES, Launch, Target, cdiv
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """The compile-time sizes of `grouped_conv_forward`."""
+
+    groups: int
+    chunk: int
+    out_tile: int
+    unit: int
+    tile_h: int
+    tile_w: int
+    warps_m: int
+    warps_n: int
+    stages: int
+
+    def shared_bytes(self, width: int, stride: int, moments: bool = False) -> int:
+        """Dynamic shared memory: pixels and weights in flight, resident weights, results, and sums of columns."""
+        halo = (
+            ((self.tile_h - 1) * stride + 3) * ((self.tile_w - 1) * stride + 3) * pitch(self.groups * self.chunk // 8)
+        )
+        weights = self.groups * self.out_tile * pitch(9 * self.chunk // 8)
+        sixteens = cdiv(self.tile_h * self.tile_w, 16 * self.warps_m)
+        results = self.warps_m * self.warps_n * sixteens * 16 * pitch(self.unit)
+        held = (weights, 0) if self.chunk >= width else (0, weights)
+        sums = 4 * self.warps_m * (self.groups * self.out_tile * (1 + moments) + moments)
+        return self.stages * (halo + held[1]) + held[0] + results + sums
+
+
+_TILES = ((8, 16), (8, 14), (8, 8), (7, 7), (4, 14), (4, 8), (4, 4))
+_ACCUMULATORS = 64  # of a thread at most, in whole tiles of 16x8
+
+
+def _configs(width: int, groups: int) -> Iterator[ForwardConfig]:
+    """Whole groups with their weights in shared memory; and parts of one group, with weights for each step."""
+    eights = width // 8
+    for tile in _TILES:
+        sixteens = cdiv(tile[0] * tile[1], 16)
+        for warps_m in (1, 2, 4, 8):
+            held = cdiv(sixteens, warps_m)
+            if warps_m > sixteens or held > 4:
+                continue
+            for slab in (
+                range(1, min(groups, 72 // width) + 1) if eights <= 8 and held * eights * 4 <= _ACCUMULATORS else ()
+            ):
+                for warps_n in {min(slab, 3), min(slab, 4)}:
+                    for stages in (3, 2):
+                        yield ForwardConfig(slab, width, width, eights, *tile, warps_m, warps_n, stages)
+            for unit in range(3, 9):
+                for warps_n in (1, 2, 4):
+                    if held * unit * 4 > _ACCUMULATORS or unit * (warps_n - 1) >= eights:
+                        continue
+                    for chunk in (16, 24, 32):
+                        if chunk < width:
+                            yield ForwardConfig(1, chunk, 8 * unit * warps_n, unit, *tile, warps_m, warps_n, 2)
+
+
+def _cost(config: ForwardConfig, problem: GroupedConv, arch: int, processors: int) -> tuple[float, int]:
+    """Clocks of the busiest processor, modelled, and shared memory where they are equal."""
+    c, p, (out_height, out_columns) = config, problem, problem.out_size
+    tiles = cdiv(out_height, c.tile_h) * cdiv(out_columns, c.tile_w)
+    slabs = cdiv(p.groups, c.groups) * cdiv(p.width, c.out_tile)
+    shared, threads = c.shared_bytes(p.width, p.stride), 32 * c.warps_m * c.warps_n
+    halo = min(p.height, (c.tile_h - 1) * p.stride + 3) * min(p.columns, (c.tile_w - 1) * p.stride + 3)
+    pixels = min(out_height, c.tile_h) * min(out_columns, c.tile_w)
+    depth = cdiv(p.width, c.chunk) * c.chunk
+    bytes_moved = halo * sectors(c.groups * p.width) + pixels * sectors(c.groups * min(c.out_tile, p.width))
+    if c.chunk < p.width:
+        bytes_moved += c.out_tile * 9 * depth  # from the L2 cache, at twice the rate
+    units = cdiv(c.groups * c.out_tile // (8 * c.unit), c.warps_n) * c.warps_n * c.unit * 8
+    products = cdiv(c.tile_h * c.tile_w, 16 * c.warps_m) * 16 * c.warps_m * units * 9 * depth
+    busy = max(bytes_moved / BYTES_PER_CLOCK, products / PRODUCTS_PER_CLOCK)
+    count = cdiv(p.images * tiles * slabs, processors)
+    together = min(count, resident_blocks(shared, threads, arch))
+    warps = min(1.0, together * threads / 256)  # fewer than eight warps do not keep a processor busy
+    return count * (busy / warps + TILE_CLOCKS / min(together, 2)), shared
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_config(problem: GroupedConv, target: Target, moments: bool = False) -> ForwardConfig:
+    """The configuration that a rough model of the machine takes for the fastest; no measurement stands behind it."""
+    fits = [
+        config
+        for config in _configs(problem.width, problem.groups)
+        if config.shared_bytes(problem.width, problem.stride, moments) <= SHARED_BYTES[target.arch]
+        and 4 <= config.warps_m * config.warps_n <= 12
+    ]
+    return min(fits, key=lambda config: _cost(config, problem, target.arch, target.processors))
+
+
+def grouped_conv_forward(
+    problem: GroupedConv,
+    activation: str = "none",
+    parts: bool = False,
+    target: Target = H200,
+    config: ForwardConfig | None = None,
+    *,
+    read: str | None = None,
+    moments: bool = False,
+) -> Launch:
+    """`activation(conv(read(x)) + bias)`: tensors x, weight, bias (may be null), y; and, null where they are not asked
+    for, scale and shift, parts, moments.
+
+    The weight is (channels, 9 * width), tap by tap. With an activation for `read`, read(x) is that of x * scale +
+    shift. parts are (images, tiles, channels): their sum over tiles are the means of y over an image's pixels. moments
+    are (workers, 3, channels), for `merged_moments`. There are either of them.
+    """
+    check(problem)
+    config = config or forward_config(problem, target, moments)
+    (out_height, out_columns), p, c = problem.out_size, problem, config
+    tiles = cdiv(out_height, c.tile_h) * cdiv(out_columns, c.tile_w)
+    slabs = cdiv(p.groups, c.groups) * cdiv(p.width, c.out_tile)
+    shared = c.shared_bytes(p.width, p.stride, moments)
+    resident = resident_blocks(shared, 32 * c.warps_m * c.warps_n, target.arch)
+    workers = min(p.images * tiles, max(1, resident * target.processors // slabs))
+    facts = (
+        TYPES[p.dtype], p.width, c.groups, c.chunk, c.out_tile, c.unit, p.stride, c.tile_h, c.tile_w, c.warps_m,
+        c.warps_n, c.stages, ACTIVATIONS[activation], str(parts).lower(), str(read is not None).lower(),
+        ACTIVATIONS[read or "none"], str(moments).lower(),
+    )  # fmt: skip
+    buffers = {"parts": (p.images, tiles, p.channels)} if parts else {}
+    return Launch(
+        "grouped_conv_forward.cu",
+        f"grouped_conv_forward<{', '.join(map(str, facts))}>",
+        (workers, slabs, 1),
+        32 * c.warps_m * c.warps_n,
+        shared,
+        ("x", "scale", "shift", "weight", "bias", "y", "parts", "moments", p.images, p.height, p.columns, out_height,
+         out_columns, p.groups),
+        buffers | ({"moments": (workers, 3, p.channels)} if moments else {}),
+    )  # fmt: skip
+
+
+def merged_moments(parts: int, channels: int) -> Launch:
+    """mean and var (channels), the biased one, of so many parts with their moments."""
+    warps = 16
+    buffers = dict.fromkeys(("mean", "var"), (channels,))
+    return Launch(
+        "merged_moments.cu", f"merged_moments<{warps}>", (cdiv(channels, 32), 1, 1), 32 * warps, 12 * 32 * warps,
+        ("moments", "mean", "var", parts, channels), buffers,
+    )  # fmt: skip
