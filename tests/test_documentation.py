@@ -35,7 +35,7 @@ SHORT = [
     "regnet-fast explain regnety_016 --bandwidth 4300 --peak 790 --launch 1.5",
     "regnet-fast verify regnety_002",
 ]
-"""Commands that take seconds, which are run as they stand. The others are only read."""
+"""Commands that take seconds, which are run as they stand; all of them, smaller, are test_documented_commands.py."""
 
 EXTRAS = {
     "docs/deploying.md": ("onnx", "onnxscript", "onnxruntime", "segmentation_models_pytorch"),
