@@ -50,7 +50,11 @@ def test_exported_with_any_batch(name, seed):
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [("regnety_002", torch.no_grad), ("resnetv2_18", torch.no_grad), ("resnetv2_18", torch.inference_mode)],
+    [
+        pytest.param("regnety_002", torch.no_grad, marks=pytest.mark.slow),
+        ("resnetv2_18", torch.no_grad),
+        ("resnetv2_18", torch.inference_mode),
+    ],
 )
 def test_compiled_once_for_any_batch(name, mode, seed, fresh_compiler):
     model = make(name)

@@ -79,7 +79,18 @@ def check(theirs: nn.Module, dtype: torch.dtype, x: torch.Tensor, forced: str = 
     for what in ("gradients", "statistics"):
         scale = {name: value.square().mean().sqrt() + 1e-12 for name, value in found[2][what].items()}
         vectors = [torch.cat([(one[what][k].double() / s).flatten() for k, s in scale.items()]) for one in found]
-        assert_close_to_reference(*(v.to(dtype if i < 2 else torch.float64) for i, v in enumerate(vectors)), what)
+        assert_near(*vectors, torch.finfo(dtype).eps, what)
+
+
+def assert_near(ours, eager, exact, eps, what):
+    """The RMS error within twice eager's, the largest within four times.
+
+    The largest errors of a network's gradients are those of few pixels of its last maps. Over twelve seeds of regnet_y
+    in float32 the largest was 0.6 to 1.8 times eager's, with an RMS of 0.6 to 1.4 times.
+    """
+    errors, granted = (ours - exact).abs(), (eager - exact).abs()
+    assert errors.square().mean().sqrt() <= 2 * granted.square().mean().sqrt() + eps, what
+    assert errors.max() <= 4 * granted.max() + 4 * eps, what
 
 
 @pytest.mark.parametrize("name", NETWORKS)
