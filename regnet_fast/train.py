@@ -269,7 +269,11 @@ class _Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Go on from a state. Raises CheckpointError where it does not fit this run."""
+        changed: list[str] = []
         try:
+            now = self._conditions()
+            before = state["options"].items()
+            changed += [f"{key} is {now.get(key)} and was {value}" for key, value in before if now.get(key) != value]
             self.model.load_state_dict(state["state_dict"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["state_dict_ema"])
@@ -284,14 +288,10 @@ class _Run:
                 self.scheduler.step(self.start)
             if len(state["generators"]) == self.world.size:
                 training_state.set_generators(state["generators"][self.world.rank], self.world.device)
-            before = state["options"].items()
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(
-                f"'{self.options.resume}' does not fit this run: {type(error).__name__}: {reason}"
-            ) from error
-        now = self._conditions()
-        changed = [f"{key} is {now.get(key)} and was {value}" for key, value in before if now.get(key) != value]
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+            reasons = "; ".join([*changed, reason])
+            raise CheckpointError(f"'{self.options.resume}' does not fit this run: {reasons}") from error
         if changed and self.world.primary:
             _logger.warning("resumed under other conditions: %s", ", ".join(changed))
 

@@ -46,7 +46,8 @@ SMALLER = {
     "export": "--no-pretrained --size 64",
     "train": f"{TRAINING} --epochs 1",
     "train --resume": f"{TRAINING} --epochs 2",
-    "validate": TRAINING,
+    "validate": f"{TRAINING} --no-pretrained",
+    "validate --checkpoint": TRAINING,
 }
 """Options behind a command, by its name."""
 
@@ -64,10 +65,10 @@ def shown() -> list[str]:
 def typed(command: str) -> str:
     """A command of a page as it is run here."""
     name = re.sub(r".*(?:regnet-fast|-m regnet_fast) ", "", command).split()[0]
-    resumed = " --resume" if "--resume" in command else ""
+    given = next((f" {option}" for option in ("--resume", "--checkpoint") if option in command), "")
     for word in sorted(WORDS, key=len, reverse=True):
         command = re.sub(rf"(?<!\S){re.escape(word)}(?!\S)", WORDS[word], command)
-    end = "" if "--help" in command else SMALLER.get(name + resumed, "")
+    end = "" if "--help" in command else SMALLER.get(name + given, SMALLER.get(name, ""))
     if command.startswith("regnet-fast "):
         command = f"{PROGRAM} {command.removeprefix('regnet-fast ')}"
     return re.sub(r"^torchrun ", f"{sys.executable} -m torch.distributed.run ", f"{command} {end}")
@@ -103,7 +104,7 @@ def provide(command: str, folder: Path) -> None:
         torch.save(torchvision.models.get_model("regnet_y_400mf").state_dict(), folder / word)
     if "RUN/" in command:
         model = re.search(r"--model (\S+)", command)[1]
-        run(f"{PROGRAM} train DATA_DIR --model {model} --model-ema --output RUN {SMALLER['train']}", folder)
+        run(f"{PROGRAM} train DATA_DIR --model {model} --amp --model-ema --output RUN {SMALLER['train']}", folder)
 
 
 @pytest.mark.slow

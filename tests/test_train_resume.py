@@ -192,6 +192,12 @@ def test_a_checkpoint_that_cannot_be_resumed_is_one_line_and_status_3(data, tmp_
     assert expected in result.stderr and str(last) in result.stderr
 
 
+def test_options_that_a_resumed_run_cannot_change_are_named(data, tmp_path):
+    train(options(data, tmp_path / "run", epochs=1))
+    result = run(data, *SMALL, "--amp", "--resume", tmp_path / "run" / training_state.LAST)
+    assert result.exit_code == 3 and "amp is True and was False" in result.stderr, result.output
+
+
 # Two processes
 
 
