@@ -44,8 +44,8 @@ of a test that was run again, after a fix, are those of its last run.
 - **Numbers.** Random RegNets, ResNetV2s and ByobNets (widths, groups, squeeze-excite, activations, norms, shortcuts,
   strides, dilations, pre-activation, linear ends, stochastic depth, dropout), random sizes, layouts and dtypes of
   images. In evaluation the rule of [how it works](how-it-works.md#what-the-same-function-means), training in float64
-  and float32. What timm refuses is refused with the same error. A bfloat16 image that misses the rule is judged with
-  eight more: some networks amplify the rounding of one early value to most of the error of a small map.
+  and float32. What timm refuses is refused with the same error. An image that misses the rule is judged with eight
+  more: some networks amplify the rounding of one early value to most of the error of a small map.
 - **Threads and forks.** Results are equal to the bit to those of one thread.
 - **Files.** Truncated, flipped, overwritten, shifted and doubled bytes; entries missing, renamed, exchanged, of other
   shapes, dtypes and kinds. A file is refused with a `CheckpointError` and the model is as it was, or the weights are

@@ -80,7 +80,7 @@ def independently(path):
     if head[8:9] == b"{":
         return safetensors.torch.load_file(path)
     with path.open("rb") as file:
-        return torch.load(file, weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def assert_loaded_or_unchanged(model, path, tally):

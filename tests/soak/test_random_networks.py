@@ -78,8 +78,8 @@ def test_evaluation(family, tally, data):
     """Features and classes.
 
     Some networks amplify the rounding of one early value to most of the error of a small map. The error of ours over
-    eager's is then a quotient of two random numbers, above 2 for every tenth image where the mean is 1.1. So where an
-    image misses the rule in bfloat16, half of eight more have to miss it for the test to fail.
+    eager's is then a quotient of two random numbers: in one such network in bfloat16 it was above 2 for a tenth of the
+    images, with a mean of 1.1. So where an image misses the rule, half of eight more have to miss it for a failure.
     """
     network = data.draw(networks(family))
     drawn = data.draw(images(least=8))
@@ -96,7 +96,7 @@ def test_evaluation(family, tally, data):
             assert found is expected, f"ours: {found}, timm's: {expected}"
             return tally.count("inputs that timm refuses too")
         missed = misses(ours, theirs, deployed, x)
-        if missed and dtype == torch.bfloat16:
+        if missed:
             tally.count("judged with eight more images")
             more = [misses(ours, theirs, deployed, torch.randn_like(x)) for _ in range(8)]
             missed = missed if sum(map(bool, more)) >= 4 else ""
