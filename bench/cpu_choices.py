@@ -193,7 +193,7 @@ def sums() -> None:
                 31,
             )
             times = " | ".join(f"{1e3 * time:.0f}" for time in t.values())
-            print(f"| {str(dtype)[6:]} | {'x'.join(map(str, shape))} | {times} | {passes._beside(x, grad)} |")
+            print(f"| {str(dtype)[6:]} | {'x'.join(map(str, shape))} | {times} | {passes._beside(x)} |")
 
 
 def normalised() -> None:

@@ -500,6 +500,31 @@ def test_gradients_through_a_norm_of_channels_far_from_zero(ratio):
 
 
 @pytest.mark.parametrize(
+    ("pixels", "channels", "abreast"),
+    [
+        (50176, 24, 32),
+        (874, 24, 38),
+        (3136, 336, 2),
+        (784, 888, 1),
+        (784, 2048, 1),
+        (49, 24, 1),
+        (881, 24, 1),
+        (512, 7, 128),
+    ],
+)
+def test_sums_of_a_gradient_that_is_nearly_constant(pixels, channels, abreast):
+    """As that of an average pool: what is left after its mean is taken away is only as good as its sum."""
+    assert passes._abreast(pixels, channels) == abreast
+    x, grad = (t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, 1, channels, 1, pixels))
+    grad = (torch.randn(1, channels, 1, 1) + 1e-3 * grad).contiguous(memory_format=torch.channels_last)
+    mean, var = passes.statistics(x)
+    plain = passes._sums(grad, x, passes.Norm(mean, var, None, None, EPS, "none")).plain
+    exact = grad.double().sum((0, 2, 3))
+    error = ((plain - exact) / exact.abs().mean()).square().mean().sqrt()
+    assert error < 2e-8 * (pixels / abreast) ** 0.5 + 6e-8
+
+
+@pytest.mark.parametrize(
     ("shape", "beside"),
     [
         ((2, 24, 32, 24), 2),
@@ -514,7 +539,7 @@ def test_gradients_through_a_norm_of_channels_far_from_zero(ratio):
 def test_sums_over_pixels_side_by_side(shape, beside, dtype):
     x, grad = (torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(2))
     x += torch.randn(1, shape[1], 1, 1).to(dtype)
-    assert passes._beside(x, grad) == beside
+    assert passes._beside(x) == beside
     wide = passes._side_by_side(x, beside)
     assert wide.data_ptr() == x.data_ptr() and wide.shape[1] == beside * shape[1]
     exact = x.double(), grad.double()

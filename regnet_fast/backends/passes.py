@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,10 @@ _PART_BYTES = 4e6
 _LANES = 16
 _PIXELS = 512
 """Sums over pixels take channels in multiples of `_LANES`, in maps of so many pixels and more."""
+
+_COLUMNS = 1024
+_FEW = 256
+"""How many sums of a gradient torch makes at once, in maps of so many pixels and more."""
 
 _LAST = torch.channels_last
 _ALL = slice(None)
@@ -148,17 +153,30 @@ def _inactivated(grad: Tensor, z: Tensor, a: Tensor, activation: str, out: Tenso
         out.copy_(grad)
 
 
-def _beside(*maps: Tensor) -> int:
-    """How many neighbouring pixels of maps of one shape to take side by side, as one of as many times the channels.
+def _beside(x: Tensor) -> int:
+    """How many neighbouring pixels of a map to measure side by side, as one of as many times the channels.
 
     So that the channels fill the processor's vectors: torch's sums over pixels take up to five times as long where they
     do not (docs/training.md).
     """
-    n, c, h, w = maps[0].shape
+    n, c, h, w = x.shape
     pixels, beside = n * h * w, _LANES // math.gcd(c, _LANES)
     if pixels < _PIXELS * beside or pixels % beside:
         return 1
-    return beside if all(x.is_cpu and x.is_contiguous(memory_format=_LAST) for x in maps) else 1
+    return beside if x.is_cpu and x.is_contiguous(memory_format=_LAST) else 1
+
+
+@lru_cache(maxsize=4096)
+def _abreast(pixels: int, channels: int) -> int:
+    """How many neighbouring pixels of a gradient to sum side by side: as many as `_COLUMNS` hold, in whole vectors.
+
+    torch adds up a column in float32, one value after another. Of a gradient that is nearly the same for all pixels, as
+    that of an average pool is, each of so many columns loses so many times less.
+    """
+    if pixels < _FEW:
+        return 1
+    fit = [n for n in range(1, min(pixels, _COLUMNS // channels) + 1) if pixels % n == 0]
+    return max([n for n in fit if n * channels % _LANES == 0] or fit or [1])
 
 
 def _side_by_side(x: Tensor, beside: int) -> Tensor:
@@ -171,7 +189,9 @@ def _side_by_side(x: Tensor, beside: int) -> Tensor:
 
 def _sums(grad: Tensor, x: Tensor, norm: Norm) -> Sums:
     invstd, mean, weight = (norm.var + norm.eps).rsqrt_(), norm.mean, norm.weight
-    beside = _beside(x, grad)
+    beside = 1
+    if all(t.is_cpu and t.is_contiguous(memory_format=_LAST) for t in (x, grad)):
+        beside = _abreast(x.numel() // x.shape[1], x.shape[1])
     if beside > 1:
         invstd, mean, weight = (None if t is None else t.repeat(beside) for t in (invstd, mean, weight))
     grads, maps = _side_by_side(grad, beside), _side_by_side(x, beside)

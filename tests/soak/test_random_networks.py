@@ -154,18 +154,18 @@ def test_training_in_float64(family, tally, data):
 
 
 def relative_errors(found, exact):
-    """The RMS of all gradients' errors together, each in units of its RMS or of a little of the typical one.
+    """The RMS of all gradients' errors together, each in units of its RMS or of a little of the typical one; and the
+    RMS of gradients that are 0.
 
-    A shift before a convolution with a norm behind it has no effect. Its gradient is 0, and is what rounding leaves.
+    A shift before a convolution with a norm behind it has no effect: its gradient is what rounding leaves.
     """
     kept = {n: v for n, v in exact.items() if n.startswith("gradient") and v is not None}
     sizes = {n: v.square().mean().sqrt() for n, v in kept.items()}
     typical = torch.stack(list(sizes.values())).median()
-    zeros = [n for n, size in sizes.items() if size < 1e-12 * typical]
-    assert all(found[n].square().mean().sqrt() < 1e-3 * typical for n in zeros), zeros
-    least = 1e-3 * typical
-    errors = [(found[n].double() - v) / sizes[n].clamp(min=least) for n, v in kept.items() if n not in zeros]
-    return torch.cat([e.flatten() for e in errors]).square().mean().sqrt().item()
+    units = {n: size.clamp(min=1e-3 * typical) for n, size in sizes.items() if size > 1e-12 * typical}
+    errors = [(found[n].double() - kept[n]) / unit for n, unit in units.items()]
+    zeros = [found[n].double() / typical for n in kept if n not in units]
+    return [torch.cat([e.flatten() for e in some]).square().mean().sqrt().item() for some in (errors, zeros) if some]
 
 
 @pytest.mark.slow
@@ -189,14 +189,18 @@ def test_training_in_float32(family, tally, data):
 
 
 def gradients_miss(theirs, x):
-    """Why the gradients miss the rule, or ''; eager is the worse of its two layouts."""
+    """Why the gradients miss the rule, or ''; eager is the worse of its two layouts. What rounding leaves of gradients
+    that are 0 may be ten times eager's: it was two to five times that of the layouts, in networks where it was largest.
+    """
     exact = step(copy.deepcopy(theirs).double(), x.double())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FallbackWarning)
-        error = relative_errors(step(regnet_fast.rebuild(copy.deepcopy(theirs)).model, x), exact)
+        ours = relative_errors(step(regnet_fast.rebuild(copy.deepcopy(theirs)).model, x), exact)
     timms = []
     for layout in (torch.contiguous_format, LAST):
         model = copy.deepcopy(theirs).to(memory_format=layout)
         timms.append(relative_errors(step(model, x.contiguous(memory_format=layout)), exact))
-    bound = 2 * max(timms) + torch.finfo(torch.float32).eps
-    return "" if error <= bound else f"ours {error}, timm's {timms}"
+    eps = torch.finfo(torch.float32).eps
+    bounds = [factor * max(worst) + eps for factor, worst in zip((2, 10), zip(*timms, strict=True), strict=False)]
+    met = all(error <= bound for error, bound in zip(ours, bounds, strict=True))
+    return "" if met else f"ours {ours}, timm's {timms}"
