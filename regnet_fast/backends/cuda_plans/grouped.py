@@ -30,6 +30,26 @@ class GroupedConv:
         return cdiv(self.height, self.stride), cdiv(self.columns, self.stride)
 
 
+@dataclass(frozen=True)
+class Config:
+    """The sizes that a kernel is compiled for.
+
+    A block takes `groups` groups, `chunk` of their input channels at a time, and makes `out_tile` of the channels of
+    each, for `tile_h` by `tile_w` pixels. Its warps share out the pixels (`warps_m`) and the channels (`warps_n`, in
+    units of `unit` eights); `stages` chunks are in flight.
+    """
+
+    groups: int
+    chunk: int
+    out_tile: int
+    unit: int
+    tile_h: int
+    tile_w: int
+    warps_m: int
+    warps_n: int
+    stages: int
+
+
 def refuse(
     problem: GroupedConv,
     *,

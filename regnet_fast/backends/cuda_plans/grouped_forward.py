@@ -10,6 +10,7 @@ from .grouped import (
     BYTES_PER_CLOCK,
     PRODUCTS_PER_CLOCK,
     TILE_CLOCKS,
+    Config,
     GroupedConv,
     check,
     pitch,
@@ -20,18 +21,8 @@ from .launch import ACTIVATIONS, H200, SHARED_BYTES, TYPES, Launch, Target, cdiv
 
 
 @dataclass(frozen=True)
-class ForwardConfig:
+class ForwardConfig(Config):
     """The compile-time sizes of `grouped_conv_forward`."""
-
-    groups: int
-    chunk: int
-    out_tile: int
-    unit: int
-    tile_h: int
-    tile_w: int
-    warps_m: int
-    warps_n: int
-    stages: int
 
     def shared_bytes(self, width: int, stride: int, moments: bool = False) -> int:
         """Dynamic shared memory: pixels and weights in flight, resident weights, results, and sums of columns."""
