@@ -178,6 +178,9 @@ def test_training_in_float32(family, tally, data):
     drawn = data.draw(images(least=32, layouts=("NCHW", "channels_last", "batch slice")))
     theirs = network.make().train()
     x = drawn.make(network.in_chans)
+    strided = (m for m in theirs.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (1, 1) < m.stride)
+    if any(conv.in_channels < 16 for conv in strided):  # docs/training.md
+        return tally.count("inputs left out, since timm's own step in channels_last writes beyond its memory")
     exact = called(tally, lambda x: step(copy.deepcopy(theirs).double(), x), x.double())
     ours = called(tally, lambda x: step(regnet_fast.rebuild(copy.deepcopy(theirs)).model, x), x)
     tally.count("inputs")
