@@ -115,13 +115,13 @@ class Compiled:
 
 
 def other_widths() -> list[cuda_launches.Conv]:
-    """A convolution with each stride of every width that no model has."""
-    known = {conv.width for conv in cuda_launches.grouped_convs()}
+    """A convolution of every width and stride that no model has."""
+    known = {(conv.width, conv.stride) for conv in cuda_launches.grouped_convs()}
     return [
         cuda_launches.Conv(max(2, 448 // width), width, 14, stride, "relu")
         for width in range(8, WIDEST + 1, 8)
-        if width not in known
         for stride in (1, 2)
+        if (width, stride) not in known
     ]
 
 
