@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from regnet_fast.backends import cuda_plans, cuda_store
+from regnet_fast.backends import cuda_plans, store
 from regnet_fast.backends.cuda_plans import SHARED_BYTES, WIDEST, Launch
 
 from . import cuda_compilation_page, cuda_launches
@@ -220,7 +220,7 @@ def _options(arch: int) -> tuple[str, ...]:
 
 def key(job: Job) -> str:
     """The digest of all that becomes of a job depends on."""
-    return cuda_store.key(compiler_version(), *_options(job.arch), _content(job.launch.source), job.launch.kernel)
+    return store.key(compiler_version(), *_options(job.arch), _content(job.launch.source), job.launch.kernel)
 
 
 @functools.cache
@@ -235,7 +235,7 @@ def _content(source: str) -> str:
             names = re.findall(r'^#include ["<](.+?)[">]', found[path], re.MULTILINE)
             places = [folder / name for name in names for folder in (CSRC, CSRC / "device")]
             left += [place for place in places if place.exists()]
-    return cuda_store.key(*(found[path] for path in sorted(found)))
+    return store.key(*(found[path] for path in sorted(found)))
 
 
 class Kept:

@@ -31,7 +31,7 @@ from regnet_fast.backends import (
     cuda_nvrtc,
     cuda_plans,
     cuda_sources,
-    cuda_store,
+    store,
     reference,
     select,
 )
@@ -522,7 +522,7 @@ def test_nvrtc_compiles_the_sources(cache, monkeypatch):
 @needs_nvrtc
 def test_the_key_knows_architecture_kernel_sources_and_compiler(cache, monkeypatch):
     keys = []
-    monkeypatch.setattr(cuda_store, "stored", lambda key, make: keys.append(key) or b"name\ncubin")
+    monkeypatch.setattr(store, "stored", lambda key, make: keys.append(key) or b"name\ncubin")
     for source, kernel, arch in (
         ("a.cu", "k<1>", 90),
         ("b.cu", "k<1>", 90),

@@ -20,7 +20,7 @@ import torch
 
 import regnet_fast
 from bench import cuda_launches
-from regnet_fast.backends import backend, cuda_extension, cuda_launch, cuda_plans, cuda_sources, cuda_store
+from regnet_fast.backends import backend, cuda_extension, cuda_launch, cuda_plans, cuda_sources, store
 from regnet_fast.backends.cuda_plans import PROCESSORS, TYPES, Target
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -329,8 +329,8 @@ def small_module(tmp_path, monkeypatch):
     """The module with a few kernels where the package looks for it. Compiled once for what it is made from."""
     files = [path for path in sorted((ROOT / "csrc").rglob("*.*")) if path.is_file()] + [Path(__file__)]
     nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    key = cuda_store.key(nvcc, sys.version, *(path.read_bytes() for path in files))
-    built = cuda_store.stored(key, lambda: few_kernels(tmp_path), ROOT / ".cache" / "extension")
+    key = store.key(nvcc, sys.version, *(path.read_bytes() for path in files))
+    built = store.stored(key, lambda: few_kernels(tmp_path), ROOT / ".cache" / "extension")
     folder = tmp_path / "built"
     folder.mkdir()
     (folder / f"_cuda{EXTENSION_SUFFIXES[0]}").write_bytes(built)

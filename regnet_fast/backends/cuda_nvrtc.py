@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import cuda_sources, cuda_store
+from . import cuda_sources, store
 
 OPTIONS = ("--std=c++17",)
 
@@ -75,8 +75,8 @@ def compiled(source: str, kernel: str, arch: int) -> Compiled:
     Raises CompileError with the compiler's message.
     """
     options = (f"--gpu-architecture=sm_{arch}", *OPTIONS)
-    key = cuda_store.key("nvrtc", version(), cuda_sources.digest(), source, kernel, *options)
-    name, _, cubin = cuda_store.stored(key, lambda: _compile(source, kernel, options)).partition(b"\n")
+    key = store.key("nvrtc", version(), cuda_sources.digest(), source, kernel, *options)
+    name, _, cubin = store.stored(key, lambda: _compile(source, kernel, options)).partition(b"\n")
     return Compiled(name.decode(), cubin)
 
 

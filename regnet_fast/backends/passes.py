@@ -105,13 +105,14 @@ def parts(x: Tensor, wider: float = 1.0) -> list[slice]:
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def _of(x: Tensor | None, part: slice) -> Tensor | None:
+def of(x: Tensor | None, part: slice) -> Tensor | None:
+    """Some images."""
     return x if part is _ALL or x is None else x[part]
 
 
 def _laid_out(x: Tensor, part: slice) -> Tensor:
     """Some images, in channels_last whatever the layout of all."""
-    return _of(x, part).contiguous(memory_format=_LAST)
+    return of(x, part).contiguous(memory_format=_LAST)
 
 
 def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -201,12 +202,13 @@ def _sums(grad: Tensor, x: Tensor, norm: Norm) -> Sums:
     return Sums(*(found if beside == 1 else (t.view(beside, -1).sum(0) for t in found)))
 
 
-def _summed(found: Sequence[Tensor]) -> Tensor:
+def summed(found: Sequence[Tensor]) -> Tensor:
+    """The sum of some tensors, in their order."""
     return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
 
 def _total(found: Sequence[Sums]) -> Sums:
-    return Sums(*(_summed(one) for one in zip(*found, strict=True)))
+    return Sums(*(summed(one) for one in zip(*found, strict=True)))
 
 
 def merged(statistics: Sequence[tuple[Tensor, Tensor]], counts: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -232,7 +234,7 @@ def _measured(x: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(mean, var)] if beside == 1 else list(zip(mean.chunk(beside), var.chunk(beside), strict=True))
 
 
-class _Statistics:
+class Statistics:
     """Mean and variance of a map that comes in parts."""
 
     def __init__(self) -> None:
@@ -252,9 +254,9 @@ class _Statistics:
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel, in float32 at least."""
-    found = _Statistics()
+    found = Statistics()
     for part in parts(x):
-        found.add(_of(x, part))
+        found.add(of(x, part))
     return found.merged()
 
 
@@ -293,35 +295,65 @@ class _Gated:
         return torch.addcmul(dmeans.to(grad.dtype)[:, :, None, None], grad, self.factor, out=grad), found
 
 
-def convs(
-    x: Tensor, norm: Norm | None, excite: Excite | None, filters: Sequence[Filter], measured: Sequence[bool]
-) -> list[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
-    """For every filter `conv2d(excite(activation(norm(x))), weight, None, *geometry)`, and its channels' mean and
-    variance where they are measured. The map is read once.
-    """
-    wider = max(weight.shape[0] / (x.shape[1] * stride[0] * stride[1]) for weight, (stride, *_) in filters)
-    cut = parts(x, wider)
-    normalise = None if norm is None else normaliser(norm, x)
-    results: list[Tensor | None] = [None] * len(filters)
-    found = [_Statistics() if taken else None for taken in measured]
-    for part in cut:
-        a = _laid_out(x, part)
-        a = a if norm is None else _activated(normalise(a), norm.activation)
-        if excite is not None:
-            factor = _Gated(a, excite).factor
-            a = a * factor if norm is None else a.mul_(factor)
-        for i, (weight, geometry) in enumerate(filters):
-            y = torch.conv2d(a, weight, None, *geometry)
-            y = y.contiguous(memory_format=_LAST)  # which the result of a map of one channel need not be
-            if measured[i]:
-                found[i].add(y)
-            if part is _ALL:
-                results[i] = y
-                continue
-            if results[i] is None:
-                results[i] = _empty((x.shape[0], *y.shape[1:]), y)
-            results[i][part] = y
-    return [(y, None if s is None else s.merged()) for y, s in zip(results, found, strict=True)]
+class Reader:
+    """How convolutions read a map, some images at a time: `excite(activation(norm(x)))`."""
+
+    def __init__(self, x: Tensor, norm: Norm | None, excite: Excite | None):
+        self.x, self.norm, self.excite = x, norm, excite
+        self.normalise = None if norm is None else normaliser(norm, x)
+
+    def read(self, part: slice) -> Tensor:
+        """Some images as they are read, to be used before the next ones are."""
+        a = _laid_out(self.x, part)
+        a = a if self.norm is None else _activated(self.normalise(a), self.norm.activation)
+        if self.excite is None:
+            return a
+        factor = _Gated(a, self.excite).factor
+        return a * factor if self.norm is None else a.mul_(factor)
+
+
+class BackwardReader(Reader):
+    """A reader that takes gradients of what it read back through squeeze-excite and the activation."""
+
+    def __init__(self, x: Tensor, norm: Norm | None, excite: Excite | None):
+        super().__init__(x, norm, excite)
+        self.sums: list[Sums] = []
+        self.excited: list[tuple[Tensor, ...]] = []
+
+    def read(self, part: slice) -> Tensor:
+        self.raw = self.z = self.a = e = _laid_out(self.x, part)
+        if self.norm is not None:
+            self.z = self.normalise(self.raw)
+            self.a = e = _activated(self.z, self.norm.activation, keep=True)
+        if self.excite is not None:
+            self.gate = _Gated(self.a, self.excite)
+            e = self.a * self.gate.factor
+        return e
+
+    def back(self, grad: Tensor, out: Tensor, through: bool) -> None:
+        """The gradient of the images read last, into `out`: `through` norm and activation, with the norm's sums, or of
+        the map before squeeze-excite. `grad` may be `out`, and is used up.
+        """
+        if self.excite is not None:
+            grad, found = self.gate.backward(grad)
+            self.excited.append(found)
+        _inactivated(grad, self.z, self.a, self.norm.activation if through else "none", out)
+        if through:
+            self.sums.append(_sums(out, self.raw, self.norm))
+
+    def totals(self) -> tuple[Sums | None, tuple[Tensor, ...] | None]:
+        """The norm's sums and the gradients of squeeze-excite's parameters, of all images."""
+        excited = tuple(summed(found) for found in zip(*self.excited, strict=True)) if self.excited else None
+        return _total(self.sums) if self.sums else None, excited
+
+
+class Calls(NamedTuple):
+    """What the convolutions of a training step are made with besides themselves."""
+
+    reader: type[Reader]
+    backward_reader: type[BackwardReader]
+    statistics: type[Statistics]
+    raw_gradient: Callable[[Own, Tensor], Callable[[Tensor, Tensor], Tensor]]
 
 
 class Own(NamedTuple):
@@ -361,12 +393,51 @@ def raw_gradient(grad: Tensor, y: Tensor, coefficients: tuple[Tensor, Tensor | N
     return found.to(grad.dtype)
 
 
+def _raw_gradients(own: Own, like: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    coefficients = own.coefficients()
+    return lambda grad, y: raw_gradient(grad, y, coefficients)
+
+
+FRAMEWORK = Calls(Reader, BackwardReader, Statistics, _raw_gradients)
+
+
 class Arriving(NamedTuple):
     """The gradient of a convolution's raw result y, or of its norm's result where the norm is its `own`."""
 
     grad: Tensor
     own: Own | None
     y: Tensor | None
+
+
+def convs(
+    x: Tensor,
+    norm: Norm | None,
+    excite: Excite | None,
+    filters: Sequence[Filter],
+    measured: Sequence[bool],
+    calls: Calls = FRAMEWORK,
+) -> list[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
+    """For every filter `conv2d(excite(activation(norm(x))), weight, None, *geometry)`, and its channels' mean and
+    variance where they are measured. The map is read once.
+    """
+    wider = max(weight.shape[0] / (x.shape[1] * stride[0] * stride[1]) for weight, (stride, *_) in filters)
+    reader = calls.reader(x, norm, excite)
+    results: list[Tensor | None] = [None] * len(filters)
+    found = [calls.statistics() if taken else None for taken in measured]
+    for part in parts(x, wider):
+        a = reader.read(part)
+        for i, (weight, geometry) in enumerate(filters):
+            y = torch.conv2d(a, weight, None, *geometry)
+            y = y.contiguous(memory_format=_LAST)  # which the result of a map of one channel need not be
+            if measured[i]:
+                found[i].add(y)
+            if part is _ALL:
+                results[i] = y
+                continue
+            if results[i] is None:
+                results[i] = _empty((x.shape[0], *y.shape[1:]), y)
+            results[i][part] = y
+    return [(y, None if s is None else s.merged()) for y, s in zip(results, found, strict=True)]
 
 
 def convs_backward(
@@ -378,49 +449,34 @@ def convs_backward(
     needs_x: bool,
     needs_weights: Sequence[bool],
     through: bool = True,
+    calls: Calls = FRAMEWORK,
 ) -> ConvGradients:
     """The gradients of `convs`. The gradient of x goes `through` its norm, or is that of the map that was read."""
-    coefficients = [None if own is None else own.coefficients() for _, own, _ in arriving]
-    activation = "none" if norm is None else norm.activation
-    through = through and norm is not None
+    raw_gradients = [None if own is None else calls.raw_gradient(own, grad) for grad, own, _ in arriving]
     cut = parts(x, max(grad.nbytes for grad, _, _ in arriving) / x.nbytes)
-    normalise = None if norm is None else normaliser(norm, x)
+    reader = calls.backward_reader(x, norm, excite)
     dx = _empty(x.shape, x) if needs_x and len(cut) > 1 else None
     dweights: list[Tensor | None] = [None] * len(filters)
-    sums, excited = [], []
     for part in cut:
-        read = z = a = e = _laid_out(x, part)
-        if norm is not None:
-            z = normalise(read)
-            a = e = _activated(z, activation, keep=True)
-        if excite is not None:
-            gate = _Gated(a, excite)
-            e = a * gate.factor
-        da = None
+        e, de = reader.read(part), None
         for i, (grad, _, y) in enumerate(arriving):
-            dy = _of(grad, part)
-            dy = dy if coefficients[i] is None else raw_gradient(dy, _of(y, part), coefficients[i])
+            dy = of(grad, part)
+            dy = dy if raw_gradients[i] is None else raw_gradients[i](dy, of(y, part))
             one, dw = convolution_backward(dy, e, *filters[i], needs_x, needs_weights[i])
             if needs_x:
                 one = one.contiguous(memory_format=_LAST)
-                da = one if da is None else da.add_(one)
+                de = one if de is None else de.add_(one)
             if needs_weights[i]:
                 dw = dw if part is _ALL else dw.to(torch.promote_types(dw.dtype, torch.float32))
                 dweights[i] = dw if dweights[i] is None else dweights[i].add_(dw)
         if needs_x:
-            if excite is not None:
-                da, found = gate.backward(da)
-                excited.append(found)
-            out = da if part is _ALL else dx[part]
-            _inactivated(da, z, a, activation if through else "none", out)
-            if through:
-                sums.append(_sums(out, read, norm))
-            dx = da if part is _ALL else dx
+            dx = de if part is _ALL else dx
+            reader.back(de, of(dx, part), through and norm is not None)
     dweights = [
         None if dw is None else _as_laid_out(dw, weight) for dw, (weight, _) in zip(dweights, filters, strict=True)
     ]
-    totals = tuple(_summed(found) for found in zip(*excited, strict=True)) if excited else None
-    return ConvGradients(dx, _total(sums) if sums else None, dweights, totals)
+    sums, excited = reader.totals()
+    return ConvGradients(dx, sums, dweights, excited)
 
 
 def _as_laid_out(dweight: Tensor, weight: Tensor) -> Tensor:
@@ -471,11 +527,11 @@ def _normalisers(terms: Sequence[Term]) -> list[_Normalise]:
 def _value(term: Term, normalise: _Normalise, part: slice) -> tuple[Tensor, bool]:
     """A term as it is added, and whether it is a new tensor."""
     x, norm, factor = term
-    value = _of(x, part)
+    value = of(x, part)
     if norm is not None:
         value = _activated(normalise(value), norm.activation)
     if factor is not None:
-        value = value * _of(factor, part)
+        value = value * of(factor, part)
     return value, norm is not None or factor is not None
 
 
@@ -516,20 +572,20 @@ def join_backward(
     ]
     sums: list[list[Sums]] = [[] for _ in terms]
     for part in cut:
-        d = _of(summed, part)
+        d = of(summed, part)
         if activation != "none":
             z = None if activation == "relu" else _added(terms, normalisers, part, None)
-            _inactivated(_of(grad, part), z, None if y is None else _of(y, part), activation, d)
+            _inactivated(of(grad, part), z, None if y is None else of(y, part), activation, d)
         for i, (x, norm, factor) in enumerate(terms):
             if results[i] is None:
                 continue
-            read, out = _of(x, part), _of(results[i], part)
+            read, out = of(x, part), of(results[i], part)
             if results[i] is not summed:
                 z = a = None
                 if norm is not None and norm.activation != "none":
                     z = normalisers[i](read)
                     a = _activated(z, norm.activation, keep=True)
-                one = d if factor is None else d * _of(factor, part)
+                one = d if factor is None else d * of(factor, part)
                 _inactivated(one, z, a, "none" if norm is None else norm.activation, out)
             if norm is not None:
                 sums[i].append(_sums(out, read, norm))
@@ -542,8 +598,8 @@ def entered_backward(grad: Tensor, own: Own, x: Tensor, identity: Tensor | None)
     cut = parts(x)
     dx = None if len(cut) == 1 else _empty(x.shape, x)
     for part in cut:
-        one = raw_gradient(_of(grad, part), _of(x, part), coefficients)
-        one = one if identity is None else one.add_(_of(identity, part))
+        one = raw_gradient(of(grad, part), of(x, part), coefficients)
+        one = one if identity is None else one.add_(of(identity, part))
         if dx is None:
             return one
         dx[part] = one

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import (
     BACKENDS,
     BackendError,
+    cpu_passes,
     cuda,
     cuda_passes,
     forced_backend,
@@ -31,8 +32,9 @@ def _refused(name: str, x: Tensor) -> str | None:
 
 
 def passes_for(x: Tensor) -> ModuleType | cuda_passes.Passes:
-    """`passes`, or where the backend `triton` is forced `triton_passes`: a module with the same functions. Where `cuda`
-    is forced before it, `cuda_passes.Passes` over that module.
+    """`cpu_passes` for what it does not refuse, otherwise `passes`, or where the backend `triton` is forced
+    `triton_passes`: modules with the same functions. Where `cuda` is forced before it, `cuda_passes.Passes` over that
+    module.
 
     Raises BackendError where the kernels of the forced backends cannot serve maps like x.
     """
@@ -40,6 +42,8 @@ def passes_for(x: Tensor) -> ModuleType | cuda_passes.Passes:
     if reason is not None:
         raise BackendError(f"training: the backend {forced_backend()!r} was asked for and cannot serve: {reason}")
     names = forced_backends()
+    if not names:
+        return passes if cpu_passes.refuse(x) else cpu_passes
     name = next((name for name in names if not _refused(name, x)), None)
     module = passes
     if name == triton.NAME:

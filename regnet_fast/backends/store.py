@@ -28,11 +28,11 @@ class CacheWarning(UserWarning):
 
 
 def user_folder() -> Path:
-    """$REGNET_FAST_CACHE/cuda, else the user's cache directory."""
+    """$REGNET_FAST_CACHE/kernels, else the user's cache directory."""
     root = os.environ.get("REGNET_FAST_CACHE")
     if not root:
         root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "regnet_fast"
-    return Path(root) / "cuda"
+    return Path(root) / "kernels"
 
 
 def key(*parts: str | bytes) -> str:
@@ -107,5 +107,5 @@ def _warn(folder: str, reason: str | None) -> None:
     if folder in _warned:
         return
     _warned.add(folder)
-    message = f"compiled CUDA kernels cannot be kept in {folder}: {reason}; each process compiles its own. "
+    message = f"compiled kernels cannot be kept in {folder}: {reason}; each process compiles its own. "
     warnings.warn(message + "REGNET_FAST_CACHE names another folder", CacheWarning, stacklevel=5)

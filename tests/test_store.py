@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from regnet_fast.backends import cuda_store
-from regnet_fast.backends.cuda_store import CacheWarning, key, stored
+from regnet_fast.backends import store
+from regnet_fast.backends.store import CacheWarning, key, stored
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTENT = bytes(range(256)) * 40
@@ -21,7 +21,7 @@ CONTENT = bytes(range(256)) * 40
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path))
-    cuda_store._warned.clear()
+    store._warned.clear()
 
 
 def unmade():
@@ -29,14 +29,14 @@ def unmade():
 
 
 def entry(tmp_path, name="k"):
-    return tmp_path / "cuda" / name
+    return tmp_path / "kernels" / name
 
 
 def test_made_once(tmp_path):
     assert stored("k", lambda: CONTENT) == CONTENT
     assert stored("k", unmade) == CONTENT
     assert stored("other", lambda: b"") == b"" and stored("other", unmade) == b""
-    assert sorted(p.name for p in (tmp_path / "cuda").iterdir()) == ["k", "k.lock", "other", "other.lock"]
+    assert sorted(p.name for p in (tmp_path / "kernels").iterdir()) == ["k", "k.lock", "other", "other.lock"]
 
 
 def test_a_key_knows_where_its_parts_end():
@@ -47,9 +47,9 @@ def test_a_key_knows_where_its_parts_end():
 def test_folders(monkeypatch):
     monkeypatch.delenv("REGNET_FAST_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert cuda_store.user_folder() == Path("/x/regnet_fast/cuda")
+    assert store.user_folder() == Path("/x/regnet_fast/kernels")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cuda_store.user_folder() == Path.home() / ".cache/regnet_fast/cuda"
+    assert store.user_folder() == Path.home() / ".cache/regnet_fast/kernels"
 
 
 DAMAGE = {
@@ -86,7 +86,7 @@ def child(code: str, *arguments: object) -> subprocess.Popen:
     """A process with the store alone."""
     head = (
         "import importlib.util, os, pathlib, sys, time\n"
-        f"spec = importlib.util.spec_from_file_location('store', {cuda_store.__file__!r})\n"
+        f"spec = importlib.util.spec_from_file_location('store', {store.__file__!r})\n"
         "store = importlib.util.module_from_spec(spec); spec.loader.exec_module(store)\n"
     )
     command = [sys.executable, "-c", head + code, *map(str, arguments)]
@@ -134,7 +134,7 @@ def test_a_killed_process_leaves_nothing_in_the_way(tmp_path, when):
     begin = time.monotonic()
     assert stored("k", lambda: CONTENT) == CONTENT
     assert time.monotonic() - begin < 5
-    assert sorted(p.name for p in (tmp_path / "cuda").iterdir()) == ["k", "k.lock"]
+    assert sorted(p.name for p in (tmp_path / "kernels").iterdir()) == ["k", "k.lock"]
 
 
 def unwritable(tmp_path, monkeypatch):
@@ -143,7 +143,7 @@ def unwritable(tmp_path, monkeypatch):
     def refused(**kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(cuda_store.tempfile, "mkstemp", refused)
+    monkeypatch.setattr(store.tempfile, "mkstemp", refused)
 
 
 def full(tmp_path, monkeypatch):
@@ -165,11 +165,11 @@ def full(tmp_path, monkeypatch):
 
         return Full()
 
-    monkeypatch.setattr(cuda_store.os, "fdopen", limited)
+    monkeypatch.setattr(store.os, "fdopen", limited)
 
 
 def a_file_in_the_way(tmp_path, monkeypatch):
-    (tmp_path / "cuda").write_text("")
+    (tmp_path / "kernels").write_text("")
 
 
 def no_locks(tmp_path, monkeypatch):
@@ -179,7 +179,7 @@ def no_locks(tmp_path, monkeypatch):
         def flock(self, *args):
             raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(cuda_store, "fcntl", Fcntl())
+    monkeypatch.setattr(store, "fcntl", Fcntl())
 
 
 @pytest.mark.parametrize("trouble", [unwritable, full, a_file_in_the_way, no_locks], ids=lambda f: f.__name__)
@@ -189,13 +189,13 @@ def test_what_cannot_be_kept_is_made_and_said_once(tmp_path, monkeypatch, troubl
         warnings.simplefilter("always")
         assert [stored(f"k{i}", lambda: CONTENT) for i in range(3)] == [CONTENT] * 3
     assert [one.category for one in heard] == [CacheWarning]
-    assert str(tmp_path / "cuda") in str(heard[0].message) and "REGNET_FAST_CACHE" in str(heard[0].message)
+    assert str(tmp_path / "kernels") in str(heard[0].message) and "REGNET_FAST_CACHE" in str(heard[0].message)
     assert not list(tmp_path.glob("cuda/*.tmp"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
 def test_a_read_only_folder_costs_the_keeping(tmp_path):
-    (tmp_path / "cuda").mkdir(mode=0o500)
+    (tmp_path / "kernels").mkdir(mode=0o500)
     with pytest.warns(CacheWarning, match="Permission denied"):
         assert stored("k", lambda: CONTENT) == CONTENT
 
@@ -209,6 +209,6 @@ def test_a_read_only_folder_is_read(tmp_path, monkeypatch):
 
 
 def test_where_there_are_no_locks_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(cuda_store, "fcntl", None)
+    monkeypatch.setattr(store, "fcntl", None)
     assert stored("k", lambda: CONTENT) == CONTENT and stored("k", unmade) == CONTENT
     assert entry(tmp_path).read_bytes()[:32] == hashlib.sha256(CONTENT).digest()

@@ -1,0 +1,282 @@
+"""The passes of a training step compiled from csrc/cpu, for float32 on a CPU: `passes` function by function.
+
+Each reads every map once: a map is normalised, activated and gated on its way into a convolution, and its gradient goes
+back through all three while the norm's sums are made. The convolutions are the framework's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from ctypes import c_void_p
+
+import torch
+from torch import Tensor
+
+from . import cpu_library, passes
+from .cpu_library import Term as RawTerm
+from .passes import Arriving, ConvGradients, Excite, Filter, Gate, Norm, Own, Sums, Term
+
+_LAST = torch.channels_last
+_VECTOR = 16
+_ROW = 128
+"""The floats of a processor's vector at most, and how many a row has at least."""
+
+ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2}
+
+
+def refuse(x: Tensor) -> str | None:
+    """Why the passes over maps like x are not compiled ones, or None."""
+    if not x.is_cpu or x.dtype != torch.float32 or not x.numel():
+        return f"csrc/cpu has passes over float32 maps on a CPU, and these are {x.dtype} on {x.device}"
+    return cpu_library.refuse()
+
+
+def _row(channels: int) -> int:
+    """The floats of a row: pixels side by side until they fill whole vectors, and loops are worth their beginning."""
+    pixels = _VECTOR // math.gcd(channels, _VECTOR)
+    return channels * pixels * -(-_ROW // (channels * pixels)) if channels < _ROW else channels
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int, int, int]:
+    """A map as the library takes it."""
+    n, c, h, w = x.shape
+    return n, c * h * w, c, _row(c), torch.get_num_threads()
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=_LAST)
+
+
+def _vector(t: Tensor | None) -> Tensor | None:
+    """A parameter or a statistic as the library takes it, in float32 and dense."""
+    return None if t is None else t.detach().float().contiguous()
+
+
+def _at(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _norm_rows(norm: Norm | None, channels: int) -> Tensor:
+    """How a map is read: four rows."""
+    width = _row(channels)
+    if norm is None:
+        return torch.tensor([1.0, 0.0, 0.0, 1.0])[:, None].repeat(1, width)
+    rows = torch.empty(4, width)
+    vectors = [_vector(t) for t in norm[:4]]
+    cpu_library.library().norm_rows(*map(_at, vectors), norm.eps, channels, width, rows.data_ptr())
+    return rows
+
+
+class _Memory:
+    """Memory for some images after the others: the first ones are the most."""
+
+    def __init__(self) -> None:
+        self.kept: Tensor | None = None
+
+    def like(self, x: Tensor) -> Tensor:
+        """For images such as x, until the next call."""
+        if self.kept is None or self.kept.shape[0] < x.shape[0]:
+            self.kept = torch.empty_like(x, memory_format=_LAST)
+        return self.kept[: x.shape[0]]
+
+
+class Reader:
+    """`passes.Reader`."""
+
+    def __init__(self, x: Tensor, norm: Norm | None, excite: Excite | None):
+        self.x, self.norm, self.excite = x, norm, excite
+        self.plain = norm is None and excite is None
+        self.rows = None if self.plain else _norm_rows(norm, x.shape[1])
+        self.activation = ACTIVATIONS["none" if norm is None else norm.activation]
+        self.memory = _Memory()
+
+    def read(self, part: slice) -> Tensor:
+        """Some images as they are read, until the next ones are."""
+        self.raw = x = _laid_out(passes.of(self.x, part))
+        if self.plain:
+            return x
+        sizes = _sizes(x)
+        self.gate = None
+        if self.excite is not None:
+            self.gate = Gate(self._sums(x, None, sizes, 1.0 / (x.shape[2] * x.shape[3])), self.excite)
+        factor = None if self.gate is None else self.gate.gate
+        e = self.memory.like(x)
+        arguments = (x.data_ptr(), e.data_ptr(), self.rows.data_ptr(), self.activation, _at(factor), *sizes)
+        cpu_library.library().read_map(*arguments)
+        return e
+
+    def _sums(self, x: Tensor, grad: Tensor | None, sizes: tuple[int, ...], factor: float) -> Tensor:
+        """Over the pixels of every image, of what is read, times grad where there is one."""
+        found = torch.empty(x.shape[:2])
+        arguments = (x.data_ptr(), _at(grad), found.data_ptr(), self.rows.data_ptr(), self.activation, factor, *sizes)
+        cpu_library.library().sums_of_images(*arguments)
+        return found
+
+
+class BackwardReader(Reader):
+    """`passes.BackwardReader`."""
+
+    def __init__(self, x: Tensor, norm: Norm | None, excite: Excite | None):
+        super().__init__(x, norm, excite)
+        self.sums: Tensor | None = None
+        self.excited: list[tuple[Tensor, ...]] = []
+
+    def back(self, grad: Tensor, out: Tensor, through: bool) -> None:
+        """`passes.BackwardReader.back`."""
+        if self.excite is None and not through:
+            if out is not grad:
+                out.copy_(grad)
+            return
+        x, sizes = self.raw, _sizes(self.raw)
+        gate = dmeans = None
+        if self.excite is not None:
+            dmeans, found = self.gate.backward(self._sums(x, grad, sizes, 1.0))
+            gate, dmeans = self.gate.gate, dmeans / (x.shape[2] * x.shape[3])
+            self.excited.append(found)
+        if through and self.sums is None:
+            self.sums = torch.zeros(2, x.shape[1], dtype=torch.float64)
+        sums = self.sums if through else torch.empty(2, x.shape[1], dtype=torch.float64)
+        activation = self.activation if through else 0
+        maps = (x.data_ptr(), grad.data_ptr(), out.data_ptr(), self.rows.data_ptr())
+        cpu_library.library().gradient_through(*maps, activation, _at(gate), _at(dmeans), sums.data_ptr(), *sizes)
+
+    def totals(self) -> tuple[Sums | None, tuple[Tensor, ...] | None]:
+        """`passes.BackwardReader.totals`."""
+        excited = tuple(map(passes.summed, zip(*self.excited, strict=True))) if self.excited else None
+        return None if self.sums is None else Sums(*self.sums.float()), excited
+
+
+class Statistics:
+    """`passes.Statistics`."""
+
+    def __init__(self) -> None:
+        self.state: Tensor | None = None
+        self.count = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take some images, in channels_last."""
+        first = self.state is None
+        if first:
+            self.state = torch.empty(3, x.shape[1], dtype=torch.float64)
+        cpu_library.library().add_moments(x.data_ptr(), self.state.data_ptr(), first, *_sizes(x))
+        self.count += x.numel() // x.shape[1]
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of all images."""
+        channels = self.state.shape[1]
+        found = torch.empty(2, channels)
+        cpu_library.library().finished_moments(self.state.data_ptr(), self.count, channels, found.data_ptr())
+        return found[0], found[1]
+
+
+def _own_rows(own: Own) -> Tensor:
+    """`Own.coefficients` along rows."""
+    channels = own.mean.numel()
+    rows = torch.empty(3, _row(channels))
+    mean, var, weight = (_vector(t) for t in own[:3])
+    sums = (None, None) if own.sums is None else [_vector(t) for t in own.sums]
+    arguments = (_at(mean), _at(var), _at(weight), own.eps, *map(_at, sums), own.count, channels, rows.shape[1])
+    cpu_library.library().own_rows(*arguments, rows.data_ptr())
+    return rows
+
+
+def _raw_gradients(own: Own, like: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    rows, memory = _own_rows(own), _Memory()
+
+    def make(grad: Tensor, y: Tensor | None) -> Tensor:
+        out = memory.like(grad)
+        _raw_gradient(grad, None if own.sums is None else y, None, out, rows)
+        return out
+
+    return make
+
+
+def _raw_gradient(grad: Tensor, y: Tensor | None, plus: Tensor | None, out: Tensor, rows: Tensor) -> None:
+    maps = (grad.data_ptr(), _at(y), _at(plus), out.data_ptr(), rows.data_ptr())
+    cpu_library.library().gradient_of_raw(*maps, *_sizes(grad))
+
+
+CALLS = passes.Calls(Reader, BackwardReader, Statistics, _raw_gradients)
+
+
+def convs(
+    x: Tensor, norm: Norm | None, excite: Excite | None, filters: Sequence[Filter], measured: Sequence[bool]
+) -> list[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
+    """`passes.convs`."""
+    return passes.convs(x, norm, excite, filters, measured, CALLS)
+
+
+def convs_backward(
+    arriving: Sequence[Arriving],
+    x: Tensor,
+    norm: Norm | None,
+    excite: Excite | None,
+    filters: Sequence[Filter],
+    needs_x: bool,
+    needs_weights: Sequence[bool],
+    through: bool = True,
+) -> ConvGradients:
+    """`passes.convs_backward`."""
+    return passes.convs_backward(arriving, x, norm, excite, filters, needs_x, needs_weights, through, CALLS)
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`passes.statistics`."""
+    found = Statistics()
+    found.add(_laid_out(x))
+    return found.merged()
+
+
+class _Terms:
+    """The terms of a join as the library takes them."""
+
+    def __init__(self, terms: Sequence[Term]):
+        self.maps = [_laid_out(x) for x, _, _ in terms]
+        self.rows = [None if norm is None else _norm_rows(norm, x.shape[1]) for x, norm, _ in terms]
+        self.factors = [_vector(factor) for _, _, factor in terms]
+        activations = [0 if norm is None else ACTIVATIONS[norm.activation] for _, norm, _ in terms]
+        facts = zip(self.maps, self.rows, self.factors, activations, strict=True)
+        self.array = (RawTerm * len(terms))(
+            *(RawTerm(_at(x), _at(rows), _at(factor), activation) for x, rows, factor, activation in facts)
+        )
+
+
+def join(terms: Sequence[Term], activation: str) -> Tensor:
+    """`passes.join`."""
+    given = _Terms(terms)
+    y = torch.empty_like(given.maps[0], memory_format=_LAST)
+    arguments = (given.array, len(terms), ACTIVATIONS[activation], y.data_ptr(), *_sizes(y))
+    cpu_library.library().join_terms(*arguments)
+    return y
+
+
+def join_backward(
+    grad: Tensor, y: Tensor | None, terms: Sequence[Term], activation: str, needs: Sequence[bool]
+) -> list[tuple[Tensor | None, Sums | None]]:
+    """`passes.join_backward`."""
+    given, grad, y = _Terms(terms), _laid_out(grad), None if y is None else _laid_out(y)
+    shared = [factor is None and (norm is None or norm.activation == "none") for _, norm, factor in terms]
+    wanted = any(need and same for need, same in zip(needs, shared, strict=True))
+    summed = grad if activation == "none" else torch.empty_like(grad, memory_format=_LAST) if wanted else None
+    results = [
+        None if same or not need else torch.empty_like(grad, memory_format=_LAST)
+        for need, same in zip(needs, shared, strict=True)
+    ]
+    sums = [
+        torch.zeros(2, grad.shape[1], dtype=torch.float64) if need and norm is not None else None
+        for need, (_, norm, _) in zip(needs, terms, strict=True)
+    ]
+    pointers = [(c_void_p * len(terms))(*map(_at, tensors)) for tensors in (results, sums)]
+    arguments = (_at(grad), _at(y), given.array, len(terms), ACTIVATIONS[activation], _at(summed), *pointers)
+    cpu_library.library().join_gradients(*arguments, *_sizes(grad))
+    found = zip(results, sums, shared, needs, strict=True)
+    return [(summed if same and need else dx, None if s is None else Sums(*s.float())) for dx, s, same, need in found]
+
+
+def entered_backward(grad: Tensor, own: Own, x: Tensor, identity: Tensor | None) -> Tensor:
+    """`passes.entered_backward`."""
+    dx = torch.empty_like(x, memory_format=_LAST)
+    identity = None if identity is None else _laid_out(identity)
+    _raw_gradient(_laid_out(grad), None if own.sums is None else _laid_out(x), identity, dx, _own_rows(own))
+    return dx
