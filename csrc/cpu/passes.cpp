@@ -376,8 +376,9 @@ void gradient_of_raw(const float* grad, const float* y, const float* plus, float
 
 /// Add to state (3, channels): a pivot near the mean, taken from the first map, and the sums of x - pivot and of its
 /// square. Within a block of rows values are taken about its first row, so that a mean far from zero costs no digits.
-void add_moments(const float* x, double* state, int first, int64_t images, int64_t length, int64_t channels,
-                 int64_t width, int threads) {
+/// Copies x to `copy` where there is one.
+void add_moments(const float* x, float* copy, double* state, int first, int64_t images, int64_t length,
+                 int64_t channels, int64_t width, int threads) {
     const Map map{images, length, channels, width};
     const int64_t count = units_of(map);
     double *pivot = state, *sum = state + channels, *square = state + 2 * channels;
@@ -393,6 +394,7 @@ void add_moments(const float* x, double* state, int first, int64_t images, int64
             for (int64_t j = 0; j < columns; ++j) near[j] = std::isfinite(from[block + j]) ? from[block + j] : 0.0f;
             std::fill(one, s + 3 * width, 0.0f);
             for_rows(block, last, width, [&](int64_t at, int64_t n) {
+                if (copy) std::copy(from + at, from + at + n, copy + image * length + at);
 #pragma omp simd
                 for (int64_t j = 0; j < n; ++j) {
                     const float value = from[at + j] - near[j];

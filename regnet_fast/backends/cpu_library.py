@@ -44,7 +44,7 @@ FUNCTIONS = {
     "sums_of_images": (*(c_void_p,) * 4, c_int, c_float, *_MAP),
     "gradient_through": (*(c_void_p,) * 4, c_int, *(c_void_p,) * 3, *_MAP),
     "gradient_of_raw": (*(c_void_p,) * 5, *_MAP),
-    "add_moments": (c_void_p, c_void_p, c_int, *_MAP),
+    "add_moments": (c_void_p, c_void_p, c_void_p, c_int, *_MAP),
     "finished_moments": (c_void_p, c_double, c_int64, c_void_p),
     "join_terms": (POINTER(Term), c_int64, c_int, c_void_p, *_MAP),
     "join_gradients": (

@@ -154,12 +154,12 @@ class Statistics:
         self.state: Tensor | None = None
         self.count = 0
 
-    def add(self, x: Tensor) -> None:
-        """Take some images, in channels_last."""
+    def add(self, x: Tensor, copy: Tensor | None = None) -> None:
+        """Take some images, in channels_last, and copy them where a copy is wanted."""
         first = self.state is None
         if first:
             self.state = torch.empty(3, x.shape[1], dtype=torch.float64)
-        cpu_library.library().add_moments(x.data_ptr(), self.state.data_ptr(), first, *_sizes(x))
+        cpu_library.library().add_moments(x.data_ptr(), _at(copy), self.state.data_ptr(), first, *_sizes(x))
         self.count += x.numel() // x.shape[1]
 
     def merged(self) -> tuple[Tensor, Tensor]:

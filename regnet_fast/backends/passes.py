@@ -241,8 +241,10 @@ class Statistics:
         self.found: list[tuple[Tensor, Tensor]] = []
         self.counts: list[int] = []
 
-    def add(self, x: Tensor) -> None:
-        """Take some images."""
+    def add(self, x: Tensor, copy: Tensor | None = None) -> None:
+        """Take some images, and copy them where a copy is wanted."""
+        if copy is not None:
+            copy.copy_(x)
         found = _measured(x)
         self.found += found
         self.counts += [x.shape[0] * _LANES // len(found)] * len(found)
@@ -429,14 +431,17 @@ def convs(
         for i, (weight, geometry) in enumerate(filters):
             y = torch.conv2d(a, weight, None, *geometry)
             y = y.contiguous(memory_format=_LAST)  # which the result of a map of one channel need not be
-            if measured[i]:
-                found[i].add(y)
+            copy = None
             if part is _ALL:
                 results[i] = y
-                continue
-            if results[i] is None:
-                results[i] = _empty((x.shape[0], *y.shape[1:]), y)
-            results[i][part] = y
+            else:
+                if results[i] is None:
+                    results[i] = _empty((x.shape[0], *y.shape[1:]), y)
+                copy = results[i][part]
+            if measured[i]:
+                found[i].add(y, copy)
+            elif copy is not None:
+                copy.copy_(y)
     return [(y, None if s is None else s.merged()) for y, s in zip(results, found, strict=True)]
 
 
