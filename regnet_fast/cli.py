@@ -163,6 +163,9 @@ def info(as_json: JsonOption = False) -> None:
     for row in facts["tuned"]:
         known = f"{row['shapes']} tuned shapes for {row['gpu']}" if row["shapes"] else "heuristics only"
         line(f"Triton kernels on {row['device']}: {known}; `regnet-fast tune MODEL` measures.")
+    compiler, refused = facts["cpu_kernels"]["compiler"], facts["cpu_kernels"]["refused"]
+    live = f"torch calls, for {refused}" if refused else f"compiled by {compiler}"
+    line(f"Training passes on a CPU, float32: {live}.")
     for row in facts["cuda_kernels"]:
         where = f" on {row['device']}" if row["device"] else ""
         refused = "; ".join(f"not {way}: {reason}" for way, reason in row["refused"].items() if reason)

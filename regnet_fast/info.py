@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import backends
-from .backends import ConvProblem, cuda_extension, cuda_launch, cuda_nvrtc
+from .backends import ConvProblem, cpu_library, cuda_extension, cuda_launch, cuda_nvrtc
 from .kernels import tables
 
 if TYPE_CHECKING:
@@ -171,6 +171,15 @@ def cuda_kernels() -> list[dict[str, Any]]:
     return rows
 
 
+def cpu_kernels() -> dict[str, str | None]:
+    """The compiler of csrc/cpu, whose passes float32 training takes on a CPU, or why torch's calls take their place.
+
+    Compiles them where that was not done yet, in some seconds.
+    """
+    refused = cpu_library.refuse()
+    return {"compiler": None if refused else cpu_library.compiler_version(), "refused": refused}
+
+
 def collect() -> dict[str, Any]:
     """Everything that `regnet-fast info` shows. Raises ValueError where REGNET_FAST_BACKEND names no backend."""
     return {
@@ -180,6 +189,7 @@ def collect() -> dict[str, Any]:
         "backends": support(),
         "tuned": tuned(),
         "cuda_kernels": cuda_kernels(),
+        "cpu_kernels": cpu_kernels(),
     }
 
 

@@ -31,9 +31,9 @@ from regnet_fast.backends import (
     cuda_nvrtc,
     cuda_plans,
     cuda_sources,
-    store,
     reference,
     select,
+    store,
 )
 from regnet_fast.backends.cuda_plans import Target
 
@@ -500,7 +500,7 @@ needs_nvrtc = pytest.mark.skipif(cuda_nvrtc.refuse() is not None, reason=str(cud
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path))
-    return tmp_path / "cuda"
+    return tmp_path / "kernels"
 
 
 @needs_nvrtc

@@ -11,7 +11,8 @@ from problems import LAYOUTS, Untouched, assert_rule, dtype_name
 from torch import Tensor
 from torch.nn import functional as F
 
-from regnet_fast.backends import passes
+from regnet_fast.backends import backend, cpu_passes, passes
+from regnet_fast.backends.training import passes_for
 from regnet_fast.ops import training as ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -425,13 +426,18 @@ PRECISE = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize(
+    ("dtype", "forced"),
+    [(torch.float32, "auto"), (torch.float32, "aten"), (torch.bfloat16, "auto")],
+    ids=["float32, compiled", "float32, torch's calls", "bfloat16"],
+)
 @pytest.mark.parametrize("case", PRECISE, ids=str)
-def test_precision(case, dtype, monkeypatch):
+def test_precision(case, dtype, forced, monkeypatch):
     """Errors against float64 are held to those of the plain composition in the same dtype: norms in float32 as under
     autocast, maps in channels_last as ours. In bfloat16 with SiLU alone: on which side of ReLU's kink a rounded value
     falls is chance, and the largest error is that of one such value.
     """
+    assert passes_for(torch.zeros(1, 1, 1, 1)) is cpu_passes
     if dtype == torch.bfloat16:
         case = replace(case, act="silu", excite=case.excite and "silu")
     monkeypatch.setattr(passes, "_PART_BYTES", 5e3)
@@ -441,7 +447,9 @@ def test_precision(case, dtype, monkeypatch):
         leaves, constants = groups
         leaves["x"] = leaves["x"].contiguous(memory_format=torch.channels_last)
         exact = [{k: v.double() for k, v in group.items()} for group in (leaves, constants)]
-        ours, eager = (results(kit, case, leaves, constants) for kit in (OURS, PLAIN))
+        with backend(forced):
+            ours = results(OURS, case, leaves, constants)
+        eager = results(PLAIN, case, leaves, constants)
         for name, reference in results(PLAIN, case, *exact).items():
             samples.setdefault(name, []).append((ours[name], eager[name], reference))
     for name, sample in samples.items():

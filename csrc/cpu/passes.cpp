@@ -1,8 +1,8 @@
 // The passes of a training step over float32 maps in channels_last, on a CPU: each reads every map once.
 //
-// A map is `images` times `length` floats, pixel after pixel. It is taken in rows of `width` floats: one pixel, or where
-// there are few channels several, so that rows fill the processor's vectors; what is given for each channel is repeated
-// along a row. Sums are made in float over `ROWS` rows and in double beyond, of units of work that do not depend on the
+// A map is `images` times `length` floats, pixel after pixel. It is taken in rows of `width` floats: one pixel, or
+// several where there are few channels, so that rows fill the processor's vectors; what is given for each channel is
+// repeated along a row. Sums are made in float over `ROWS` rows and in double beyond, of units of work that do not depend on the
 // number of threads, and are added in their order: two runs agree to the bit.
 //
 // Activations are numbers: 0 none, 1 ReLU, 2 SiLU. Compiled and loaded by regnet_fast/backends/cpu_library.py.
@@ -19,6 +19,7 @@ namespace {
 using std::int64_t;
 
 constexpr int64_t ROWS = 32;
+constexpr int64_t NEAR = 8;        // rows whose mean the values of a block are taken about
 constexpr int64_t UNIT = 1 << 14;  // floats that a thread takes at a time, at least
 constexpr int64_t TILE = 1 << 11;  // floats that stay in the first cache between the steps of a join
 
@@ -78,21 +79,6 @@ struct Norm {
         : scale(rows), shift(rows + width), mean(rows + 2 * width), invstd(rows + 3 * width) {}
 };
 
-/// Call `work(unit, image, begin, end, scratch)` for parts of all images, with `floats` of scratch memory.
-template <class Work>
-void for_units(const Map& map, int64_t step, int64_t floats, int threads, Work work) {
-    const int64_t each = (map.length + step - 1) / step, count = map.images * each;
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> scratch(floats);
-#pragma omp for schedule(static)
-        for (int64_t unit = 0; unit < count; ++unit) {
-            const int64_t image = unit / each, begin = unit % each * step;
-            work(unit, image, begin, std::min(map.length, begin + step), scratch.data());
-        }
-    }
-}
-
 /// The floats of a unit: whole blocks of `ROWS` rows.
 int64_t unit_of(const Map& map) {
     const int64_t block = map.width * ROWS;
@@ -104,7 +90,22 @@ int64_t units_of(const Map& map) {
     return (map.length + step - 1) / step * map.images;
 }
 
-/// `work(at, j, n)` for the rows from begin to end: n columns from `at`.
+/// Call `work(unit, image, begin, end, scratch)` for parts of all images, with `floats` of scratch memory.
+template <class Work>
+void for_units(const Map& map, int64_t floats, int threads, Work work) {
+    const int64_t step = unit_of(map), each = (map.length + step - 1) / step, count = map.images * each;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> scratch(floats);
+#pragma omp for schedule(static)
+        for (int64_t unit = 0; unit < count; ++unit) {
+            const int64_t image = unit / each, begin = unit % each * step;
+            work(unit, image, begin, std::min(map.length, begin + step), scratch.data());
+        }
+    }
+}
+
+/// `work(at, n)` for the rows from begin to end: n columns from `at`.
 template <class Work>
 inline void for_rows(int64_t begin, int64_t end, int64_t width, Work work) {
     for (int64_t at = begin; at < end; at += width) work(at, std::min(width, end - at));
@@ -115,7 +116,7 @@ void repeat(const float* values, const Map& map, float* row) {
     for (int64_t j = 0; j < map.width; j += map.channels) std::copy(values, values + map.channels, row + j);
 }
 
-/// Add a row of doubles to those of the channels, times a factor.
+/// Add a row of doubles to those of the channels.
 void fold(const double* row, const Map& map, double* sums) {
     for (int64_t j = 0; j < map.width; j += map.channels)
         for (int64_t c = 0; c < map.channels; ++c) sums[c] += row[j + c];
@@ -128,7 +129,7 @@ void flush(float* row, double* sums, int64_t width) {
 template <int A, bool GATED>
 void read(const float* x, float* out, const float* rows, const float* gate, const Map& map, int threads) {
     const Norm norm(rows, map.width);
-    for_units(map, unit_of(map), map.width, threads, [&](auto, int64_t image, int64_t begin, int64_t end, float* g) {
+    for_units(map, map.width, threads, [&](auto, int64_t image, int64_t begin, int64_t end, float* g) {
         if (GATED) repeat(gate + image * map.channels, map, g);
         const float* from = x + image * map.length;
         float* to = out + image * map.length;
@@ -148,7 +149,7 @@ void image_sums(const float* x, const float* grad, float* out, const float* rows
     const Norm norm(rows, map.width);
     const int64_t count = units_of(map), width = map.width;
     std::vector<double> sums(count * width);
-    for_units(map, unit_of(map), width, threads, [&](int64_t unit, int64_t image, int64_t begin, int64_t end, float* s) {
+    for_units(map, width, threads, [&](int64_t unit, int64_t image, int64_t begin, int64_t end, float* s) {
         const float *from = x + image * map.length, *times = grad + (PRODUCT ? image * map.length : 0);
         std::fill(s, s + width, 0.0f);
         for (int64_t block = begin; block < end; block += width * ROWS) {
@@ -186,7 +187,7 @@ void through(const float* x, const float* grad, float* out, const float* rows, c
     const Norm norm(rows, map.width);
     const int64_t count = units_of(map), width = map.width;
     std::vector<double> found(2 * count * width);
-    for_units(map, unit_of(map), 4 * width, threads, [&](int64_t unit, int64_t image, int64_t begin, int64_t end, float* s) {
+    for_units(map, 4 * width, threads, [&](int64_t unit, int64_t image, int64_t begin, int64_t end, float* s) {
         const float *from = x + image * map.length, *arriving = grad + image * map.length;
         float *to = out + image * map.length, *product = s, *plain = s + width, *g = s + 2 * width, *d = s + 3 * width;
         std::fill(s, s + 2 * width, 0.0f);
@@ -196,7 +197,8 @@ void through(const float* x, const float* grad, float* out, const float* rows, c
 #pragma omp simd
                 for (int64_t j = 0; j < n; ++j) {
                     const float value = from[at + j], da = arriving[at + j];
-                    const float dz = through_activation<A>(value * norm.scale[j] + norm.shift[j], GATED ? da * g[j] + d[j] : da);
+                    const float z = value * norm.scale[j] + norm.shift[j];
+                    const float dz = through_activation<A>(z, GATED ? da * g[j] + d[j] : da);
                     to[at + j] = dz;
                     product[j] += dz * (value - norm.mean[j]);
                     plain[j] += dz;
@@ -213,7 +215,7 @@ template <bool AFFINE, bool PLUS>
 void raw_gradient(const float* grad, const float* y, const float* plus, float* out, const float* rows, const Map& map,
                   int threads) {
     const float *a = rows, *q = rows + map.width, *k = rows + 2 * map.width;
-    for_units(map, unit_of(map), 0, threads, [&](auto, int64_t image, int64_t begin, int64_t end, float*) {
+    for_units(map, 0, threads, [&](auto, int64_t image, int64_t begin, int64_t end, float*) {
         const int64_t first = image * map.length;
         for_rows(first + begin, first + end, map.width, [&](int64_t at, int64_t n) {
 #pragma omp simd
@@ -254,7 +256,8 @@ void add_term(const Term& term, int64_t image, int64_t begin, float* out, int64_
     add_value<NONE, true, ADD>(x, norm, factor, out, size, map.width);
 }
 
-void add_terms(const Term* terms, int64_t count, int64_t image, int64_t begin, float* out, int64_t size, const Map& map) {
+void add_terms(const Term* terms, int64_t count, int64_t image, int64_t begin, float* out, int64_t size,
+               const Map& map) {
     add_term<false>(terms[0], image, begin, out, size, map);
     for (int64_t i = 1; i < count; ++i) add_term<true>(terms[i], image, begin, out, size, map);
 }
@@ -273,7 +276,8 @@ void inactivate_all(const float* known, const float* grad, float* out, int64_t s
 }
 
 template <int A>
-void through_term(const float* x, const Norm& norm, float factor, const float* grad, float* out, int64_t size, int64_t width) {
+void through_term(const float* x, const Norm& norm, float factor, const float* grad, float* out, int64_t size,
+                  int64_t width) {
     for_rows(0, size, width, [&](int64_t at, int64_t n) {
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j)
@@ -286,7 +290,8 @@ void multiply(const float* grad, float factor, float* out, int64_t size) {
     for (int64_t i = 0; i < size; ++i) out[i] = grad[i] * factor;
 }
 
-void sum_rows(const float* grad, const float* x, const Norm& norm, float* product, float* plain, int64_t size, int64_t width) {
+void sum_rows(const float* grad, const float* x, const Norm& norm, float* product, float* plain, int64_t size,
+              int64_t width) {
     for_rows(0, size, width, [&](int64_t at, int64_t n) {
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) {
@@ -294,6 +299,15 @@ void sum_rows(const float* grad, const float* x, const Norm& norm, float* produc
             plain[j] += grad[at + j];
         }
     });
+}
+
+/// A value near those of every column of a block: the mean of its first rows, or 0 where that is not finite.
+void pivots(const float* x, int64_t size, int64_t width, float* near) {
+    const int64_t rows = std::clamp<int64_t>(size / width, 1, NEAR), columns = std::min(width, size);
+    std::fill(near, near + columns, 0.0f);
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t j = 0; j < columns; ++j) near[j] += x[row * width + j];
+    for (int64_t j = 0; j < columns; ++j) near[j] = std::isfinite(near[j]) ? near[j] / float(rows) : 0.0f;
 }
 
 /// The floats of a tile: as many rows as stay in the first cache, at most those of a block.
@@ -304,8 +318,8 @@ int64_t tile_of(const Map& map) { return map.width * std::clamp<int64_t>(TILE / 
 extern "C" {
 
 /// rows (4, width) of a norm: weight / sqrt(var + eps), bias - mean * that, mean, 1 / sqrt(var + eps).
-void norm_rows(const float* mean, const float* var, const float* weight, const float* bias, double eps, int64_t channels,
-               int64_t width, float* rows) {
+void norm_rows(const float* mean, const float* var, const float* weight, const float* bias, double eps,
+               int64_t channels, int64_t width, float* rows) {
     for (int64_t c = 0; c < channels; ++c) {
         const double invstd = 1.0 / std::sqrt(double(var[c]) + eps), scale = weight ? weight[c] * invstd : invstd;
         rows[c] = float(scale);
@@ -352,8 +366,8 @@ void sums_of_images(const float* x, const float* grad, float* out, const float* 
     ALL[activation][grad != nullptr](x, grad, out, rows, factor, {images, length, channels, width}, threads);
 }
 
-/// out = dz, the gradient of the normalised map, from that of activation(z) or, with gate and dmeans (images, channels),
-/// of activation(z) * gate; adds sum(dz * xhat) and sum(dz) to sums (2, channels).
+/// out = dz, the gradient of the normalised map, from that of activation(z) or, with gate and dmeans (images,
+/// channels), of activation(z) * gate; adds sum(dz * xhat) and sum(dz) to sums (2, channels).
 void gradient_through(const float* x, const float* grad, float* out, const float* rows, int activation,
                       const float* gate, const float* dmeans, double* sums, int64_t images, int64_t length,
                       int64_t channels, int64_t width, int threads) {
@@ -362,7 +376,8 @@ void gradient_through(const float* x, const float* grad, float* out, const float
     static constexpr Through ALL[3][2] = {{through<NONE, false>, through<NONE, true>},
                                           {through<RELU, false>, through<RELU, true>},
                                           {through<SILU, false>, through<SILU, true>}};
-    ALL[activation][gate != nullptr](x, grad, out, rows, gate, dmeans, sums, {images, length, channels, width}, threads);
+    const Map map{images, length, channels, width};
+    ALL[activation][gate != nullptr](x, grad, out, rows, gate, dmeans, sums, map, threads);
 }
 
 /// out = a * grad + q * y + k + plus; without y a * grad + plus.
@@ -375,8 +390,8 @@ void gradient_of_raw(const float* grad, const float* y, const float* plus, float
 }
 
 /// Add to state (3, channels): a pivot near the mean, taken from the first map, and the sums of x - pivot and of its
-/// square. Within a block of rows values are taken about its first row, so that a mean far from zero costs no digits.
-/// Copies x to `copy` where there is one.
+/// square. Within a block of rows values are taken about the mean of the first ones, so that a mean far from zero costs
+/// no digits. Copies x to `copy` where there is one.
 void add_moments(const float* x, float* copy, double* state, int first, int64_t images, int64_t length,
                  int64_t channels, int64_t width, int threads) {
     const Map map{images, length, channels, width};
@@ -385,13 +400,13 @@ void add_moments(const float* x, float* copy, double* state, int first, int64_t 
     if (first)
         for (int64_t c = 0; c < channels; ++c) pivot[c] = std::isfinite(x[c]) ? x[c] : 0.0f, sum[c] = square[c] = 0.0;
     std::vector<double> found(2 * count * width);
-    for_units(map, unit_of(map), 3 * width, threads, [&](int64_t unit, int64_t image, int64_t begin, int64_t end, float* s) {
+    for_units(map, 3 * width, threads, [&](int64_t unit, int64_t image, int64_t begin, int64_t end, float* s) {
         const float* from = x + image * length;
         float *near = s, *one = s + width, *two = s + 2 * width;
         double *sums = &found[2 * unit * width], *squares = sums + width;
         for (int64_t block = begin; block < end; block += width * ROWS) {
             const int64_t last = std::min(end, block + width * ROWS), columns = std::min(width, last - block);
-            for (int64_t j = 0; j < columns; ++j) near[j] = std::isfinite(from[block + j]) ? from[block + j] : 0.0f;
+            pivots(from + block, last - block, width, near);
             std::fill(one, s + 3 * width, 0.0f);
             for_rows(block, last, width, [&](int64_t at, int64_t n) {
                 if (copy) std::copy(from + at, from + at + n, copy + image * length + at);
@@ -410,7 +425,10 @@ void add_moments(const float* x, float* copy, double* state, int first, int64_t 
             }
         }
     });
-    for (int64_t unit = 0; unit < count; ++unit) fold(&found[2 * unit * width], map, sum), fold(&found[(2 * unit + 1) * width], map, square);
+    for (int64_t unit = 0; unit < count; ++unit) {
+        fold(&found[2 * unit * width], map, sum);
+        fold(&found[(2 * unit + 1) * width], map, square);
+    }
 }
 
 /// Mean and biased variance (2, channels) of `count` values for each channel.
@@ -427,7 +445,7 @@ void join_terms(const Term* terms, int64_t count, int activation, float* out, in
                 int64_t channels, int64_t width, int threads) {
     const Map map{images, length, channels, width};
     const int64_t tile = tile_of(map);
-    for_units(map, unit_of(map), 0, threads, [&](auto, int64_t image, int64_t begin, int64_t end, float*) {
+    for_units(map, 0, threads, [&](auto, int64_t image, int64_t begin, int64_t end, float*) {
         for (int64_t at = begin; at < end; at += tile) {
             const int64_t size = std::min(tile, end - at);
             float* to = out + image * length + at;
@@ -450,7 +468,7 @@ void join_gradients(const float* grad, const float* y, const Term* terms, int64_
     for (int64_t i = 0; i < count; ++i)
         if (sums[i]) found[i].resize(2 * units * width);
     const int64_t floats = 2 * width + 2 * tile;
-    for_units(map, unit_of(map), floats, threads, [&](int64_t unit, int64_t image, int64_t begin, int64_t end, float* s) {
+    for_units(map, floats, threads, [&](int64_t unit, int64_t image, int64_t begin, int64_t end, float* s) {
         float *product = s, *plain = s + width, *z = s + 2 * width, *own = z + tile;
         std::fill(s, s + 2 * width, 0.0f);
         for (int64_t at = begin; at < end; at += tile) {
