@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import regnet_fast
-from regnet_fast.backends import ConvProblem, NormActProblem, passes
+from regnet_fast.backends import ConvProblem, NormActProblem, cpu_passes, passes
 from regnet_fast.backends.onednn import (
     AffineNormAct,
     DepthwiseNormAct,
@@ -208,6 +208,39 @@ def normalised() -> None:
         print(f"| {'x'.join(map(str, shape))} | {times} |")
 
 
+def compiled_passes() -> None:
+    """Passes of a training step, float32 with SiLU, in microseconds: torch's calls / compiled; and a copy."""
+    names = ("read", "statistics", "back through", "raw gradient", "join", "gradient of join")
+    print(f"| shape | copy | {' | '.join(names)} |\n|---|---:|{'---:|' * len(names)}")
+    for shape in ((4, 32, 112, 112), (8, 48, 56, 56), (16, 120, 28, 28), (16, 336, 14, 14), (16, 888, 7, 7)):
+        x, grad, c = nhwc(*shape), nhwc(*shape), shape[1]
+        norm = passes.Norm(torch.randn(c), torch.rand(c) + 0.5, torch.rand(c), torch.randn(c), 1e-5, "silu")
+        own = passes.Own(*norm[:3], norm.eps, passes.Sums(torch.randn(c), torch.randn(c)), float(x.numel() // c))
+        terms = [passes.Term(x, norm._replace(activation="none"), None), passes.Term(grad, None, None)]
+        calls, out = {"copy": partial(torch.empty_like(x).copy_, x)}, torch.empty_like(x)
+        for module, kit in ((passes, passes.FRAMEWORK), (cpu_passes, cpu_passes.CALLS)):
+            reader = kit.backward_reader(x, norm, None)
+            reader.read(slice(None))
+            made = [
+                partial(kit.reader(x, norm, None).read, slice(None)),
+                partial(module.statistics, x),
+                partial(_back, reader, grad, out),
+                partial(kit.raw_gradient(own, grad), grad, x),
+                partial(module.join, terms, "silu"),
+                partial(module.join_backward, grad, None, terms, "silu", [True, True]),
+            ]
+            calls |= {f"{name} {module.__name__}": call for name, call in zip(names, made, strict=True)}
+        t = {name: f"{1e3 * time:.0f}" for name, time in interleaved(calls, 31).items()}
+        pairs = (f"{t[f'{name} {passes.__name__}']} / {t[f'{name} {cpu_passes.__name__}']}" for name in names)
+        print(f"| {'x'.join(map(str, shape))} | {t['copy']} | {' | '.join(pairs)} |")
+
+
+def _back(reader: passes.BackwardReader, grad: torch.Tensor, out: torch.Tensor) -> None:
+    """A gradient through norm and activation; the sums of one call are not kept for the next."""
+    reader.sums = type(reader.sums)() if isinstance(reader.sums, list) else None
+    reader.back(grad, out, True)
+
+
 def compiled_steps() -> None:
     """A training step of batch 16 in float32, channels_last, in milliseconds: eager, and through torch.compile."""
     print("| model | timm | timm, compiled | regnet_fast | regnet_fast, compiled |\n|---|---|---|---|---|")
@@ -278,7 +311,7 @@ def main() -> None:
         f"{torch.backends.cpu.get_cpu_capability()}, {time.strftime('%Y-%m-%d')}"
     )
     with torch.no_grad():
-        for table in (parts, winograd, pointwise, norm_act, means, normalised, sums, compiled_steps):
+        for table in (parts, winograd, pointwise, norm_act, means, normalised, sums, compiled_passes, compiled_steps):
             print(f"\n{table.__doc__}\n")
             table()
 
