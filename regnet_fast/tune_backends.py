@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .backends import ConvProblem, backend, choice, cuda, cuda_launch, triton
 from .backends.cuda_passes import Passes
-from .backends.passes import Arriving, Filter, Norm, Own, Sums
+from .backends.operands import Arriving, Filter, Norm, Own, Sums
 from .kernels import tables
 from .timing import Announce, silent
 from .tune import ROUNDS, GpuTimer, Timer, conditions, same

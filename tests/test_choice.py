@@ -21,7 +21,7 @@ from regnet_fast.backends import (
     triton,
 )
 from regnet_fast.backends.cuda_plans import Target
-from regnet_fast.backends.passes import Filter
+from regnet_fast.backends.operands import Filter
 from regnet_fast.backends.training import passes_for
 
 PROBLEM = ConvProblem(

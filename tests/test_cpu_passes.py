@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import regnet_fast
 from regnet_fast.backends import cpu_library, cpu_passes, passes
-from regnet_fast.backends.passes import Excite, Filter, Norm, Own, Sums, Term
+from regnet_fast.backends.operands import Excite, Filter, Norm, Own, Sums, Term
 from regnet_fast.backends.training import passes_for
 from regnet_fast.cli import app
 

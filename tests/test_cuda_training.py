@@ -12,7 +12,7 @@ from timm.models import regnet
 
 import regnet_fast
 from regnet_fast.backends import BackendError, backend, cuda, cuda_launch, cuda_nvrtc, cuda_passes, passes
-from regnet_fast.backends.passes import Arriving, Excite, Filter, Norm, Own, Sums
+from regnet_fast.backends.operands import Arriving, Excite, Filter, Norm, Own, Sums
 from regnet_fast.backends.training import passes_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import cpu_library, passes
 from .cpu_library import Term as RawTerm
-from .passes import Arriving, ConvGradients, Excite, Filter, Gate, Norm, Own, Sums, Term
+from .operands import Arriving, ConvGradients, Excite, Filter, Norm, Own, Sums, Term
 
 _LAST = torch.channels_last
 _VECTOR = 16
@@ -50,7 +50,9 @@ def _laid_out(x: Tensor) -> Tensor:
 
 def _vector(t: Tensor | None) -> Tensor | None:
     """A parameter or a statistic as the library takes it, in float32 and dense."""
-    return None if t is None else t.detach().float().contiguous()
+    if t is None or (t.dtype == torch.float32 and t.is_contiguous()):
+        return t
+    return t.detach().float().contiguous()
 
 
 def _at(t: Tensor | None) -> int | None:
@@ -99,12 +101,19 @@ class Reader:
         sizes = _sizes(x)
         self.gate = None
         if self.excite is not None:
-            self.gate = Gate(self._sums(x, None, sizes, 1.0 / (x.shape[2] * x.shape[3])), self.excite)
+            self.gate = passes.Gate(self._means(x, part, sizes), self.excite)
         factor = None if self.gate is None else self.gate.gate
         e = self.memory.like(x)
         arguments = (x.data_ptr(), e.data_ptr(), self.rows.data_ptr(), self.activation, _at(factor), *sizes)
         cpu_library.library().read_map(*arguments)
         return e
+
+    def _means(self, x: Tensor, part: slice, sizes: tuple[int, ...]) -> Tensor:
+        """The channel means of what is read of every image."""
+        means = self._sums(x, None, sizes, 1.0 / (x.shape[2] * x.shape[3]))
+        if self.excite.means is not None:
+            self.excite.means.append(means)
+        return means
 
     def _sums(self, x: Tensor, grad: Tensor | None, sizes: tuple[int, ...], factor: float) -> Tensor:
         """Over the pixels of every image, of what is read, times grad where there is one."""
@@ -121,6 +130,10 @@ class BackwardReader(Reader):
         super().__init__(x, norm, excite)
         self.sums: Tensor | None = None
         self.excited: list[tuple[Tensor, ...]] = []
+
+    def _means(self, x: Tensor, part: slice, sizes: tuple[int, ...]) -> Tensor:
+        means = passes.known_means(self.excite, part)
+        return self._sums(x, None, sizes, 1.0 / (x.shape[2] * x.shape[3])) if means is None else means
 
     def back(self, grad: Tensor, out: Tensor, through: bool) -> None:
         """`passes.BackwardReader.back`."""

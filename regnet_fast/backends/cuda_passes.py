@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import choice, cuda, cuda_launch, cuda_plans
 from .cuda_plans import Launch, Target
-from .passes import Arriving, ConvGradients, Excite, Filter, Norm, Sums
+from .operands import Arriving, ConvGradients, Excite, Filter, Norm, Sums
 from .problem import ConvProblem
 from .triton import current
 

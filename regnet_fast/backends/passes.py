@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .operands import Arriving, ConvGradients, Excite, Filter, Norm, Own, Sums, Term
 
 _PART_BYTES = 4e6
 """How many bytes of one map a thread takes at a time (docs/training.md)."""
@@ -35,60 +36,6 @@ _FEW = 256
 
 _LAST = torch.channels_last
 _ALL = slice(None)
-
-
-class Norm(NamedTuple):
-    """How a map is read: with which statistics (the biased variance), affine parameters, epsilon and activation."""
-
-    mean: Tensor
-    var: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    activation: str
-
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift, dense vectors in the dtype of the statistics: the normalised map is `x * scale + shift`."""
-        scale = (self.var + self.eps).rsqrt_()
-        scale = scale if self.weight is None else scale * self.weight
-        if self.bias is None:
-            return scale, -self.mean * scale
-        return scale, torch.addcmul(self.bias, self.mean, scale, value=-1.0)
-
-
-class Excite(NamedTuple):
-    """Squeeze-and-excitation of the map that a convolution reads: (R, C) and (C, R) weights, biases, activation."""
-
-    fc1: Tensor
-    bias1: Tensor
-    fc2: Tensor
-    bias2: Tensor
-    activation: str
-
-
-class Sums(NamedTuple):
-    """Over images and pixels, for the gradient dz of a normalised map xhat: sum(dz * xhat) and sum(dz)."""
-
-    product: Tensor
-    plain: Tensor
-
-
-class Filter(NamedTuple):
-    """A convolution: its weight in the map's dtype, and stride, padding, dilation (pairs) and groups."""
-
-    weight: Tensor
-    geometry: Sequence
-
-
-class ConvGradients(NamedTuple):
-    """Gradients of convolutions of one map: of the map as it is read (before its activation where it has a norm), of
-    the norm's sums, of every weight, and of squeeze-excite's four parameters.
-    """
-
-    x: Tensor | None
-    sums: Sums | None
-    weights: list[Tensor | None]
-    excite: tuple[Tensor, ...] | None
 
 
 def parts(x: Tensor, wider: float = 1.0) -> list[slice]:
@@ -273,7 +220,7 @@ class Gate:
 
     def backward(self, dgate: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The gradients of the means and of the four parameters."""
-        fc1, _, fc2, _, activation = self.excite
+        fc1, _, fc2, _, activation, _ = self.excite
         d2 = dgate * self.gate * (1 - self.gate)
         dhidden = d2 @ fc2
         d1 = torch.empty_like(dhidden)
@@ -281,12 +228,17 @@ class Gate:
         return d1 @ fc1, (d1.t() @ self.means, d1.sum(0), d2.t() @ self.hidden, d2.sum(0))
 
 
+def known_means(excite: Excite, part: slice) -> Tensor | None:
+    """The channel means of some images, where the forward pass left them."""
+    return of(excite.means[0], part) if excite.means else None
+
+
 class _Gated:
     """A map and its gate."""
 
-    def __init__(self, a: Tensor, excite: Excite):
+    def __init__(self, a: Tensor, excite: Excite, means: Tensor | None = None):
         self.a = a
-        self.gate = Gate(a.mean((2, 3), dtype=excite.fc1.dtype), excite)
+        self.gate = Gate(a.mean((2, 3), dtype=excite.fc1.dtype) if means is None else means, excite)
         self.factor = self.gate.gate.to(a.dtype)[:, :, None, None]
 
     def backward(self, grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -310,8 +262,10 @@ class Reader:
         a = a if self.norm is None else _activated(self.normalise(a), self.norm.activation)
         if self.excite is None:
             return a
-        factor = _Gated(a, self.excite).factor
-        return a * factor if self.norm is None else a.mul_(factor)
+        gated = _Gated(a, self.excite)
+        if self.excite.means is not None:
+            self.excite.means.append(gated.gate.means)
+        return a * gated.factor if self.norm is None else a.mul_(gated.factor)
 
 
 class BackwardReader(Reader):
@@ -328,7 +282,7 @@ class BackwardReader(Reader):
             self.z = self.normalise(self.raw)
             self.a = e = _activated(self.z, self.norm.activation, keep=True)
         if self.excite is not None:
-            self.gate = _Gated(self.a, self.excite)
+            self.gate = _Gated(self.a, self.excite, known_means(self.excite, part))
             e = self.a * self.gate.factor
         return e
 
@@ -358,36 +312,6 @@ class Calls(NamedTuple):
     raw_gradient: Callable[[Own, Tensor], Callable[[Tensor, Tensor], Tensor]]
 
 
-class Own(NamedTuple):
-    """The norm behind a convolution, for the gradient of its raw result y: with batch statistics
-
-        dy = weight * invstd * (dz - sum(dz) / count - xhat * sum(dz * xhat) / count)
-
-    and with fixed ones, where `sums` is None, `dy = weight * invstd * dz`.
-    """
-
-    mean: Tensor
-    var: Tensor
-    weight: Tensor | None
-    eps: float
-    sums: Sums | None
-    count: float
-
-    def coefficients(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """a, q and k of `dy = a * dz + q * y + k`, shaped (1, C, 1, 1)."""
-        invstd = (self.var + self.eps).rsqrt_()
-        a = invstd if self.weight is None else invstd * self.weight
-        if self.sums is None:
-            return a.view(1, -1, 1, 1), None, None
-        q = (a * invstd).mul_(self.sums.product).mul_(-1.0 / self.count)
-        k = torch.addcmul(q * self.mean, a, self.sums.plain, value=1.0 / self.count).neg_()
-        return a.view(1, -1, 1, 1), q.view(1, -1, 1, 1), k.view(1, -1, 1, 1)
-
-    def vectors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """`coefficients` as dense float32 vectors."""
-        return tuple(None if t is None else t.flatten().float() for t in self.coefficients())
-
-
 def raw_gradient(grad: Tensor, y: Tensor, coefficients: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:
     """`a * dz + q * y + k` in a new tensor of the gradient's dtype."""
     a, q, k = coefficients
@@ -401,14 +325,6 @@ def _raw_gradients(own: Own, like: Tensor) -> Callable[[Tensor, Tensor], Tensor]
 
 
 FRAMEWORK = Calls(Reader, BackwardReader, Statistics, _raw_gradients)
-
-
-class Arriving(NamedTuple):
-    """The gradient of a convolution's raw result y, or of its norm's result where the norm is its `own`."""
-
-    grad: Tensor
-    own: Own | None
-    y: Tensor | None
 
 
 def convs(
@@ -512,14 +428,6 @@ def convolution_backward(
         dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [needs_x, needs_weight, False]
     )
     return dx, dw
-
-
-class Term(NamedTuple):
-    """One summand of a join: a map, read through its norm where it has one, times a factor for each image."""
-
-    x: Tensor
-    norm: Norm | None
-    factor: Tensor | None
 
 
 _Normalise = Callable[[Tensor], Tensor] | None

@@ -20,7 +20,7 @@ from ..kernels.pointwise_conv import pointwise_conv
 from ..kernels.squeeze_excite import squeeze_excite
 from ..kernels.training_passes import image_parts, raw_gradient
 from . import passes
-from .passes import Arriving, ConvGradients, Excite, Filter, Gate, Norm, Own, Sums, Term
+from .operands import Arriving, ConvGradients, Excite, Filter, Norm, Own, Sums, Term
 from .triton import current
 
 _LAST = torch.channels_last
@@ -102,7 +102,7 @@ def convs_backward(
         x = x.contiguous(memory_format=_LAST)
         term, factor, found = _read(x, norm), None, None
         if excite is not None:
-            gate = Gate(total(_means(term)), excite)
+            gate = passes.Gate(total(_means(term)), excite)
             factor = gate.gate.float()
         da, read, dweights = None, None, []
         for (grad, own, y), (weight, geometry), needs in zip(arriving, filters, needs_weights, strict=True):

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends import forced_backend, passes
-from ..backends.passes import Arriving, Excite, Filter, Norm, Own, Sums, Term
+from ..backends.operands import Arriving, Excite, Filter, Norm, Own, Sums, Term
 from ..backends.training import passes_for
 from . import training_operators as operators
 
@@ -164,7 +164,7 @@ class _Convs(torch.autograd.Function):
         reading, statistics, geometries, se_activation, recipe = spec
         weights, own_weights = weights[: len(geometries)], weights[len(geometries) :]
         norm = _norm(reading, mean, var, scale, shift)
-        excite = None if fc1 is None else Excite(fc1, bias1, fc2, bias2, se_activation)
+        excite = None if fc1 is None else Excite(fc1, bias1, fc2, bias2, se_activation, [])
         ctx.passes = passes_for(x)
         filters = [Filter(*one) for one in zip(weights, geometries, strict=True)]
         measured = [stats is not None and stats.batch for stats in statistics]
@@ -178,17 +178,19 @@ class _Convs(torch.autograd.Function):
         if recipe is not None:
             reading, (x, mean, var, scale, shift) = recipe
         ctx.spec = (reading, statistics, geometries, se_activation, recipe is None)
-        ctx.save_for_backward(x, mean, var, scale, shift, fc1, bias1, fc2, bias2, *weights, *kept)
+        means = torch.cat(excite.means) if excite is not None and excite.means else None
+        ctx.save_for_backward(x, mean, var, scale, shift, fc1, bias1, fc2, bias2, means, *weights, *kept)
         return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):
         reading, statistics, geometries, se_activation, through = ctx.spec
-        x, mean, var, scale, shift, fc1, bias1, fc2, bias2, *rest = ctx.saved_tensors
+        x, mean, var, scale, shift, fc1, bias1, fc2, bias2, means, *rest = ctx.saved_tensors
         weights, kept = rest[: len(geometries)], rest[len(geometries) :]
         norm = _norm(reading, mean, var, scale, shift)
-        excite = None if fc1 is None else Excite(fc1, bias1, fc2, bias2, se_activation)
+        known = None if means is None else [means]
+        excite = None if fc1 is None else Excite(fc1, bias1, fc2, bias2, se_activation, known)
         arriving = []
         for i, stats in enumerate(statistics):
             grad, product, plain, _ = gradients[4 * i : 4 * i + 4]

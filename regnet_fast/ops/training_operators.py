@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..backends import backend
-from ..backends.passes import Arriving, Excite, Filter, Norm, Own, Sums, Term
+from ..backends.operands import Arriving, Excite, Filter, Norm, Own, Sums, Term
 from ..backends.training import passes_for
 from .convolution import channels_last, empty_output
 

@@ -7,7 +7,7 @@ consequence runs on the GPU.
 import torch
 
 from regnet_fast.backends import ConvProblem, SqueezeExciteProblem, cuda, cuda_passes, passes
-from regnet_fast.backends.passes import Arriving, Filter, Norm, Own, Sums
+from regnet_fast.backends.operands import Arriving, Filter, Norm, Own, Sums
 
 CASES = [(24, 3, 1, torch.bfloat16), (16, 5, 2, torch.float16), (232, 1, 2, torch.bfloat16), (1, 40, 1, torch.float16)]
 """Group width, groups, stride, dtype."""
