@@ -431,12 +431,12 @@ void add_moments(const float* x, float* copy, double* state, int first, int64_t 
     }
 }
 
-/// Mean and biased variance (2, channels) of `count` values for each channel.
-void finished_moments(const double* state, double count, int64_t channels, float* out) {
+/// Mean and biased variance of `count` values for each channel.
+void finished_moments(const double* state, double count, int64_t channels, float* mean, float* var) {
     for (int64_t c = 0; c < channels; ++c) {
-        const double offset = state[channels + c] / count, var = state[2 * channels + c] / count - offset * offset;
-        out[c] = float(state[c] + offset);
-        out[channels + c] = var < 0.0 ? 0.0f : float(var);
+        const double offset = state[channels + c] / count, square = state[2 * channels + c] / count;
+        mean[c] = float(state[c] + offset);
+        var[c] = square < offset * offset ? 0.0f : float(square - offset * offset);
     }
 }
 

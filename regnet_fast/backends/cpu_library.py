@@ -45,7 +45,7 @@ FUNCTIONS = {
     "gradient_through": (*(c_void_p,) * 4, c_int, *(c_void_p,) * 3, *_MAP),
     "gradient_of_raw": (*(c_void_p,) * 5, *_MAP),
     "add_moments": (c_void_p, c_void_p, c_void_p, c_int, *_MAP),
-    "finished_moments": (c_void_p, c_double, c_int64, c_void_p),
+    "finished_moments": (c_void_p, c_double, c_int64, c_void_p, c_void_p),
     "join_terms": (POINTER(Term), c_int64, c_int, c_void_p, *_MAP),
     "join_gradients": (
         *(c_void_p, c_void_p, POINTER(Term), c_int64, c_int, c_void_p, POINTER(c_void_p), POINTER(c_void_p)),

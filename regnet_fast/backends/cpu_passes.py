@@ -157,7 +157,12 @@ class BackwardReader(Reader):
     def totals(self) -> tuple[Sums | None, tuple[Tensor, ...] | None]:
         """`passes.BackwardReader.totals`."""
         excited = tuple(map(passes.summed, zip(*self.excited, strict=True))) if self.excited else None
-        return None if self.sums is None else Sums(*self.sums.float()), excited
+        return _sums(self.sums), excited
+
+
+def _sums(found: Tensor | None) -> Sums | None:
+    """The library's sums of a norm as those of `passes`, each in memory of its own."""
+    return None if found is None else Sums(found[0].float(), found[1].float())
 
 
 class Statistics:
@@ -178,9 +183,10 @@ class Statistics:
     def merged(self) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of all images."""
         channels = self.state.shape[1]
-        found = torch.empty(2, channels)
-        cpu_library.library().finished_moments(self.state.data_ptr(), self.count, channels, found.data_ptr())
-        return found[0], found[1]
+        mean, var = torch.empty(channels), torch.empty(channels)
+        arguments = (self.state.data_ptr(), self.count, channels, mean.data_ptr(), var.data_ptr())
+        cpu_library.library().finished_moments(*arguments)
+        return mean, var
 
 
 def _own_rows(own: Own) -> Tensor:
@@ -284,7 +290,7 @@ def join_backward(
     arguments = (_at(grad), _at(y), given.array, len(terms), ACTIVATIONS[activation], _at(summed), *pointers)
     cpu_library.library().join_gradients(*arguments, *_sizes(grad))
     found = zip(results, sums, shared, needs, strict=True)
-    return [(summed if same and need else dx, None if s is None else Sums(*s.float())) for dx, s, same, need in found]
+    return [(summed if same and need else dx, _sums(s)) for dx, s, same, need in found]
 
 
 def entered_backward(grad: Tensor, own: Own, x: Tensor, identity: Tensor | None) -> Tensor:
