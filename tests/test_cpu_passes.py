@@ -1,5 +1,6 @@
 """The passes of csrc/cpu: each against float64 beside torch's calls, and what happens where they cannot be compiled."""
 
+import copy
 import itertools
 import json
 import subprocess
@@ -8,9 +9,14 @@ import threading
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from helpers import randomize_bn
 from problems import LAYOUTS, Untouched, assert_rule
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import regnet_fast
@@ -295,6 +301,47 @@ def test_who_takes_the_compiled_passes():
     for name in ("aten", "reference"):
         with regnet_fast.backend(name):
             assert passes_for(x) is passes
+
+
+def train(model: torch.nn.Module, x: Tensor) -> list[Tensor]:
+    y = model(x)
+    return [y, *torch.autograd.grad(y.square().mean(), list(model.parameters()))]
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    made = randomize_bn(timm.create_model("regnetx_002", num_classes=5), 0)
+    return regnet_fast.rebuild(made).model.train()
+
+
+def test_a_step_that_is_traced_below_autograd(model):
+    """By make_fx, which sees torch's calls alone: its graph computes what the step does, for another image too."""
+    x, other = torch.randn(2, 2, 3, 64, 64)
+    parameters = [p.detach() for p in model.parameters()]
+    state = {name: p for (name, _), p in zip(model.named_parameters(), parameters, strict=True)}
+
+    def forward(x):
+        with torch.no_grad():
+            return torch.func.functional_call(model, state, (x,))
+
+    torch.testing.assert_close(make_fx(forward)(x)(other), forward(other), rtol=1e-3, atol=1e-4)
+
+
+def test_tensors_without_memory(model):
+    """Shapes are found without computing."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        found = train(model, mode.from_tensor(torch.randn(2, 3, 64, 64)))
+    assert [t.shape for t in found] == [(2, 5), *(p.shape for p in model.parameters())]
+
+
+def test_a_step_that_is_counted(model):
+    """All convolutions are seen, in both directions."""
+    counts = []
+    for counted in (model, regnet_fast.restore(copy.deepcopy(model))):
+        with FlopCounterMode(display=False) as counter:
+            train(counted, torch.randn(2, 3, 64, 64))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 # Where they cannot be compiled

@@ -12,6 +12,8 @@ from ctypes import c_void_p
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import cpu_library, passes
 from .cpu_library import Term as RawTerm
@@ -29,6 +31,8 @@ def refuse(x: Tensor) -> str | None:
     """Why the passes over maps like x are not compiled ones, or None."""
     if not x.is_cpu or x.dtype != torch.float32 or not x.numel():
         return f"csrc/cpu has passes over float32 maps on a CPU, and these are {x.dtype} on {x.device}"
+    if type(x) not in (Tensor, Parameter) or is_in_torch_dispatch_mode():
+        return "csrc/cpu works on memory, which subclasses of Tensor and dispatch modes (tracing, counting) do not see"
     return cpu_library.refuse()
 
 
