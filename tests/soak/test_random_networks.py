@@ -95,7 +95,7 @@ def test_evaluation(family, tally, data):
     network = data.draw(networks(family))
     drawn = data.draw(images(least=8))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
-    if drawn.width <= 32:  # else maps may be one pixel wide, for which oneDNN's strided ones use garbage (docs/limits.md)
+    if drawn.width <= 32:  # a map may be one pixel wide, where oneDNN uses garbage (docs/limits.md)
         dtype = torch.float32
     theirs = network.make().to(dtype)
     x = drawn.make(network.in_chans, dtype)
