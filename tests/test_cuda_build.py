@@ -287,6 +287,7 @@ def test_what_was_built_is_where_it_is_looked_for(checkout, pretended):
     assert code == 0 and said.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(checkout.parent / said.splitlines()[-1]) as wheel:
         assert not [name for name in wheel.namelist() if name.endswith(".so") or "build_info" in name]
+        assert "regnet_fast/csrc/cpu/passes.cpp" in wheel.namelist()  # compiled at first use
 
 
 @needs("setuptools")
