@@ -35,7 +35,7 @@ help:
 	@echo "make test         lint, every test, the site of the documentation, and the quick part of timm's own model tests"
 	@echo "make test-oldest  the tests that must hold on the oldest supported versions"
 	@echo "make matrix       the numbers of all 75 architectures, the largest too (16 GB of memory)"
-	@echo "make soak         SOAK times the random inputs, threads and calls of the tests: some ten minutes; docs/robustness.md"
+	@echo "make soak         SOAK times the random inputs, threads and calls of the tests: ten to twenty minutes; docs/robustness.md"
 	@echo "make kernels      every kernel for every shape and GPU architecture: more models in the interpreter, all compiled"
 	@echo "make host-suite   timm's own model tests on every architecture that fits in memory"
 	@echo "make bench        the CPU results in bench/results: an hour or two on an idle machine; goes on where it ended"
