@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_a_wheel_ships_the_kernels_and_their_tables(tmp_path):
-    """Triton's with what was tuned, the sources of the CUDA C++ kernels, and nothing compiled by another build."""
+    """Triton's with what was tuned, the sources of csrc/, and nothing compiled by another build."""
     pytest.importorskip("setuptools")
     source = tmp_path / "source"
     (source / "regnet_fast").mkdir(parents=True)
@@ -34,7 +34,7 @@ def test_a_wheel_ships_the_kernels_and_their_tables(tmp_path):
     (wheel,) = tmp_path.glob("*-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "regnet_fast/kernels/tuned/some-gpu/pointwise_conv.json" in names
-    sources = {path.name for path in (ROOT / "csrc").glob("*.cu*")} | {"device/primitives.cuh"}
+    sources = {path.name for path in (ROOT / "csrc").glob("*.cu*")} | {"device/primitives.cuh", "cpu/passes.cpp"}
     assert sources == {name.removeprefix("regnet_fast/csrc/") for name in names if "/csrc/" in name}
     assert not [name for name in names if name.endswith(".so") or "build_info" in name]
     assert "regnet_fast/kernels/tables.py" in names and {name.partition("/")[0] for name in names} == {

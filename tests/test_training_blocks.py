@@ -680,8 +680,8 @@ def test_forced_backends():
     with backend("aten"):
         assert reasons(copy.deepcopy(ours), x) == {None}
         found = run(ours, x)
-    assert_equal_states(found, run(ours_again := network_pair()[0], x), 0.0)
-    assert ours_again is not ours
+        assert_equal_states(found, run(network_pair()[0], x), 0.0)
+    assert_equal_states(found, run(network_pair()[0], x), 1e-4)  # compiled passes, by themselves
     with backend("triton"), pytest.raises(BackendError, match=r"triton.*training"):
         ours(x)
     ours.s1.b1.conv2.register_forward_hook(lambda m, i, o: None)
