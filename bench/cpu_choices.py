@@ -224,8 +224,8 @@ def compiled_passes() -> None:
             made = [
                 partial(kit.reader(x, norm, None).read, slice(None)),
                 partial(module.statistics, x),
-                partial(_back, reader, grad, out),
-                partial(kit.raw_gradient(own, grad), grad, x),
+                partial(reader.back, grad, out, True),
+                partial(kit.raw_gradient(own), grad, x),
                 partial(module.join, terms, "silu"),
                 partial(module.join_backward, grad, None, terms, "silu", [True, True]),
             ]
@@ -233,12 +233,6 @@ def compiled_passes() -> None:
         t = {name: f"{1e3 * time:.0f}" for name, time in interleaved(calls, 31).items()}
         pairs = (f"{t[f'{name} {passes.__name__}']} / {t[f'{name} {cpu_passes.__name__}']}" for name in names)
         print(f"| {'x'.join(map(str, shape))} | {t['copy']} | {' | '.join(pairs)} |")
-
-
-def _back(reader: passes.BackwardReader, grad: torch.Tensor, out: torch.Tensor) -> None:
-    """A gradient through norm and activation; the sums of one call are not kept for the next."""
-    reader.sums = type(reader.sums)() if isinstance(reader.sums, list) else None
-    reader.back(grad, out, True)
 
 
 def compiled_steps() -> None:

@@ -285,6 +285,18 @@ def test_layouts(layout):
     assert torch.equal(found[0][0], expected[0][0]) and torch.equal(found[0][1][0], expected[0][1][0])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_gradients(layout):
+    """Of the raw map, of its gradient and of what is added."""
+    made = [LAYOUTS[layout](torch.randn(3, 16, 9, 9)) for _ in range(3)]
+    own = Own(torch.randn(16), torch.rand(16) + 0.1, None, EPS, Sums(torch.randn(16), torch.randn(16)), 243.0)
+    found, expected = (
+        cpu_passes.entered_backward(grad, own, x, identity)
+        for grad, x, identity in (made, [t.contiguous(memory_format=torch.channels_last) for t in made])
+    )
+    assert torch.equal(found, expected)
+
+
 def test_parameters_in_other_dtypes_and_strides():
     x = nhwc(2, 16, 6, 6)
     norm = norm_of(16, "relu")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from ctypes import c_void_p
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import cpu_library, passes
 from .cpu_library import Term as RawTerm
-from .operands import Arriving, ConvGradients, Excite, Filter, Norm, Own, Sums, Term
+from .operands import Excite, Norm, Own, Sums, Term
 
 _LAST = torch.channels_last
 _VECTOR = 16
@@ -137,7 +138,7 @@ class BackwardReader(Reader):
 
     def _means(self, x: Tensor, part: slice, sizes: tuple[int, ...]) -> Tensor:
         means = passes.known_means(self.excite, part)
-        return self._sums(x, None, sizes, 1.0 / (x.shape[2] * x.shape[3])) if means is None else means
+        return super()._means(x, part, sizes) if means is None else means
 
     def back(self, grad: Tensor, out: Tensor, through: bool) -> None:
         """`passes.BackwardReader.back`."""
@@ -204,7 +205,7 @@ def _own_rows(own: Own) -> Tensor:
     return rows
 
 
-def _raw_gradients(own: Own, like: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _raw_gradients(own: Own) -> Callable[[Tensor, Tensor], Tensor]:
     rows, memory = _own_rows(own), _Memory()
 
     def make(grad: Tensor, y: Tensor | None) -> Tensor:
@@ -216,32 +217,16 @@ def _raw_gradients(own: Own, like: Tensor) -> Callable[[Tensor, Tensor], Tensor]
 
 
 def _raw_gradient(grad: Tensor, y: Tensor | None, plus: Tensor | None, out: Tensor, rows: Tensor) -> None:
-    maps = (grad.data_ptr(), _at(y), _at(plus), out.data_ptr(), rows.data_ptr())
-    cpu_library.library().gradient_of_raw(*maps, *_sizes(grad))
+    """`a * grad + q * y + k + plus` into `out`, which is laid out; the others in any layout."""
+    maps = [None if t is None else _laid_out(t) for t in (grad, y, plus)]
+    cpu_library.library().gradient_of_raw(*map(_at, maps), out.data_ptr(), rows.data_ptr(), *_sizes(out))
 
 
 CALLS = passes.Calls(Reader, BackwardReader, Statistics, _raw_gradients)
 
 
-def convs(
-    x: Tensor, norm: Norm | None, excite: Excite | None, filters: Sequence[Filter], measured: Sequence[bool]
-) -> list[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
-    """`passes.convs`."""
-    return passes.convs(x, norm, excite, filters, measured, CALLS)
-
-
-def convs_backward(
-    arriving: Sequence[Arriving],
-    x: Tensor,
-    norm: Norm | None,
-    excite: Excite | None,
-    filters: Sequence[Filter],
-    needs_x: bool,
-    needs_weights: Sequence[bool],
-    through: bool = True,
-) -> ConvGradients:
-    """`passes.convs_backward`."""
-    return passes.convs_backward(arriving, x, norm, excite, filters, needs_x, needs_weights, through, CALLS)
+convs = partial(passes.convs, calls=CALLS)
+convs_backward = partial(passes.convs_backward, calls=CALLS)
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,6 +285,5 @@ def join_backward(
 def entered_backward(grad: Tensor, own: Own, x: Tensor, identity: Tensor | None) -> Tensor:
     """`passes.entered_backward`."""
     dx = torch.empty_like(x, memory_format=_LAST)
-    identity = None if identity is None else _laid_out(identity)
-    _raw_gradient(_laid_out(grad), None if own.sums is None else _laid_out(x), identity, dx, _own_rows(own))
+    _raw_gradient(grad, None if own.sums is None else x, identity, dx, _own_rows(own))
     return dx

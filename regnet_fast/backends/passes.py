@@ -309,7 +309,7 @@ class Calls(NamedTuple):
     reader: type[Reader]
     backward_reader: type[BackwardReader]
     statistics: type[Statistics]
-    raw_gradient: Callable[[Own, Tensor], Callable[[Tensor, Tensor], Tensor]]
+    raw_gradient: Callable[[Own], Callable[[Tensor, Tensor], Tensor]]
 
 
 def raw_gradient(grad: Tensor, y: Tensor, coefficients: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:
@@ -319,7 +319,7 @@ def raw_gradient(grad: Tensor, y: Tensor, coefficients: tuple[Tensor, Tensor | N
     return found.to(grad.dtype)
 
 
-def _raw_gradients(own: Own, like: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _raw_gradients(own: Own) -> Callable[[Tensor, Tensor], Tensor]:
     coefficients = own.coefficients()
     return lambda grad, y: raw_gradient(grad, y, coefficients)
 
@@ -373,7 +373,7 @@ def convs_backward(
     calls: Calls = FRAMEWORK,
 ) -> ConvGradients:
     """The gradients of `convs`. The gradient of x goes `through` its norm, or is that of the map that was read."""
-    raw_gradients = [None if own is None else calls.raw_gradient(own, grad) for grad, own, _ in arriving]
+    raw_gradients = [None if own is None else calls.raw_gradient(own) for _, own, _ in arriving]
     cut = parts(x, max(grad.nbytes for grad, _, _ in arriving) / x.nbytes)
     reader = calls.backward_reader(x, norm, excite)
     dx = _empty(x.shape, x) if needs_x and len(cut) > 1 else None
