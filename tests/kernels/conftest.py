@@ -1,5 +1,6 @@
 """These tests run in Triton's interpreter, in a process of their own: TRITON_INTERPRET=1 must be set from the start."""
 
+import dataclasses
 import os
 
 import pytest
@@ -56,3 +57,12 @@ def guarded(monkeypatch):
     for flat, value in guards:
         ends = torch.cat([flat[:256], flat[-256:]])
         assert bool((ends.isnan() if value != value else ends == value).all()), "a kernel wrote outside its result"
+
+
+@pytest.fixture
+def unchecked_integers(monkeypatch):
+    """For networks: their kernels' own tests check every sum of integers for overflow, which is half of the time."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+    monkeypatch.setattr(interpreter_builder, "options", options)

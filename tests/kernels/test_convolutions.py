@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from configurations import interpreted
 from helpers import assert_close_to_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -136,7 +137,7 @@ def test_any_pointwise_pair(data):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize("config", pointwise_pair.CONFIGS, ids=str)
+@pytest.mark.parametrize("config", interpreted(pointwise_pair.CONFIGS), ids=str)
 def test_every_configuration_of_pointwise_pair(guarded, config, dtype):
     shape = pointwise_pair.Shape(414, config.block_k + 13, 70, 40, dtype.itemsize, 2, False, False, 90, 1)
     if pointwise_pair.config_supports(config, shape):
@@ -165,7 +166,7 @@ def pointwise_fits(config, dtype) -> bool:
 
 @pytest.mark.parametrize(
     ("config", "dtype"),
-    [(c, dtype) for c in pointwise_conv.CONFIGS for dtype in DTYPES[:2] if pointwise_fits(c, dtype)],
+    [(c, dtype) for c in interpreted(pointwise_conv.CONFIGS) for dtype in DTYPES[:2] if pointwise_fits(c, dtype)],
     ids=str,
 )
 def test_every_configuration_of_pointwise_conv(guarded, config, dtype):
@@ -278,7 +279,7 @@ def implicit_gemm_fits(config, dtype) -> bool:
 
 @pytest.mark.parametrize(
     ("config", "dtype"),
-    [(c, dtype) for c in implicit_gemm.CONFIGS for dtype in DTYPES[:2] if implicit_gemm_fits(c, dtype)],
+    [(c, dtype) for c in interpreted(implicit_gemm.CONFIGS) for dtype in DTYPES[:2] if implicit_gemm_fits(c, dtype)],
     ids=str,
 )
 def test_every_configuration_of_implicit_gemm(guarded, config, dtype):
@@ -286,7 +287,7 @@ def test_every_configuration_of_implicit_gemm(guarded, config, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize("config", depthwise_conv.CONFIGS, ids=str)
+@pytest.mark.parametrize("config", interpreted(depthwise_conv.CONFIGS), ids=str)
 def test_every_configuration_of_depthwise_conv(guarded, config, dtype):
     convolve(guarded, 2, 40, 9, 9, 40, 40, dtype, (3, 3), (1, 1), *ONE, means=True, config=config)
 

@@ -16,6 +16,8 @@ from regnet_fast.explanation import Row
 from regnet_fast.kernels import common
 from regnet_fast.roofline import Count, total
 
+pytestmark = pytest.mark.usefixtures("unchecked_integers")
+
 MODELS = ("regnety_002", "resnetv2_50")
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from configurations import interpreted
 from helpers import assert_close_to_reference
 from torch.nn import functional as F
 
@@ -94,8 +95,8 @@ def test_every_width(guarded, widths, dtype):
 
 
 CONFIGS = [
-    *((one, None) for one in grouped_input_gradient.CONFIGS),
-    *((None, one) for one in grouped_weight_gradient.CONFIGS),
+    *((one, None) for one in interpreted(grouped_input_gradient.CONFIGS)),
+    *((None, one) for one in interpreted(grouped_weight_gradient.CONFIGS)),
 ]
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from configurations import interpreted
 from helpers import assert_close_to_reference
 
 from regnet_fast.backends import reference
@@ -42,7 +43,7 @@ def test_squeeze_excite(guarded, n, tiles, c, r, config, activation, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize("config", squeeze_excite.CONFIGS, ids=str)
+@pytest.mark.parametrize("config", interpreted(squeeze_excite.CONFIGS), ids=str)
 def test_every_configuration_of_squeeze_excite(guarded, config, dtype):
     gate(guarded, 17, 2, 72, config.block_r - 5 if config.whole else 75, dtype, config=config)
 
@@ -76,7 +77,7 @@ def test_norm_act(guarded, gated, activation, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize("config", norm_act.CONFIGS, ids=str)
+@pytest.mark.parametrize("config", interpreted(norm_act.CONFIGS), ids=str)
 def test_every_configuration_of_norm_act(guarded, config, dtype):
     normalise(guarded, True, "silu", dtype, config)
 

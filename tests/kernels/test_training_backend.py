@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from helpers import assert_close_to_reference, randomize_bn, reasons
+from helpers import assert_close_to_reference, randomize_bn
 from simulator.stand_in import TARGET, simulate
 from timm.layers import BatchNormAct2d, create_conv2d
 from timm.models import byobnet, regnet, resnetv2
@@ -14,7 +14,10 @@ from torch import nn
 import regnet_fast
 from regnet_fast.backends import BackendError, backend, cuda_launch, passes, triton_passes
 from regnet_fast.backends.training import passes_for
+from regnet_fast.blocks.fused import listening
 from regnet_fast.ops import training as ops
+
+pytestmark = pytest.mark.usefixtures("unchecked_integers")
 
 DTYPES = (torch.float32, torch.bfloat16)
 MODELS = ("regnetx_002", "regnety_002", "regnetz_005", "repvgg_a0", "resnetv2_18")
@@ -67,14 +70,15 @@ def check(theirs: nn.Module, dtype: torch.dtype, x: torch.Tensor, forced: str = 
     """One step of a rebuilt model with the backend forced is as near to float64 as eager's."""
     randomize_bn(theirs, 0, (4, 3, 64, 64)).train()
     ours, exact = regnet_fast.rebuild(copy.deepcopy(theirs)).model, copy.deepcopy(theirs).double()
-    with backend(forced):
-        assert reasons(copy.deepcopy(ours).to(dtype), x.to(dtype)) == {None}
     dy = torch.randn(copy.deepcopy(theirs)(x).shape)
     x = x.contiguous(memory_format=torch.channels_last)
-    found = [
-        step(model.to(memory_format=torch.channels_last).to(kind), x.to(kind), dy, forced)
-        for model, kind, forced in ((ours, dtype, forced), (theirs, dtype, "auto"), (exact, torch.float64, "auto"))
-    ]
+    heard = set()
+    with listening(lambda block, x, plan, reason: heard.add(reason)):
+        found = [
+            step(model.to(memory_format=torch.channels_last).to(kind), x.to(kind), dy, forced)
+            for model, kind, forced in ((ours, dtype, forced), (theirs, dtype, "auto"), (exact, torch.float64, "auto"))
+        ]
+    assert heard == {None}
     assert_close_to_reference(*(one["output"] for one in found), "output")
     for what in ("gradients", "statistics"):
         scale = {name: value.square().mean().sqrt() + 1e-12 for name, value in found[2][what].items()}

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from configurations import interpreted
 from helpers import assert_close_to_reference
 from torch.nn import functional as F
 
@@ -103,7 +104,7 @@ def test_statistics(guarded, size, dtype):
         measure(guarded, maps(size, dtype), config)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", interpreted(CONFIGS), ids=str)
 def test_every_configuration_of_the_statistics(guarded, config):
     measure(guarded, maps((3, 52, 11, 13), torch.float16) + 1, config)
 
@@ -152,7 +153,7 @@ def test_join_and_its_gradients(guarded, size, dtype):
         both(guarded, terms, activation, dtype, what)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", interpreted(CONFIGS), ids=str)
 def test_every_configuration_of_join(guarded, config):
     size = (3, 52, 9, 7)
     terms = [term(size, torch.float16, factor="image"), term(size, torch.float16, norm=False)]
@@ -205,7 +206,7 @@ def test_the_gradient_before_an_activation(guarded, activation, dtype):
             judge([found], [one], "none", grad, dtype, f"{size}, {factor}", extra=extra)
 
 
-@pytest.mark.parametrize("config", [c for c in CONFIGS if c.block_p * c.block_c <= 512 * c.warps], ids=str)
+@pytest.mark.parametrize("config", interpreted(c for c in CONFIGS if c.block_p * c.block_c <= 512 * c.warps), ids=str)
 def test_every_configuration_before_an_activation(guarded, config):
     """Those whose values and sums fit in the registers."""
     one = term((3, 52, 9, 7), torch.float32, "silu")
@@ -224,7 +225,7 @@ def test_raw_gradient(guarded, size, dtype):
         affine(guarded, size, dtype, given & 1, given & 2)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", interpreted(CONFIGS), ids=str)
 def test_every_configuration_of_the_passes_over_one_map(guarded, config):
     affine(guarded, (3, 52, 9, 7), torch.float16, True, True, config)
     image_sums(guarded, (3, 52, 9, 7), torch.float16, "silu", True, config)

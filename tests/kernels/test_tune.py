@@ -18,6 +18,8 @@ from regnet_fast.kernels import implicit_gemm, pointwise_conv, pointwise_pair, s
 from regnet_fast.kernels.tables import TableError
 from regnet_fast.verify import randomize_norms
 
+pytestmark = pytest.mark.usefixtures("unchecked_integers")
+
 GPU = "test-gpu"
 CONFIGS = {
     pointwise_conv: (

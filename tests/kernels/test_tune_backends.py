@@ -11,6 +11,8 @@ from regnet_fast import tune_backends
 from regnet_fast.backends import ConvProblem, backend, choice, cuda, select
 from regnet_fast.kernels import tables
 
+pytestmark = pytest.mark.usefixtures("unchecked_integers")
+
 GPU = "test-gpu"
 PROBLEM = ConvProblem(
     *("grouped_conv", (1, 16, 5, 4), 16, (3, 3), (1, 1), (1, 1), (1, 1), 2, "relu", False, False),
