@@ -9,13 +9,23 @@ from bench import compilation, compilation_page
 INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def some(jobs: list, most: int, start: int) -> list:
+    """So many at most, spread evenly; from another start others."""
+    step = -(-len(jobs) // most)
+    return jobs[start % step :: step]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", INSTRUCTION)
 def test_kernels_compile(arch, dtype):
-    """Some of each kernel for the operations of models: narrow and wide, grouped, strided, stems, squeeze-excite; fewer
-    of those without a product.
+    """Some of each kernel for the operations of models, others for each architecture and dtype: narrow, wide, grouped,
+    strided, stems, squeeze-excite. `python -m bench.compilation` compiles all.
     """
-    models, share = (["regnety_002"], 2) if arch != 90 else (["regnety_032", "resnetv2_50"], 4)
+    models = ["regnety_002"] if arch != 90 else ["regnety_032", "resnetv2_50"]
+    start = 3 * list(INSTRUCTION).index(arch) + DTYPES.index(dtype)
     kinds: dict[str, list] = {}
     for job in compilation.jobs(models, [arch], [dtype]):
         kinds.setdefault(job.kernel, []).append(job)
@@ -23,16 +33,13 @@ def test_kernels_compile(arch, dtype):
     expected += ("squeeze_excite.whole_kernel", "channel_statistics.statistics_kernel", "training_join.backward_kernel")
     assert {*expected, "grouped_input_gradient.kernel", "grouped_weight_gradient.kernel"} <= set(kinds)
     for name, jobs in kinds.items():
-        if name.startswith(compilation.WITHOUT_PRODUCT):
-            kinds[name] = jobs[:: -(-len(jobs) // 4)]
-    for job in (job for jobs in kinds.values() for job in jobs[::share]):
-        made = compilation.compile_job(job)
-        assert not made.fault, f"{job}: {made.fault}"
-        if job.kernel.startswith(compilation.WITHOUT_PRODUCT):
-            continue
-        rows = dict(job.constants).get("BLOCK_M", 0)
-        if INSTRUCTION[arch] == "mma.sync" or (rows >= 64 and job.warps >= 4):
-            assert made.instruction == INSTRUCTION[arch], f"{job}: multiplies with {made.instruction}"
+        product = not name.startswith(compilation.WITHOUT_PRODUCT)
+        for job in some(jobs, 2 if product else 1, start):
+            made = compilation.compile_job(job)
+            assert not made.fault, f"{job}: {made.fault}"
+            rows = dict(job.constants).get("BLOCK_M", 0)
+            if product and (INSTRUCTION[arch] == "mma.sync" or (rows >= 64 and job.warps >= 4)):
+                assert made.instruction == INSTRUCTION[arch], f"{job}: multiplies with {made.instruction}"
 
 
 def test_what_is_wrong_is_told():
