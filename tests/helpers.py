@@ -111,6 +111,42 @@ def assert_close_to_reference(
         raise AssertionError("\n".join([bound, *failures, _describe(at, ours, eager, reference, groups)]))
 
 
+def outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Every stage's features and the logits, or the features of a model that gives only these."""
+    with torch.no_grad():
+        if not hasattr(model, "forward_intermediates"):
+            return {f"feature {i}": f for i, f in enumerate(model(x))}
+        final, features = model.forward_intermediates(x)
+        found = {f"stage {i}": f for i, f in enumerate(features)}
+        return {**found, "logits": model.forward_head(final)}
+
+
+def compare(theirs: nn.Module, x: Tensor, what: str) -> None:
+    """Assert that the rebuilt model is the same function as timm's in channels_last, all of it fused. Uses theirs up.
+
+    The hooks keep eager in channels_last where torch would leave it: after a convolution of a one-channel image.
+    """
+    dtype = x.dtype
+    theirs.to(dtype).eval()
+    ours = regnet_fast.rebuild(theirs)
+    assert ours.rebuilt
+    heard = []
+    with listening(lambda block, image, plan, reason: heard.append(reason)):
+        fused = outputs(theirs, x)
+    assert heard and set(heard) == {None}, f"{what}: not fused: {set(heard)}"
+    regnet_fast.restore(theirs)
+    eager_form = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
+    if "repvgg" in what:  # the three branches of training sum in another order; as deployed they are one convolution
+        eager_form = timm.utils.reparameterize_model(eager_form, inplace=True)
+    for conv in (module for module in eager_form.modules() if isinstance(module, nn.Conv2d)):
+        conv.register_forward_hook(lambda conv, inputs, y: y.contiguous(memory_format=torch.channels_last))
+    eager = outputs(eager_form, x.contiguous(memory_format=torch.channels_last))
+    del eager_form
+    exact = outputs(theirs.double(), x.double())
+    for stage in exact:
+        assert_close_to_reference(fused[stage], eager[stage], exact[stage], f"{what}, {stage}")
+
+
 def _rms(t: Tensor) -> float:
     return t.square().mean().sqrt().item()
 

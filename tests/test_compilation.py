@@ -1,5 +1,7 @@
 """The kernels compiled ahead of time, without a GPU: no spills, within shared memory, with matrix instructions."""
 
+import itertools
+
 import pytest
 
 pytest.importorskip("triton")
@@ -18,8 +20,13 @@ def some(jobs: list, most: int, start: int) -> list:
     return jobs[start % step :: step]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("arch", INSTRUCTION)
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [
+        pytest.param(arch, dtype, marks=() if dtype == "bfloat16" or arch == 90 else pytest.mark.slow)
+        for arch, dtype in itertools.product(INSTRUCTION, DTYPES)
+    ],
+)
 def test_kernels_compile(arch, dtype):
     """Some of each kernel for the operations of models, others for each architecture and dtype: narrow, wide, grouped,
     strided, stems, squeeze-excite. `python -m bench.compilation` compiles all.

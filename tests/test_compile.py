@@ -8,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import regnet_fast
 
-MODELS = ("regnetx_002", "regnety_002", "regnetz_005", "regnetv_040", "repvgg_a0", "resnetv2_18")
+LONG = ("regnetx_002", "regnetz_005", "resnetv2_18")
+MODELS = ["regnety_002", "regnetv_040", "repvgg_a0", *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)]
 OPERATORS = {
     "regnetx_002": {"pointwise_conv", "grouped_conv", "dense_conv"},
     "regnety_002": {"pointwise_conv", "grouped_conv", "dense_conv", "squeeze_excite"},
@@ -53,7 +54,7 @@ def test_exported_with_any_batch(name, seed):
     [
         pytest.param("regnety_002", torch.no_grad, marks=pytest.mark.slow),
         ("resnetv2_18", torch.no_grad),
-        ("resnetv2_18", torch.inference_mode),
+        pytest.param("resnetv2_18", torch.inference_mode, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_once_for_any_batch(name, mode, seed, fresh_compiler):

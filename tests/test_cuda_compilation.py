@@ -17,7 +17,7 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 @needs_nvcc
 @pytest.mark.parametrize(
-    "arch", [pytest.param(arch, marks=() if arch in (80, 90, 120) else pytest.mark.slow) for arch in PROCESSORS]
+    "arch", [pytest.param(arch, marks=() if arch in (90, 120) else pytest.mark.slow) for arch in PROCESSORS]
 )
 def test_kernels_compile(arch):
     """The first and the last of each kind, of a narrow and a wide model."""

@@ -10,7 +10,7 @@ import gc
 import pytest
 import timm
 import torch
-from helpers import assert_close_to_reference, randomize_bn
+from helpers import assert_close_to_reference, compare, randomize_bn
 from torch import nn
 
 import regnet_fast
@@ -35,11 +35,17 @@ SMALL = [
     "resnetv2_18",
     "resnetv2_50",
 ]
+FEW = ("regnety_002", "regnetz_b16", "repvgg_a0", "resnetv2_18")
 
 
 def all_of_them(quick) -> list:
     """All architectures, those slow that `quick(name)` does not admit to `make test`."""
     return [name if quick(name) else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+
+
+def few(name: str):
+    """For what each model takes several times."""
+    return name if name in FEW else pytest.param(name, marks=pytest.mark.slow)
 
 
 def moderate(name: str) -> bool:
@@ -66,42 +72,6 @@ def test_same_keys_and_parameters(name):
     assert not again
 
 
-def outputs(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Every stage's features and the logits, or the features of a model that gives only these."""
-    with torch.no_grad():
-        if not hasattr(model, "forward_intermediates"):
-            return {f"feature {i}": f for i, f in enumerate(model(x))}
-        final, features = model.forward_intermediates(x)
-        found = {f"stage {i}": f for i, f in enumerate(features)}
-        return {**found, "logits": model.forward_head(final)}
-
-
-def compare(theirs: nn.Module, x: torch.Tensor, what: str, groups: int | None = None) -> None:
-    """Assert that the rebuilt model is the same function as timm's in channels_last, all of it fused. Uses theirs up.
-
-    The hooks keep eager in channels_last where torch would leave it: after a convolution of a one-channel image.
-    """
-    dtype = x.dtype
-    theirs.to(dtype).eval()
-    ours = regnet_fast.rebuild(theirs)
-    assert ours.rebuilt
-    heard = []
-    with listening(lambda block, image, plan, reason: heard.append(reason)):
-        fused = outputs(theirs, x)
-    assert heard and set(heard) == {None}, f"{what}: not fused: {set(heard)}"
-    regnet_fast.restore(theirs)
-    eager_form = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
-    if "repvgg" in what:  # the three branches of training sum in another order; as deployed they are one convolution
-        eager_form = timm.utils.reparameterize_model(eager_form, inplace=True)
-    for conv in (module for module in eager_form.modules() if isinstance(module, nn.Conv2d)):
-        conv.register_forward_hook(lambda conv, inputs, y: y.contiguous(memory_format=torch.channels_last))
-    eager = outputs(eager_form, x.contiguous(memory_format=torch.channels_last))
-    del eager_form
-    exact = outputs(theirs.double(), x.double())
-    for stage in exact:
-        assert_close_to_reference(fused[stage], eager[stage], exact[stage], f"{what}, {stage}")
-
-
 def numbers(name: str, dtype: torch.dtype, batch: int, height: int, width: int) -> None:
     """In 16 bits the errors of one image's logits are those of few values before them, and the largest is chance: where
     images miss the rule, half of four other draws have to miss it for a failure.
@@ -123,10 +93,14 @@ def numbers(name: str, dtype: torch.dtype, batch: int, height: int, width: int) 
         raise error
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", all_of_them(moderate))
-def test_logits_and_stages(name, dtype):
-    numbers(name, dtype, *((3, 65, 71) if dtype == torch.float32 else (1, 64, 96)))
+def test_logits_and_stages(name):
+    numbers(name, torch.float32, 3, 65, 71)
+
+
+@pytest.mark.parametrize("name", all_of_them(SMALL.__contains__))
+def test_logits_and_stages_in_bfloat16(name):
+    numbers(name, torch.bfloat16, 1, 64, 96)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +152,7 @@ def options() -> list:
 
 
 @pytest.mark.parametrize("kwargs", options(), ids=lambda kwargs: "-".join(map(str, kwargs.items())))
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [few(name) for name in SMALL])
 def test_options(name, kwargs):
     model = timm.create_model(name, **kwargs).eval()
     randomize_bn(model, 0)

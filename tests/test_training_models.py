@@ -21,6 +21,8 @@ MODELS = {
 }
 """One of each family, and the size of its images."""
 
+LONG = ("regnetx_002", "regnetz_005", "regnetv_040")
+
 
 def loss_of(model, x, target):
     return F.cross_entropy(model(x), target)
@@ -74,7 +76,7 @@ def runs(name, size, steps, orders, **options):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "regnetv_040" else name for name in MODELS]
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in MODELS]
 )
 def test_ten_steps(name):
     """At every step the loss is as near to float64's as timm's has been until then.

@@ -61,7 +61,9 @@ def guarded(monkeypatch):
 
 @pytest.fixture
 def unchecked_integers(monkeypatch):
-    """For networks: their kernels' own tests check every sum of integers for overflow, which is half of the time."""
+    """For networks and for every configuration: the kernels' other tests check each sum of integers for overflow, which
+    is half of their time.
+    """
     from triton.runtime.interpreter import interpreter_builder
 
     options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)

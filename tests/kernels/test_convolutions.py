@@ -138,6 +138,7 @@ def test_any_pointwise_pair(data):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("config", interpreted(pointwise_pair.CONFIGS), ids=str)
+@pytest.mark.usefixtures("unchecked_integers")
 def test_every_configuration_of_pointwise_pair(guarded, config, dtype):
     shape = pointwise_pair.Shape(414, config.block_k + 13, 70, 40, dtype.itemsize, 2, False, False, 90, 1)
     if pointwise_pair.config_supports(config, shape):
@@ -169,6 +170,7 @@ def pointwise_fits(config, dtype) -> bool:
     [(c, dtype) for c in interpreted(pointwise_conv.CONFIGS) for dtype in DTYPES[:2] if pointwise_fits(c, dtype)],
     ids=str,
 )
+@pytest.mark.usefixtures("unchecked_integers")
 def test_every_configuration_of_pointwise_conv(guarded, config, dtype):
     pointwise(guarded, **pointwise_shape(config, dtype), config=config)
 
@@ -282,12 +284,14 @@ def implicit_gemm_fits(config, dtype) -> bool:
     [(c, dtype) for c in interpreted(implicit_gemm.CONFIGS) for dtype in DTYPES[:2] if implicit_gemm_fits(c, dtype)],
     ids=str,
 )
+@pytest.mark.usefixtures("unchecked_integers")
 def test_every_configuration_of_implicit_gemm(guarded, config, dtype):
     convolve(guarded, 1, 48, 15, 10, 48, 2, dtype, (3, 3), (1, 1), *ONE, means=True, config=config)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("config", interpreted(depthwise_conv.CONFIGS), ids=str)
+@pytest.mark.usefixtures("unchecked_integers")
 def test_every_configuration_of_depthwise_conv(guarded, config, dtype):
     convolve(guarded, 2, 40, 9, 9, 40, 40, dtype, (3, 3), (1, 1), *ONE, means=True, config=config)
 

@@ -44,6 +44,7 @@ def test_squeeze_excite(guarded, n, tiles, c, r, config, activation, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("config", interpreted(squeeze_excite.CONFIGS), ids=str)
+@pytest.mark.usefixtures("unchecked_integers")
 def test_every_configuration_of_squeeze_excite(guarded, config, dtype):
     gate(guarded, 17, 2, 72, config.block_r - 5 if config.whole else 75, dtype, config=config)
 
@@ -78,6 +79,7 @@ def test_norm_act(guarded, gated, activation, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("config", interpreted(norm_act.CONFIGS), ids=str)
+@pytest.mark.usefixtures("unchecked_integers")
 def test_every_configuration_of_norm_act(guarded, config, dtype):
     normalise(guarded, True, "silu", dtype, config)
 

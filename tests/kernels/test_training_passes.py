@@ -105,6 +105,7 @@ def test_statistics(guarded, size, dtype):
 
 
 @pytest.mark.parametrize("config", interpreted(CONFIGS), ids=str)
+@pytest.mark.usefixtures("unchecked_integers")
 def test_every_configuration_of_the_statistics(guarded, config):
     measure(guarded, maps((3, 52, 11, 13), torch.float16) + 1, config)
 
@@ -154,6 +155,7 @@ def test_join_and_its_gradients(guarded, size, dtype):
 
 
 @pytest.mark.parametrize("config", interpreted(CONFIGS), ids=str)
+@pytest.mark.usefixtures("unchecked_integers")
 def test_every_configuration_of_join(guarded, config):
     size = (3, 52, 9, 7)
     terms = [term(size, torch.float16, factor="image"), term(size, torch.float16, norm=False)]
@@ -207,6 +209,7 @@ def test_the_gradient_before_an_activation(guarded, activation, dtype):
 
 
 @pytest.mark.parametrize("config", interpreted(c for c in CONFIGS if c.block_p * c.block_c <= 512 * c.warps), ids=str)
+@pytest.mark.usefixtures("unchecked_integers")
 def test_every_configuration_before_an_activation(guarded, config):
     """Those whose values and sums fit in the registers."""
     one = term((3, 52, 9, 7), torch.float32, "silu")
@@ -226,6 +229,7 @@ def test_raw_gradient(guarded, size, dtype):
 
 
 @pytest.mark.parametrize("config", interpreted(CONFIGS), ids=str)
+@pytest.mark.usefixtures("unchecked_integers")
 def test_every_configuration_of_the_passes_over_one_map(guarded, config):
     affine(guarded, (3, 52, 9, 7), torch.float16, True, True, config)
     image_sums(guarded, (3, 52, 9, 7), torch.float16, "silu", True, config)

