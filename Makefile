@@ -27,11 +27,12 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS)
 PYTEST_MODELS := $(VENV)/bin/python -m pytest -q tests/test_models.py
 # Triton's interpreter is chosen when the kernels are imported, so that these tests have processes of their own.
 PYTEST_KERNELS := -m pytest -q -n $(WORKERS) tests/kernels -m "not slow"
-# The longest of them run with the versions of the oldest alone, which GPU machines have.
-INTERPRETED_OLDEST := --ignore=tests/kernels/test_training_backend.py --ignore=tests/kernels/test_tune.py
+# Networks in training and tuning are interpreted with the oldest versions alone, every configuration with the newest.
+NOT_NEWEST := --ignore=tests/kernels/test_training_backend.py --ignore=tests/kernels/test_tune.py
+NOT_OLDEST := -k "not every_configuration"
 PYTEST_OLDEST := OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -q -n $(WORKERS)
 
-.PHONY: help demo digits docs test matrix soak kernels test-oldest lint host-suite bench gpu gpu-dry-run sanitize clean
+.PHONY: help environments demo digits docs test matrix soak kernels test-oldest lint host-suite bench gpu gpu-dry-run sanitize clean
 
 help:
 	@echo "make demo         what it does and how much faster it is here"
@@ -55,12 +56,14 @@ demo: $(VENV)/installed
 digits: $(VENV)/installed
 	$(VENV)/bin/python examples/digits.py
 
+environments: $(VENV)/installed $(VENV_OLDEST)/installed
+
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 test: lint docs
 	$(PYTEST) tests --ignore=tests/test_models.py -m "not slow"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST_KERNELS) $(INTERPRETED_OLDEST)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST_KERNELS) $(NOT_NEWEST)
 	$(PYTEST_MODELS) -m "not slow"
 	$(VENV)/bin/python tests/host_suite/run.py --quick -n $(WORKERS)
 	$(VENV)/bin/python -m pytest -q bench --benchmark-disable
@@ -68,7 +71,7 @@ test: lint docs
 
 test-oldest: $(VENV_OLDEST)/installed
 	$(PYTEST_OLDEST) -m "not slow" $(OLDEST_TESTS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python $(PYTEST_KERNELS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python $(PYTEST_KERNELS) $(NOT_OLDEST)
 	$(VENV_OLDEST)/bin/python tests/host_suite/run.py --models $(OLDEST_MODELS) -n $(WORKERS)
 
 matrix: $(VENV)/installed
