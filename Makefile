@@ -23,7 +23,8 @@ export PYTHONDONTWRITEBYTECODE :=
 
 # The tests run one torch thread per worker: on small shapes two processes beat two threads.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS)
-# Whole models run in one process with all threads, as users run them: torch chooses other libraries with one thread.
+# Whole models run with all threads, as users run them: torch chooses other libraries with one thread. Threads of two
+# processes on the same cores wait passively, or they wait for each other.
 PYTEST_MODELS := $(VENV)/bin/python -m pytest -q tests/test_models.py
 # Triton's interpreter is chosen when the kernels are imported, so that these tests have processes of their own.
 PYTEST_KERNELS := -m pytest -q -n $(WORKERS) tests/kernels -m "not slow"
@@ -64,7 +65,7 @@ docs: $(VENV)/installed
 test: lint docs
 	$(PYTEST) tests --ignore=tests/test_models.py -m "not slow"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST_KERNELS) $(NOT_NEWEST)
-	$(PYTEST_MODELS) -m "not slow"
+	OMP_WAIT_POLICY=passive $(PYTEST_MODELS) -n $(WORKERS) -m "not slow"
 	$(VENV)/bin/python tests/host_suite/run.py --quick -n $(WORKERS)
 	$(VENV)/bin/python -m pytest -q bench --benchmark-disable
 	$(MAKE) gpu-dry-run
