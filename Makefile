@@ -25,7 +25,7 @@ export PYTHONDONTWRITEBYTECODE :=
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS)
 # Whole models run with all threads, as users run them: torch chooses other libraries with one thread. Threads of two
 # processes on the same cores wait passively, or they wait for each other.
-PYTEST_MODELS := $(VENV)/bin/python -m pytest -q tests/test_models.py
+PYTEST_MODELS := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -q tests/test_models.py
 # Triton's interpreter is chosen when the kernels are imported, so that these tests have processes of their own.
 PYTEST_KERNELS := -m pytest -q -n $(WORKERS) tests/kernels -m "not slow"
 # Networks in training and tuning are interpreted with the oldest versions alone, every configuration with the newest.
@@ -39,7 +39,7 @@ help:
 	@echo "make demo         what it does and how much faster it is here"
 	@echo "make digits       trains a small model on handwritten digits, and timm's own beside it: some ten minutes"
 	@echo "make docs         the documentation as a site, in build/site; fails on a broken link"
-	@echo "make test         lint, every test, the site of the documentation, and the quick part of timm's own model tests"
+	@echo "make test         lint, every test but the slow ones, the site of the documentation, and the quick part of timm's own model tests"
 	@echo "make test-oldest  the tests that must hold on the oldest supported versions"
 	@echo "make matrix       the numbers of all 75 architectures, the largest too (16 GB of memory)"
 	@echo "make soak         SOAK times the random inputs, threads and calls of the tests: ten to twenty minutes; docs/robustness.md"
@@ -57,6 +57,7 @@ demo: $(VENV)/installed
 digits: $(VENV)/installed
 	$(VENV)/bin/python examples/digits.py
 
+# With -j 2, both at once.
 environments: $(VENV)/installed $(VENV_OLDEST)/installed
 
 docs: $(VENV)/installed
@@ -65,7 +66,7 @@ docs: $(VENV)/installed
 test: lint docs
 	$(PYTEST) tests --ignore=tests/test_models.py -m "not slow"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST_KERNELS) $(NOT_NEWEST)
-	OMP_WAIT_POLICY=passive $(PYTEST_MODELS) -n $(WORKERS) -m "not slow"
+	$(PYTEST_MODELS) -n $(WORKERS) -m "not slow"
 	$(VENV)/bin/python tests/host_suite/run.py --quick -n $(WORKERS)
 	$(VENV)/bin/python -m pytest -q bench --benchmark-disable
 	$(MAKE) gpu-dry-run

@@ -4,7 +4,7 @@
 which hides half of every block; no numerical test may run without this.
 
 `assert_close_to_reference(ours, eager, reference64, what)` holds our error against float64 to at most twice that of
-eager, on the whole tensor and on its border alone.
+eager, on the whole tensor and on its border alone. `compare(theirs, x, what)` does so for each stage of a model.
 """
 
 from __future__ import annotations

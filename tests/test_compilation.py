@@ -9,8 +9,6 @@ pytest.importorskip("triton")
 from bench import compilation, compilation_page
 
 INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
-
-
 DTYPES = ("bfloat16", "float16", "float32")
 
 
