@@ -85,14 +85,14 @@ def explain(
         if reason is not None:
             rows.append(_host_row(path, block, (x,), None, reason))
             return
-        start, counted = len(rows), copy.copy(plan)
-        counted.form = plan.unbound.bind(lambda unit: _Recorded(path, unit, x.dtype, rows, counter))
+        start = len(rows)
+        form = plan.unbound.bind(lambda unit: _Recorded(path, unit, x.dtype, rows, counter))
         with torch.no_grad():
-            block._run(counted, x)  # which packs the weights
+            block._run(form, x)  # which packs the weights
             del rows[start:]
             counter.take()
             with counter:
-                block._run(counted, x)
+                block._run(form, x)
         if rows and rows[-1].launched is not None:  # a pooling head without a classifier has no row of its own
             last = rows[-1]
             rows[-1] = replace(last, launched=last.launched + counter.take(last.layer))

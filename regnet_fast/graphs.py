@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .backends import forced_backend
-from .blocks.fused import FallbackWarning, Fused, recorder, transformed
-from .blocks.watch import Watch, hooked
+from .blocks.fused import FallbackWarning, Fused, recorder
+from .blocks.watch import Watch, hooked, transformed
 
 _KEPT = 8
 """How many recorded calls a model keeps: the last ones used."""
@@ -176,7 +176,7 @@ class Graphs:
             self._refused[key] = f"the call cannot be recorded: {str(error).strip().splitlines()[0]}"
             return None, self._refused[key]
         if found.watch.blind and not found.frozen:
-            return None, "its weights were made in inference mode, where changes to them cannot be seen"
+            return None, found.watch.blind
         while len(self._recorded) >= _KEPT:
             self._recorded.popitem(last=False)
         self._recorded[key] = found

@@ -95,7 +95,7 @@ def why_not(module: nn.Module, cls: type[Fused]) -> str | None:
     try:
         for m, _ in flags:
             m.training = False
-        twin.fused_form()
+        twin.read_form().check_channels()
     except Refused as refusal:
         return str(refusal)
     finally:
@@ -106,16 +106,20 @@ def why_not(module: nn.Module, cls: type[Fused]) -> str | None:
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo `rebuild` in place: every fused block becomes the host's own class again, weights untouched. Returns
-    the model.
+    the model. Raises TypeError, before anything is changed, where a module's class was derived from ours since.
     """
-    for module in model.modules():
+    rebuilt = [(path, m) for path, m in model.named_modules() if isinstance(m, (Fused, Chain))]
+    for path, module in rebuilt:
+        if "host" not in vars(type(module)):
+            raise TypeError(
+                f"restore: {path or 'the model'} is {type(module).__qualname__}, a class that was put on top of "
+                f"{type(module).__mro__[1].__qualname__}; undo that first, such as a parametrization "
+                "(torch.nn.utils.parametrize.remove_parametrizations). Nothing was restored"
+            )
+    for _, module in rebuilt:
         if isinstance(module, Fused):
-            state = module.__getstate__()
-            module.__dict__.clear()
-            module.__dict__.update(state)
-            module.__class__ = type(module).host
-        elif isinstance(module, Chain):
-            module.__class__ = type(module).host
+            module._forget()
+        module.__class__ = type(module).host
     return model
 
 
@@ -199,4 +203,6 @@ def model_entrypoint(model_name: str, module_filter: str | None = None) -> Calla
 
 
 def __getattr__(name: str) -> Any:
-    return getattr(timm.models, name)
+    """timm's, where a function that builds a model of our families is the one that rebuilds it."""
+    found = getattr(timm.models, name)
+    return model_entrypoint(name) if in_family(name) and is_model(name) else found

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..backends import forced_backend
 from .fused import Fused, Plan, recorder
-from .watch import hooked
+from .watch import only_forwards, transformed
 
 _BYTES_PER_THREAD = 5e6
 """How large a map may be for the maps before and after it to be still in the cache when they are needed: measured on
@@ -38,6 +38,8 @@ class Chain:
     def forward(self, x: Tensor) -> Tensor:
         if self.training or type(x) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
+        if transformed() is not None:
+            return super().forward(x)
         plans = self._plans(x)
         if plans is None:
             return self._one_by_one(x)
@@ -60,12 +62,14 @@ class Chain:
             return None
         plans = []
         for child in self.links():
-            if not isinstance(child, Fused) or hooked(child) or "forward" in child.__dict__:
+            if not isinstance(child, Fused) or not only_forwards(child):
                 return None
             plan = child.plan(x)
             if plan is None:
                 return None
             plans.append(plan)
+        for plan in plans:
+            plan.calls += 1
         return plans or None
 
     def _run(self, plans: list[Plan], x: Tensor) -> Tensor:
@@ -84,7 +88,7 @@ class Chain:
     def _one_by_one(self, x: Tensor) -> Tensor:
         own = False
         for child in self.links():
-            if isinstance(child, Fused) and not hooked(child) and "forward" not in child.__dict__:
+            if isinstance(child, Fused) and only_forwards(child):
                 x, own = child.step(x, own)
             else:
                 x, own = child(x), False

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,11 @@ class Form:
         named = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: unit for name, unit in named.items() if isinstance(unit, Unit)}
 
+    def check_channels(self) -> None:
+        """Raise `Refused` where the shapes of the weights do not fit each other: the host has its own error for it."""
+        for unit in self.units().values():
+            unit.check()
+
     def bind(self, wrap: Callable[[Unit], Callable]) -> Form:
         """The same form with every unit replaced by `wrap(unit)`."""
         bound = copy.copy(self)
@@ -60,7 +66,7 @@ class Form:
             if isinstance(unit, (ConvUnit, LinearUnit)):
                 return unit.in_channels
             if isinstance(unit, NormActUnit):
-                return unit.norm.running_mean.shape[0]
+                return unit.out_channels
         return None
 
     def widest(self, channels: int, height: int, width: int) -> int:
@@ -80,6 +86,23 @@ class Form:
     def run(self, x: Tensor, own: bool = False) -> Tensor:
         """The block's output; x may be overwritten where it is the block's `own`."""
         raise NotImplementedError
+
+
+def check_flow(*units: Unit | None) -> None:
+    """Refuse units of which one gives another number of channels than the next one takes."""
+    known = [unit for unit in units if unit is not None and unit.in_channels is not None]
+    for one, following in pairwise(known):
+        if one.out_channels != following.in_channels:
+            raise Refused(
+                f"{one.path} gives {one.out_channels} channels and {following.path} takes {following.in_channels}"
+            )
+
+
+def _check_sum(unit: ConvUnit, added: Unit | None, identity: bool, first: Unit) -> None:
+    """Refuse a shortcut, or an identity of what `first` takes, of other channels than the unit's that it is added to."""
+    channels = added.out_channels if added is not None else first.in_channels if identity else None
+    if channels not in (None, unit.out_channels):
+        raise Refused(f"{unit.path} gives {unit.out_channels} channels and {channels} are added")
 
 
 def _with_shortcut(
@@ -107,14 +130,25 @@ class Single(Form):
 
 
 @dataclass(eq=False)
-class Norm(Form):
-    """A norm and activation that no convolution of the same block precedes."""
+class Stem(Form):
+    """Up to three convolution units, then `rest`: the host's own layers, such as a pooling."""
 
-    unit: NormActUnit
-    casts_input = False
+    conv1: ConvUnit
+    conv2: ConvUnit | None = None
+    conv3: ConvUnit | None = None
+    rest: tuple[nn.Module, ...] = ()
+
+    def check_channels(self) -> None:
+        super().check_channels()
+        check_flow(self.conv1, self.conv2, self.conv3)
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        return self.conv1.laid_out(x)
 
     def run(self, x: Tensor, own: bool = False) -> Tensor:
-        return self.unit(x)
+        for layer in (self.conv1, self.conv2, self.conv3, *self.rest):
+            x = x if layer is None else layer(x)
+        return x
 
 
 @dataclass(eq=False)
@@ -136,6 +170,13 @@ class Bottleneck(Form):
     @property
     def casts_input(self) -> bool:
         return not self.identity
+
+    def check_channels(self) -> None:
+        super().check_channels()
+        check_flow(self.conv1, self.conv2, self.squeeze_excite, self.conv3)
+        if self.shortcut is not None and self.shortcut.in_channels != self.conv1.in_channels:
+            raise Refused(f"{self.shortcut.path} takes {self.shortcut.in_channels} channels")
+        _check_sum(self.conv3, self.shortcut, self.identity, self.conv1)
 
     def run(self, x: Tensor, own: bool = False) -> Tensor:
         y, shortcut = _with_shortcut(self.conv1, self.shortcut, self.pool, x)
@@ -175,6 +216,14 @@ class PreAct(Form):
     drop_path: nn.Module | None = None
     casts_input = False
 
+    def check_channels(self) -> None:
+        super().check_channels()
+        check_flow(self.norm1, self.conv1, self.conv2, self.squeeze_excite, self.norm3, self.conv3)
+        check_flow(self.norm1, self.shortcut)
+        if self.shortcut is not None and self.shortcut.in_channels != self.conv1.in_channels:
+            raise Refused(f"{self.shortcut.path} takes {self.shortcut.in_channels} channels")
+        _check_sum(self.conv3 or self.conv2, self.shortcut, self.identity, self.conv1)
+
     def run(self, x: Tensor, own: bool = False) -> Tensor:
         owned = self.shortcut is not None
         normalised = self.norm1(x, consume=own and (owned or self.identity_after_norm), defer=self.conv3 is not None)
@@ -205,6 +254,10 @@ class RepVgg(Form):
     casts_input: bool = True
     drop_path: nn.Module | None = None
     dense: bool = True
+
+    def check_channels(self) -> None:
+        super().check_channels()
+        check_flow(self.conv, self.squeeze_excite)
 
     def laid_out(self, x: Tensor) -> Tensor:
         return self.conv.laid_out(x)

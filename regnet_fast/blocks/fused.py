@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +19,18 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..backends import BackendError, forced_backend
 from . import training
 from .forms import Form
+from .substitution import with_tensors
 from .units import ConvUnit, LinearUnit, Refused
-from .watch import Structure, Watch, global_hooks
+from .watch import Structure, Watch, hooked, transformed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STATE = "_regnet_fast_plans"
 _TRAINED = "_regnet_fast_training"
 _FROZEN = "_regnet_fast_frozen"
 _DERIVED = (_STATE, _TRAINED, _FROZEN)
+
+_BRIEF = 2
+"""After how many plans that were good for one call the weights are taken for ones that change in every call."""
 
 recorder: ContextVar[Callable | None] = ContextVar("regnet_fast_recorder", default=None)
 """What `explain` listens with: called with each block, its reason or form, while it runs."""
@@ -38,32 +41,31 @@ class FallbackWarning(UserWarning):
 
 
 class Plan(Watch):
-    """A form bound to packed weights, and the facts it rests on; or the reason why there is none.
+    """A form over the live modules, bound to packed weights when it first runs, and the facts it rests on; or the
+    reason why there is none.
 
-    Attributes: `form`, bound to packed weights, and `unbound`, over the live modules; `in_channels` of the input;
-    `refusal`, set where there is no form; `differentiated`, whether a gradient was ever asked for; `frozen`, whether
-    the user promised that nothing changes.
+    Attributes: `unbound`, over the live modules; `in_channels` of the input; `refusal`, set where there is no form;
+    `differentiated`, whether a gradient was ever asked for; `frozen`, whether the user promised that nothing changes;
+    `calls`, how often it was current; `brief`, how many plans before it were current in one call at most.
     """
 
-    def __init__(self, block: Fused, dtype: torch.dtype):
+    def __init__(self, block: Fused, dtype: torch.dtype, before: Plan | None = None):
         super().__init__(block)
-        self.frozen = block.is_frozen
-        self.refusal: str | None = None
-        self.form: Form | None = None
+        self.dtype, self.frozen, self.calls = dtype, block.is_frozen, 0
+        self.differentiated = before is not None and before.differentiated
+        self.brief = before.brief + 1 if before is not None and before.calls <= 1 else 0
+        self.refusal: str | None = self.blind
         self.unbound: Form | None = None
         self.in_channels: int | None = None
-        self.differentiated = False
-        if self.blind:
-            self.refusal = "its weights were made in inference mode, where changes to them cannot be seen"
+        self._form: Form | None = None
+        if self.refusal is not None:
             return
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                _check_plain(block)
-                unbound = block.fused_form()
-                unbound.check_evaluation()
-                _check_tensors(unbound, self.tensors, dtype)
-                self.form = unbound.bind(lambda unit: unit.pack(dtype))
-                self.unbound, self.in_channels = unbound, unbound.in_channels()
+            unbound = block.read_form()
+            unbound.check_evaluation()
+            unbound.check_channels()
+            _check_tensors(unbound, self.tensors, dtype)
+            self.unbound, self.in_channels = unbound, unbound.in_channels()
         except Refused as refusal:
             self.refusal = str(refusal)
 
@@ -71,10 +73,24 @@ class Plan(Watch):
         """Whether everything that the plan rests on is as it was; a frozen plan is not looked at."""
         return self.frozen or super().current()
 
+    @property
+    def form(self) -> Form:
+        """The form bound to packed weights."""
+        if self._form is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._form = self.unbound.bind(lambda unit: unit.pack(self.dtype))
+        return self._form
+
+    def waits(self) -> bool:
+        """Whether weights that are other ones in every call, as computed ones are, are left to the host: packing them
+        pays from the second call on.
+        """
+        return self.brief >= _BRIEF and self.calls <= 1 and not self.frozen
+
     def pin(self) -> tuple:
         """What keeps the memory of the packed weights in use now from being freed, as long as it is held."""
         units = [getattr(unit, "conv", unit) for unit in vars(self.form).values()]
-        return self, [unit._runs for unit in units if hasattr(unit, "_runs")]
+        return self, [unit.pin() for unit in units if hasattr(unit, "pin")]
 
 
 class Trained(Structure):
@@ -85,33 +101,27 @@ class Trained(Structure):
 
     def __init__(self, block: Fused):
         super().__init__(block)
-        self._tables = [table for m in block.modules() for table in (m._parameters, m._buffers) if table]
         self._types = self._read_types()
         self.form: Form | None = None
-        self.refusal: str | None = None
+        self.refusal: str | None = self.odd()
         self.lost = True
+        if self.refusal is not None:
+            return
         try:
-            _check_plain(block)
-            form = block.fused_form()
+            form = block.read_form()
             self.lost = False
+            form.check_channels()
             training.check(form)
             self.form = form
         except Refused as refusal:
             self.refusal = str(refusal)
 
     def _read_types(self) -> list[type]:
-        return [type(t) for table in self._tables for t in table.values()]
+        return [*map(type, self._read_tensors())]
 
     def current(self) -> bool:
         """Whether the structure is as it was and every weight of its class."""
         return super().current() and self._read_types() == self._types
-
-
-def _check_plain(block: nn.Module) -> None:
-    """Refuse weights that compute in a way of their own: quantised or distributed ones, subclasses of Tensor."""
-    for name, t in chain(block.named_parameters(), block.named_buffers()):
-        if type(t) is not Tensor and type(t) is not nn.Parameter:
-            raise Refused(f"{name} is a tensor of the class {type(t).__name__}, which computes in a way of its own")
 
 
 def _check_tensors(form: Form, tensors: list[Tensor], dtype: torch.dtype) -> None:
@@ -127,17 +137,6 @@ def _device_type(x: Tensor) -> str:
     return "cpu" if x.is_cpu else x.device.type
 
 
-def transformed() -> str | None:
-    """What stands between a call and plain computation here, or None."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a dispatch mode or a functorch transform is active"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    if global_hooks():
-        return "a global module hook is registered"
-    return None
-
-
 class Fused:
     """Mixin before a host's block class. Subclasses set `host` and define `fused_form`.
 
@@ -150,6 +149,16 @@ class Fused:
     def fused_form(self) -> Form:
         """The block as a form over its own modules. Raises `Refused` where it is not exactly that form."""
         raise NotImplementedError
+
+    def read_form(self) -> Form:
+        """`fused_form` where nobody listens below the block. Whatever goes wrong in it is a refusal."""
+        try:
+            check_quiet(self)
+            return self.fused_form()
+        except Refused:
+            raise
+        except Exception as error:
+            raise Refused(f"it is not built like {self.host.__name__}: {type(error).__name__}: {error}") from error
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -172,18 +181,22 @@ class Fused:
             listen(self, x, plan, reason)
         if reason is not None:
             return self._by_host(x, reason, lost_speed=plan is not None), False
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in plan.parameters)):
-            if plan.differentiated:
+        waits, plan.calls = plan.waits() and forced_backend() is None, plan.calls + 1
+        if waits:
+            return super().forward(x), False
+        if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in plan.tensors)):
+            if plan.differentiated or _saved_tensors_are_seen():
                 return super().forward(x), False
-            return _Evaluated.apply(self, plan, x, *plan.parameters), False
-        return self._run(plan, x, own), True
+            return _Evaluated.apply(self, plan, x, *plan.tensors), False
+        return self._run(plan.form, x, own), True
 
-    def _run(self, plan: Plan, x: Tensor, own: bool = False) -> Tensor:
+    @staticmethod
+    def _run(form: Form, x: Tensor, own: bool = False) -> Tensor:
         device = _device_type(x)
         if not torch.is_autocast_enabled(device):
-            return plan.form.run(plan.form.laid_out(x), own)
+            return form.run(form.laid_out(x), own)
         with torch.autocast(device, enabled=False):
-            return plan.form.run(plan.form.laid_out(x), own)
+            return form.run(form.laid_out(x), own)
 
     def _trained(self, x: Tensor) -> Tensor:
         """The output in training mode."""
@@ -194,7 +207,7 @@ class Fused:
             reason = training.unserved(x)
         if reason is None:
             found = self.__dict__.get(_TRAINED)
-            if found is None or not found.current():
+            if found is None or not found.of(self) or not found.current():
                 found = self.__dict__[_TRAINED] = Trained(self)
             form, reason, lost = found.form, found.refusal, found.lost
         if reason is None:
@@ -210,8 +223,6 @@ class Fused:
         """Why this call cannot be fused, from what is known without looking at the weights."""
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             return f"the input is a {type(x).__name__}, not a plain tensor"
-        if torch._C._get_tracing_state() is not None:
-            return "torch.jit.trace and the ONNX exporter record the host's own forward"
         if x.is_meta:
             return "meta tensors have no values to compute with"
         if x.dim() != 4 or x.numel() == 0:
@@ -229,9 +240,8 @@ class Fused:
         plan = self._current(dtype)
         if plan.refusal is not None:
             return plan, x, plan.refusal
-        weight = plan.parameters[0] if plan.parameters else None
-        if weight is not None and weight.device != x.device:
-            return plan, x, f"the input is on {x.device}, the weights on {weight.device}"
+        if plan.tensors and plan.tensors[0].device != x.device:
+            return plan, x, f"the input is on {x.device}, the weights on {plan.tensors[0].device}"
         if plan.in_channels is not None and x.shape[1] != plan.in_channels:
             return plan, x, f"an input of {x.shape[1]} channels is left to the host"
         if x.dtype != dtype:
@@ -245,8 +255,8 @@ class Fused:
         key = (dtype, forced_backend(), torch._C._get_mkldnn_enabled())
         plans = self.__dict__.get(_STATE)
         plan = plans.get(key) if plans is not None else None
-        if plan is None or not plan.current():
-            plan = Plan(self, dtype)
+        if plan is None or not plan.of(self) or not plan.current():
+            plan = Plan(self, dtype, before=plan)
             self.__dict__[_STATE] = {key: plan} if plans is None or len(plans) >= 4 else {**plans, key: plan}
         return plan
 
@@ -255,7 +265,7 @@ class Fused:
         if self.training or self._unfit(x) is not None:
             return None
         plan = self._current(x.dtype)
-        if plan.refusal is not None or (plan.parameters and plan.parameters[0].device != x.device):
+        if plan.refusal is not None or plan.waits() or (plan.tensors and plan.tensors[0].device != x.device):
             return None
         return plan
 
@@ -283,7 +293,7 @@ class Fused:
         if any(map(is_traceable_wrapper_subclass, self.parameters())):
             return super().forward(x)
         try:
-            form = self.fused_form()
+            form = self.read_form()
             if self.training:
                 training.check_traced(form, x)
                 return training.run(form, x)
@@ -301,7 +311,7 @@ class Fused:
 
     def pin(self) -> list[tuple]:
         """What keeps the memory of the packed weights in use now from being freed, as long as it is held."""
-        return [plan.pin() for plan in self.__dict__.get(_STATE, {}).values() if plan.form is not None]
+        return [plan.pin() for plan in self.__dict__.get(_STATE, {}).values() if plan.refusal is None]
 
     def _forget(self) -> None:
         """Drop the packed weights, and with them the promise that nothing changes."""
@@ -320,6 +330,11 @@ class Fused:
         self._forget()
         return super()._load_from_state_dict(*args, **kwargs)
 
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica._forget()
+        return replica
+
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
 
@@ -328,40 +343,62 @@ class Fused:
         return as_host(self)
 
 
+def _saved_tensors_are_seen() -> bool:
+    """Whether somebody counts or moves what autograd saves, as checkpointing does: the path has to stay the same."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 class _Evaluated(torch.autograd.Function):
     """An evaluation-mode block under autograd: the fused forward, and a backward that first computes it again, step
-    by step.
+    by step, from the input and the weights that it had.
 
-    Nothing but the input is saved. A block that was differentiated once runs the host's forward from then on, until
-    its plan changes: computing it twice pays only while nobody asks for a gradient.
+    Nothing but these is saved. A block that was differentiated once runs the host's forward from then on: computing it
+    twice pays only while nobody asks for a gradient.
     """
 
     @staticmethod
-    def forward(ctx, block: Fused, plan: Plan, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.block, ctx.plan = block, plan
+    def forward(ctx, block: Fused, plan: Plan, x: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.name, ctx.plan, ctx.form = type(block).__name__, plan, with_tensors(plan.unbound, {})
         device = x.device.type
         ctx.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        ctx.save_for_backward(x, *parameters)
-        y = block._run(plan, x)
+        ctx.save_for_backward(x, *tensors)
+        y = block._run(plan.form, x)
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # which the caller may write to
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x = ctx.saved_tensors[0]
         ctx.plan.differentiated = True
-        if not ctx.plan.tensors_current():
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        if ctx.plan.stepped or not ctx.plan.memory_current():
             raise RuntimeError(
-                f"{type(ctx.block).__name__}: a weight or running statistic was changed between forward and backward, "
-                "so the gradient cannot be computed any more; call backward before the change"
+                f"{ctx.name}: a weight or running statistic was changed between forward and backward, so the gradient "
+                "cannot be computed any more; call backward before the change"
             )
         again = torch.is_grad_enabled()
         device, enabled, dtype = ctx.autocast
         with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled):
-            inner = x if again else x.detach().requires_grad_(ctx.needs_input_grad[2])
-            y = ctx.plan.unbound.run(inner)
-        wanted = [t for t, need in zip((inner, *ctx.plan.parameters), ctx.needs_input_grad[2:], strict=True) if need]
+            # The leaves themselves would call their hooks, which they do when these gradients reach them.
+            x, *tensors = (
+                t if not need else t.view_as(t) if again else t.detach().requires_grad_()
+                for t, need in zip(saved, needs, strict=True)
+            )
+            instead = {id(t): alias for t, alias in zip(ctx.plan.tensors, tensors, strict=True)}
+            y = with_tensors(ctx.form, instead).run(x)
+        wanted = [t for t, need in zip((x, *tensors), needs, strict=True) if need]
         found = iter(torch.autograd.grad(y, wanted, dy, create_graph=again, allow_unused=True))
-        return None, None, *[next(found) if need else None for need in ctx.needs_input_grad[2:]]
+        return None, None, *[next(found) if need else None for need in needs]
+
+
+def check_quiet(block: nn.Module) -> None:
+    """Refuse a block below which somebody listens, or has replaced the forward or another method of a module."""
+    for path, module in block.named_modules():
+        if path == "":
+            continue
+        if hooked(module):
+            raise Refused(f"a hook is registered on {path}")
+        for name in module.__dict__:
+            if callable(getattr(type(module), name, None)):
+                raise Refused(f"the {name} of {path} was replaced")
 
 
 def freeze(block: Fused) -> None:

@@ -121,9 +121,6 @@ class Step:
     def _single(self, form: forms.Single, x: Tensor) -> Tensor:
         return ops.join(self.conv(form.unit, x))
 
-    def _entered(self, form: forms.Norm, x: Tensor) -> Tensor:
-        return ops.join(self.enter(form.unit, x)[0])
-
     def _bottleneck(self, form: forms.Bottleneck, x: Tensor) -> Tensor:
         first, *terms = self.convs(self._readers(form), x)
         y = self.conv(form.conv3, self.conv(form.conv2, first), "none", self.excite(form.squeeze_excite))
@@ -177,7 +174,6 @@ class Step:
 
 _RUN: dict[type[forms.Form], Callable[[Step, forms.Form, Tensor], Tensor]] = {
     forms.Single: Step._single,
-    forms.Norm: Step._entered,
     forms.Bottleneck: Step._bottleneck,
     forms.PreAct: Step._preact,
     forms.RepVgg: Step._repvgg,

@@ -53,6 +53,27 @@ class Unit:
         """The BatchNorm modules that the unit folds, with their names."""
         return []
 
+    @property
+    def in_channels(self) -> int | None:
+        """Channels of what it reads, None where it takes any number."""
+        return None
+
+    @property
+    def out_channels(self) -> int | None:
+        """Channels of its result."""
+        return self.in_channels
+
+    def check(self) -> None:
+        """Raise `Refused` where the shapes of its weights do not fit each other."""
+        for path, norm in self.norms():
+            _check_vectors(path, self.out_channels, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+
+
+def _check_vectors(path: str, channels: int, *vectors: Tensor | None) -> None:
+    for t in vectors:
+        if t is not None and t.shape != (channels,):
+            raise Refused(f"{path} has a vector of shape {tuple(t.shape)} for {channels} channels")
+
 
 @dataclass(eq=False)
 class ConvUnit(Unit):
@@ -89,6 +110,17 @@ class ConvUnit(Unit):
     @property
     def in_channels(self) -> int:
         return self.conv.weight.shape[1] * self.geometry()[3]
+
+    @property
+    def out_channels(self) -> int:
+        return self.conv.weight.shape[0]
+
+    def check(self) -> None:
+        super().check()
+        shape, groups = tuple(self.conv.weight.shape), self.geometry()[3]
+        if len(shape) != 4 or shape[0] % groups or shape[2:] != self.conv.kernel_size:
+            raise Refused(f"{self.path} has a weight of shape {shape}")
+        _check_vectors(self.path, shape[0], self.conv.bias)
 
     def geometry(self) -> tuple:
         """Stride, padding, dilation and groups."""
@@ -199,6 +231,12 @@ class RepVggUnit(ConvUnit):
         found = [*super().norms(), ("conv_1x1.bn", self.pointwise_norm)]
         return found if self.identity is None else [*found, ("identity", self.identity)]
 
+    def check(self) -> None:
+        super().check()
+        shape, kxk = self.pointwise.weight.shape, self.conv.weight.shape
+        if tuple(shape) != (*kxk[:2], 1, 1) or (self.identity is not None and self.in_channels != kxk[0]):
+            raise Refused(f"its branches have weights of the shapes {tuple(kxk)} and {tuple(shape)}")
+
     def weights(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = super().weights()
         weight1, bias1 = fold(self.pointwise.weight, self.pointwise.bias, batch_norm(self.pointwise_norm))
@@ -230,6 +268,13 @@ class LinearUnit(Unit):
     def in_channels(self) -> int:
         return self.linear.weight.shape[1]
 
+    @property
+    def out_channels(self) -> int:
+        return self.linear.weight.shape[0]
+
+    def check(self) -> None:
+        _check_vectors(self.path, self.out_channels, self.linear.bias)
+
     def __call__(self, means: Tensor) -> Tensor:
         return F.linear(means, self.linear.weight.flatten(1), self.linear.bias)
 
@@ -247,6 +292,18 @@ class SqueezeExciteUnit(Unit):
     fc1: nn.Conv2d
     fc2: nn.Conv2d
     activation: str = "relu"
+
+    @property
+    def in_channels(self) -> int:
+        return self.fc1.weight.shape[1]
+
+    def check(self) -> None:
+        hidden, channels = self.fc1.weight.shape[:2]
+        if tuple(self.fc1.weight.shape[2:]) != (1, 1) or tuple(self.fc2.weight.shape) != (channels, hidden, 1, 1):
+            shapes = [tuple(conv.weight.shape) for conv in (self.fc1, self.fc2)]
+            raise Refused(f"{self.path} has weights of the shapes {shapes[0]} and {shapes[1]}")
+        _check_vectors(self.path, hidden, self.fc1.bias)
+        _check_vectors(self.path, channels, self.fc2.bias)
 
     def __call__(self, means: Tensor, dtype: torch.dtype) -> Tensor:
         return squeeze_excite(
@@ -270,6 +327,10 @@ class NormActUnit(Unit):
 
     def norms(self) -> list[tuple[str, nn.Module]]:
         return [(self.path, self.norm)]
+
+    @property
+    def in_channels(self) -> int:
+        return self.norm.running_mean.shape[0]
 
     def __call__(self, x: Tensor, gate: Tensor | None = None, *, consume: bool = False, defer: bool = False) -> Tensor:
         return norm_act(x, batch_norm(self.norm), activation=self.activation, gate=gate)

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Iterator
 from operator import is_, itemgetter
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils.hooks import RemovableHandle
 
-_CONFIG = ("stride", "padding", "dilation", "groups", "padding_mode", "eps")
+_CONFIG = (
+    *("stride", "padding", "dilation", "groups", "padding_mode", "eps"),
+    *("add_maxpool", "pool_type", "input_fmt", "output_size", "start_dim", "end_dim"),
+)
+_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
+_PLAIN = (Tensor, nn.Parameter)
+_COUNTER = "num_batches_tracked"
 
 
 class Structure:
@@ -24,13 +38,21 @@ class Structure:
         self._settings = [
             (state, itemgetter(*names)) for state in self._states if (names := [n for n in _CONFIG if n in state])
         ]
+        self._tables = [table for m in self._modules for table in (m._parameters, m._buffers) if table]
+        self._loose = [
+            (state, name) for state in self._states for name, value in state.items() if isinstance(value, Tensor)
+        ]
         self._hooks_seen, self._hooked = RemovableHandle.next_id, any(hooked(m) for m in self._modules[1:])
         self._structure = self._read_structure()
         self._kept_children = [dict(children) for children in self._children]
 
+    def of(self, module: nn.Module) -> bool:
+        """Whether this was read from that very module, and not from one whose attributes were copied."""
+        return self._modules[0] is module
+
     def _read_structure(self) -> tuple[list, ...]:
         """Class, mode and settings of every module, and how many attributes each has: one that was added may be a
-        replaced forward. The module's own attributes hold what was derived from it and are not counted.
+        replaced method. The module's own attributes hold what was derived from it and are not counted.
         """
         return (
             [m.__class__ for m in self._modules],
@@ -38,6 +60,29 @@ class Structure:
             [*map(len, self._states[1:])],
             [get(state) for state, get in self._settings],
         )
+
+    def _read_tensors(self) -> list[Tensor | None]:
+        """Every tensor that the forwards below read as an attribute of a module: Parameters, buffers, and those that
+        stand in a module's `__dict__` in their place, as replicas and computed weights do.
+        """
+        held = [t for table in self._tables for t in table.values()]
+        return held + [state.get(name) for state, name in self._loose] if self._loose else held
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The same with their names."""
+        for path, m in self._modules[0].named_modules():
+            for table in (m._parameters, m._buffers, m.__dict__):
+                for name, t in table.items():
+                    if isinstance(t, Tensor):
+                        yield f"{path}.{name}" if path else name, t
+
+    def odd(self) -> str | None:
+        """Which tensor computes in a way of its own: quantised and distributed ones, other subclasses of Tensor."""
+        if all(t is None or _plain(t) for t in self._read_tensors()):
+            return None
+        name, t = next((name, t) for name, t in self.named_tensors() if not _plain(t))
+        kind = f"class {type(t).__name__}" if type(t) not in _PLAIN else f"layout {t.layout}"
+        return f"{name} is a tensor of the {kind}, which computes in a way of its own"
 
     def current(self) -> bool:
         """Whether everything is as it was."""
@@ -48,49 +93,95 @@ class Structure:
             self._hooks_seen = seen
         return self._children == self._kept_children and self._read_structure() == self._structure
 
-    @property
-    def inner_hooks(self) -> bool:
-        """Whether somebody listened to a module below when this was made."""
-        return self._hooked
-
 
 class Watch(Structure):
     """The facts that packed weights and recorded calls of a module rest on.
 
-    `current()` is the whole of cache invalidation: the structure, and the identity, memory and version of every
-    parameter and buffer.
+    `current()` is the whole of cache invalidation: the structure; the identity, memory, layout and version of every
+    tensor that the forward reads; and whether an optimizer stepped over one of them, since torch's fused optimizers,
+    and those that write through `.data`, leave the version as it is.
 
-    Attributes: `parameters` of the module; `tensors`, them and its buffers; `blind`, whether some of these were made in
-    inference mode, where changes to them cannot be seen.
+    Attributes: `tensors`, each once, without the counters of batches; `blind`, why changes to them cannot be seen, or
+    None: there are no tensors then.
     """
 
     def __init__(self, module: nn.Module):
         super().__init__(module)
-        tables = [table for m in self._modules for table in (m._parameters, m._buffers) if table]
-        self._tables = tables
-        self._held = [t for table in tables for t in table.values()]
-        self.tensors: list[Tensor] = [
-            t for table in tables for name, t in table.items() if t is not None and name != "num_batches_tracked"
-        ]
-        self.parameters = [t for t in self.tensors if isinstance(t, nn.Parameter)]
-        self.blind = any(t.is_inference() for t in self.tensors)
-        if self.blind:
+        self.stepped = False
+        self._held = self._read_tensors()
+        counters = {id(table[_COUNTER]) for table in self._tables if _COUNTER in table}
+        unique = {id(t): t for t in self._held if t is not None and id(t) not in counters}
+        self.tensors: list[Tensor] = list(unique.values())
+        self.blind = self.odd()
+        if self.blind is None and any(t.is_inference() for t in self.tensors):
+            self.blind = "its weights were made in inference mode, where changes to them cannot be seen"
+        if self.blind is not None:
             self.tensors = []
-        self._versions = [t._version for t in self.tensors]
-        self._pointers = [t.data_ptr() for t in self.tensors]
+        self._matrices = [t for t in self.tensors if t.dim() > 1]
+        self._memory = [t.detach() for t in self.tensors]  # as long as it is held no other tensor can be put there
+        self._versions, self._pointers, self._strides = self._read_memory()
+        self.storages = frozenset(map(_storage, self.tensors))
+        _STEPS.watch(self)
+
+    def _read_memory(self) -> tuple[list, list, list]:
+        tensors = self.tensors
+        return [t._version for t in tensors], [t.data_ptr() for t in tensors], [t.stride() for t in self._matrices]
 
     def current(self) -> bool:
-        return super().current() and self.tensors_current()
+        return not self.stepped and super().current() and self.tensors_current()
 
     def tensors_current(self) -> bool:
-        """Whether every parameter and buffer is the one that it was, unchanged."""
-        held = [t for table in self._tables for t in table.values()]
+        """Whether every tensor is the one that it was, unchanged as far as torch counts changes."""
+        held = self._read_tensors()
         return (
             len(held) == len(self._held)
             and all(map(is_, held, self._held))
             and [t._version for t in self.tensors] == self._versions
-            and [t.data_ptr() for t in self.tensors] == self._pointers
+            and self.memory_current()
         )
+
+    def memory_current(self) -> bool:
+        """Whether every tensor's memory is the one that it was: it is assigned by `t.data = ...`."""
+        return [t.data_ptr() for t in self.tensors] == self._pointers and [
+            t.stride() for t in self._matrices
+        ] == self._strides
+
+
+def _plain(t: Tensor) -> bool:
+    """Whether a tensor is nothing but numbers in memory."""
+    return type(t) in _PLAIN and t.layout is torch.strided
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+class _Steps:
+    """Tells every `Watch` when an optimizer of torch has stepped over memory that it watches."""
+
+    def __init__(self) -> None:
+        self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._handle: RemovableHandle | None = None
+
+    def watch(self, watch: Watch) -> None:
+        with self._lock:
+            if self._handle is None:
+                self._handle = register_optimizer_step_post_hook(self._stepped)
+            self._watches.add(watch)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        with self._lock:
+            watches = [watch for watch in self._watches if not watch.stepped]
+        if not watches:
+            return
+        written = {_storage(p) for group in optimizer.param_groups for p in group["params"] if _plain(p)}
+        for watch in watches:
+            if not watch.storages.isdisjoint(written):
+                watch.stepped = True
+
+
+_STEPS = _Steps()
 
 
 def hooked(module: nn.Module) -> bool:
@@ -100,11 +191,37 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def global_hooks() -> bool:
-    """Whether somebody listens to every module."""
-    return bool(
+def only_forwards(module: nn.Module) -> bool:
+    """Whether `module(x)` is its class's `forward(x)` and nothing else: no hook, no replaced forward, not compiled."""
+    return (
+        not hooked(module)
+        and "forward" not in module.__dict__
+        and module._compiled_call_impl is None
+        and type(module).__call__ is _CALL
+    )
+
+
+def transformed() -> str | None:
+    """What stands between a call and plain computation here, or None: whoever it is must see every module's call and
+    every operation, as the host makes them.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a dispatch mode or a functorch transform is active"
+    if torch._C._len_torch_function_stack() and not all(
+        isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()
+    ):
+        return "a mode that sees torch's functions is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if (
         module_hooks._global_forward_hooks
         or module_hooks._global_forward_pre_hooks
         or module_hooks._global_backward_hooks
         or module_hooks._global_backward_pre_hooks
-    )
+    ):
+        return "a global module hook is registered"
+    if nn.Module.__call__ is not _CALL or nn.Module._call_impl is not _CALL_IMPL:
+        return "torch.nn.Module's call was replaced"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace and the ONNX exporter record the host's own forward"
+    return None

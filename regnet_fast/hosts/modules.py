@@ -16,17 +16,6 @@ def class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def check_quiet(block: nn.Module) -> None:
-    """Refuse a block below which somebody listens or has replaced a forward."""
-    for path, module in block.named_modules():
-        if path == "":
-            continue
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            raise Refused(f"a hook is registered on {path}")
-        if "forward" in module.__dict__:
-            raise Refused(f"the forward of {path} was replaced")
-
-
 def activation(path: str, module: nn.Module, known: dict[type[nn.Module], str] = ACTIVATIONS) -> str:
     """The name of an activation. Raises `Refused` for one that has no fused form."""
     name = known.get(type(module))
@@ -68,6 +57,13 @@ def squeeze_excite(path: str, fc1: nn.Module, fc2: nn.Module, gate: nn.Module, a
 
 
 def check_excite(path: str, fc1: nn.Module, fc2: nn.Module) -> None:
-    """Refuse all but two plain convolutions with bias."""
-    if type(fc1) is not nn.Conv2d or type(fc2) is not nn.Conv2d or fc1.bias is None or fc2.bias is None:
-        raise Refused(f"{path} is not made of two plain convolutions with bias")
+    """Refuse all but two plain 1x1 convolutions with bias."""
+    if not (is_linear(fc1) and is_linear(fc2)) or fc1.bias is None or fc2.bias is None:
+        raise Refused(f"{path} is not made of two plain 1x1 convolutions with bias")
+
+
+def is_linear(conv: nn.Module) -> bool:
+    """Whether a layer is a plain convolution that a linear layer on every pixel is."""
+    return type(conv) is nn.Conv2d and (
+        (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    )

@@ -38,18 +38,18 @@ def candidates(network: nn.Module) -> list[tuple[str, nn.Module, type[Fused]]]:
     found: list[tuple[str, nn.Module, type[Fused]]] = []
     seen: set[int] = set()
 
-    def walk(path: str, module: nn.Module, bare: bool) -> None:
+    def walk(path: str, module: nn.Module, cls: type[Fused] | None) -> None:
         if id(module) in seen or isinstance(module, Fused):
             return
         seen.add(id(module))
-        cls = blocks.get(type(module)) or (timm.BARE.get(type(module)) if bare else None)
+        cls = cls or blocks.get(type(module))
         if cls is not None:
             found.append((path, module, cls))
             return
         for name, child in module.named_children():
-            walk(f"{path}.{name}" if path else name, child, timm.is_bare(module, name, bare))
+            walk(f"{path}.{name}" if path else name, child, timm.part(module, name))
 
-    walk("", network, False)
+    walk("", network, None)
     return found
 
 

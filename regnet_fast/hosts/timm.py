@@ -10,6 +10,7 @@ from timm.layers import (
     BatchNormAct2d,
     DropPath,
     FrozenBatchNormAct2d,
+    SelectAdaptivePool2d,
     SEModule,
     StdConv2d,
     SyncBatchNormAct,
@@ -21,6 +22,7 @@ from timm.layers import (
     ConvNormAct as TimmConvNormAct,
 )
 from timm.layers.activations import Sigmoid, Swish
+from timm.layers.adaptive_avgmax_pool import FastAdaptiveAvgPool
 from timm.layers.drop import DropBlock2d
 from timm.models import byobnet, register_notrace_module, regnet, resnetv2
 from torch import Tensor, nn
@@ -39,12 +41,12 @@ from ..blocks.units import (
     SqueezeExciteUnit,
 )
 from . import modules
-from .modules import check_quiet
 
 FAMILIES = ("regnetx_", "regnety_", "regnetv_", "regnetz_", "repvgg_", "resnetv2_")
 """Architectures whose models `create_model` rebuilds, by the beginning of their names."""
 
 _ACTIVATIONS = {**modules.ACTIVATIONS, Swish: "silu"}
+_CONVS = (nn.Conv2d, StdConv2d)
 _NORM_ACTS = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
 _BATCH_NORMS = (*_NORM_ACTS, *modules.BATCH_NORMS)
 _INERT_IN_EVALUATION = (nn.Identity, nn.Dropout, DropPath, DropBlock2d)
@@ -81,12 +83,8 @@ def _norm_activation(path: str, norm: nn.Module) -> str:
 
 def _conv(path: str, conv: nn.Module) -> float | None:
     """The epsilon of weight standardisation, None for a plain convolution. Raises `Refused` for any other layer."""
-    modules.check_conv(path, conv, (nn.Conv2d, StdConv2d, Conv2d))
+    modules.check_conv(path, conv, _CONVS)
     return conv.eps if type(conv) is StdConv2d else None
-
-
-def _conv_kind(conv: nn.Conv2d) -> tuple:
-    return conv.kernel_size, conv.padding, conv.groups
 
 
 def _conv_norm(
@@ -166,45 +164,25 @@ class ConvNormAct(Fused, TimmConvNormAct):
     host = TimmConvNormAct
 
     def fused_form(self) -> forms.Single:
-        check_quiet(self)
         return forms.Single(_conv_norm_act("", self))
 
 
 @register_notrace_module
-class Conv2d(Fused, nn.Conv2d):
-    """`torch.nn.Conv2d` with packed weights: the bare stem convolutions of RegNetV and ResNetV2."""
+class Stem(Fused, nn.Sequential):
+    """The stem of a ResNetV2: convolutions with the BatchNorm behind each where there is one, then whatever follows."""
 
-    host = nn.Conv2d
+    host = nn.Sequential
     trains = False
 
-    def fused_form(self) -> forms.Single:
-        return forms.Single(_conv_norm("", self, "", None))
-
-
-@register_notrace_module
-class StdConv(Fused, StdConv2d):
-    """timm's `StdConv2d` with its standardised weights kept between evaluations: the stem of the BiT models."""
-
-    host = StdConv2d
-    trains = False
-
-    def fused_form(self) -> forms.Single:
-        if self.padding_mode != "zeros" or isinstance(self.padding, str):
-            raise Refused(f"it pads with {self.padding!r} in mode {self.padding_mode!r}")
-        return forms.Single(ConvUnit("", self, standardize=self.eps))
-
-
-@register_notrace_module
-class NormAct(Fused, BatchNormAct2d):
-    """timm's `BatchNormAct2d` where no convolution precedes it: the stem and final norms of ResNetV2."""
-
-    host = BatchNormAct2d
-
-    def fused_form(self) -> forms.Norm:
-        check_quiet(self)
-        if self.running_mean is None or self.running_var is None:
-            raise Refused("it keeps no running statistics")
-        return forms.Norm(NormActUnit("", self, _norm_activation("", self)))
+    def fused_form(self) -> forms.Stem:
+        layers, units = list(self.named_children()), []
+        while layers and len(units) < 3 and type(layers[0][1]) in _CONVS:
+            norm = layers[1] if len(layers) > 1 and isinstance(layers[1][1], _NORM_ACTS) else ("", None)
+            units.append(_conv_norm(*layers[0], *norm))
+            layers = layers[1 if norm[1] is None else 2 :]
+        if not units:
+            raise Refused("it does not begin with a plain convolution")
+        return forms.Stem(*units, rest=tuple(layer for _, layer in layers))
 
 
 @register_notrace_module
@@ -214,7 +192,6 @@ class Bottleneck(Fused, regnet.Bottleneck):
     host = regnet.Bottleneck
 
     def fused_form(self) -> forms.Bottleneck:
-        check_quiet(self)
         return forms.Bottleneck(
             _conv_norm_act("conv1", self.conv1),
             _conv_norm_act("conv2", self.conv2),
@@ -232,7 +209,6 @@ class BottleneckBlock(Fused, byobnet.BottleneckBlock):
     host = byobnet.BottleneckBlock
 
     def fused_form(self) -> forms.Bottleneck:
-        check_quiet(self)
         for path in ("conv2b_kxk", "attn_last"):
             if type(getattr(self, path)) is not nn.Identity:
                 raise Refused(f"{path} has no fused form")
@@ -253,7 +229,6 @@ class PreBottleneck(Fused, regnet.PreBottleneck):
     host = regnet.PreBottleneck
 
     def fused_form(self) -> forms.PreAct:
-        check_quiet(self)
         squeeze_excite = _squeeze_excite("se", self.se)
         norm1 = _norm("norm1", self.norm1)
         return forms.PreAct(
@@ -277,7 +252,6 @@ class PreActBottleneck(Fused, resnetv2.PreActBottleneck):
     host = resnetv2.PreActBottleneck
 
     def fused_form(self) -> forms.PreAct:
-        check_quiet(self)
         return forms.PreAct(
             _norm("norm1", self.norm1),
             _conv_norm("conv1", self.conv1, "norm2", self.norm2),
@@ -295,7 +269,6 @@ class PreActBasic(Fused, resnetv2.PreActBasic):
     host = resnetv2.PreActBasic
 
     def fused_form(self) -> forms.PreAct:
-        check_quiet(self)
         return forms.PreAct(
             _norm("norm1", self.norm1),
             _conv_norm("conv1", self.conv1, "norm2", self.norm2),
@@ -317,7 +290,6 @@ class RepVggBlock(Fused, byobnet.RepVggBlock):
     host = byobnet.RepVggBlock
 
     def fused_form(self) -> forms.RepVgg:
-        check_quiet(self)
         squeeze_excite = _squeeze_excite("attn", self.attn)
         activation = _activation("act", self.act)
         after = activation if squeeze_excite is None else "none"
@@ -358,6 +330,29 @@ class RepVggBlock(Fused, byobnet.RepVggBlock):
         return form(unit, self.identity is None)
 
 
+def _flattens(path: str, module: nn.Module) -> bool:
+    """Whether a layer flattens all but the first dimension; or it does nothing. Raises `Refused` for any other."""
+    if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
+        return True
+    if type(module) is not nn.Identity:
+        raise Refused(f"{path} is {modules.class_name(module)}, which has no fused form")
+    return False
+
+
+def _check_means(path: str, pool: nn.Module) -> bool:
+    """Refuse any pooling but global averages of an NCHW map; whether the result has two dimensions."""
+    if type(pool) is not SelectAdaptivePool2d:
+        raise Refused(f"{path} is {modules.class_name(pool)}, not SelectAdaptivePool2d")
+    inner = pool.pool
+    if type(inner) is FastAdaptiveAvgPool and tuple(inner.dim) == (2, 3):
+        flat = inner.flatten
+    elif type(inner) is nn.AdaptiveAvgPool2d and inner.output_size in (1, (1, 1)):
+        flat = False
+    else:
+        raise Refused(f"{path}.pool is {inner}, not a global average")
+    return _flattens(f"{path}.flatten", pool.flatten) or flat
+
+
 @register_notrace_module
 class ClassifierHead(Fused, TimmClassifierHead):
     """timm's `ClassifierHead`: global average pooling and a linear classifier. Constructor and state are timm's."""
@@ -366,14 +361,12 @@ class ClassifierHead(Fused, TimmClassifierHead):
     trains = False
 
     def fused_form(self) -> forms.Head:
-        check_quiet(self)
         _check_inert("drop", self.drop)
-        if self.input_fmt not in (None, "NCHW") or self.global_pool.pool_type not in ("avg", "fast", "fastavg"):
-            raise Refused(f"global_pool={self.global_pool.pool_type!r} has no fused form")
-        if type(self.fc) is nn.Identity:
+        pooled_flat, ends_flat = _check_means("global_pool", self.global_pool), _flattens("flatten", self.flatten)
+        if type(self.fc) is nn.Identity and (pooled_flat or ends_flat):
             return forms.Head()
-        if type(self.fc) is not nn.Linear and (
-            type(self.fc) is not nn.Conv2d or _conv_kind(self.fc) != ((1, 1), (0, 0), 1)
+        if not (type(self.fc) is nn.Linear and pooled_flat) and not (
+            modules.is_linear(self.fc) and ends_flat and not pooled_flat
         ):
             raise Refused(f"fc is {modules.class_name(self.fc)}, not a plain linear layer or 1x1 convolution")
         return forms.Head(LinearUnit("fc", self.fc))
@@ -397,11 +390,6 @@ BLOCKS: dict[type[nn.Module], type[Fused]] = {
 }
 """timm's class to ours, wherever it stands in a network."""
 
-BARE: dict[type[nn.Module], type[Fused]] = {nn.Conv2d: Conv2d, StdConv2d: StdConv, BatchNormAct2d: NormAct}
-"""The same for single layers, which count only where a stem or the final norm of these models is made of them."""
-
-_BARE_PARENTS = (regnet.RegNet, resnetv2.ResNetV2)
-
 
 class RegStage(Chain, regnet.RegStage):
     """A stage of a RegNet."""
@@ -422,12 +410,7 @@ CHAINS: dict[type[nn.Module], type[Chain]] = {cls.host: cls for cls in (RegStage
 """timm's container to ours, where the blocks in it were rebuilt."""
 
 
-def is_bare(parent: nn.Module, name: str, bare: bool) -> bool:
-    """Whether the child `name` of a module is a stem's single layer or a final norm; `bare` says so of its parent."""
-    inside = isinstance(parent, _BARE_PARENTS) or (isinstance(parent, nn.ModuleDict) and _holds_resnet_stages(parent))
-    return (inside and (name.startswith("stem") or name == "norm")) or (bare and isinstance(parent, nn.Sequential))
-
-
-def _holds_resnet_stages(module: nn.Module) -> bool:
-    """Whether a feature extractor was made of one of these models."""
-    return any(isinstance(child, (regnet.RegStage, resnetv2.ResNetStage)) for child in module.children())
+def part(parent: nn.Module, name: str) -> type[Fused] | None:
+    """The twin of a child whose class alone does not tell what it is, or None."""
+    is_stem = isinstance(parent, resnetv2.ResNetV2) and name == "stem" and type(parent.stem) is nn.Sequential
+    return Stem if is_stem and type(next(iter(parent.stem), None)) in _CONVS else None

@@ -10,7 +10,7 @@ from ..blocks import forms
 from ..blocks.chain import Chain
 from ..blocks.fused import Fused
 from ..blocks.units import ConvUnit, Refused, SqueezeExciteUnit
-from .modules import activation, check_quiet, conv_norm, squeeze_excite
+from .modules import activation, conv_norm, squeeze_excite
 
 
 def _unit(path: str, module: nn.Module, after: str = "none") -> ConvUnit:
@@ -44,7 +44,6 @@ class SimpleStemIN(Fused, regnet.SimpleStemIN):
     host = regnet.SimpleStemIN
 
     def fused_form(self) -> forms.Single:
-        check_quiet(self)
         return forms.Single(_unit("", self))
 
 
@@ -54,7 +53,6 @@ class ResBottleneckBlock(Fused, regnet.ResBottleneckBlock):
     host = regnet.ResBottleneckBlock
 
     def fused_form(self) -> forms.Bottleneck:
-        check_quiet(self)
         if type(self.f) is not regnet.BottleneckTransform:
             raise Refused(f"f is {type(self.f).__name__}, not BottleneckTransform")
         names = [name for name, _ in self.f.named_children()]

@@ -11,7 +11,7 @@ from ..blocks.chain import Chain
 from ..blocks.fused import Fused
 from ..blocks.units import ConvUnit, Refused, SqueezeExciteUnit
 from . import modules
-from .modules import check_quiet, conv_norm, squeeze_excite
+from .modules import conv_norm, squeeze_excite
 
 _ACTIVATIONS = {**modules.ACTIVATIONS, ACT2CLS["silu"]: "silu", ACT2CLS["linear"]: "none"}
 
@@ -48,7 +48,6 @@ class RegNetConvLayer(Fused, regnet.RegNetConvLayer):
     host = regnet.RegNetConvLayer
 
     def fused_form(self) -> forms.Single:
-        check_quiet(self)
         return forms.Single(_unit("", self))
 
 
@@ -56,7 +55,6 @@ class _Layer(Fused):
     """What `RegNetXLayer` and `RegNetYLayer` have in common."""
 
     def fused_form(self) -> forms.Bottleneck:
-        check_quiet(self)
         units = list(self.layer)
         excites = self.host is regnet.RegNetYLayer
         if len(units) != 3 + excites:

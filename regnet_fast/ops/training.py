@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import forced_backend, passes
 from ..backends.operands import Arriving, Excite, Filter, Norm, Own, Sums, Term
@@ -85,6 +85,33 @@ Map = Tensor | Normed
 def without_autocast(device: str) -> AbstractContextManager:
     """A context in which nothing is cast."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _is_batched(t: Tensor | float | None) -> bool:
+    """Whether a tensor stands for many, under vmap."""
+    if not isinstance(t, Tensor):
+        return False
+    keys = torch._C._dispatch_keys(t)
+    return keys.has(torch._C.DispatchKey.Batched) or keys.has(torch._C.DispatchKey.FuncTorchBatched)
+
+
+def _first_gradient(backward: Callable) -> Callable:
+    """A backward that computes one gradient at a time, and that is not differentiated itself. Raises RuntimeError."""
+
+    @wraps(backward)
+    def checked(ctx, *gradients):
+        if torch.is_grad_enabled():
+            asked = "the gradient of a gradient (create_graph=True)"
+        elif any(map(_is_batched, gradients)):
+            asked = "many gradients at once (is_grads_batched=True, vmap)"
+        else:
+            return backward(ctx, *gradients)
+        raise RuntimeError(
+            f"regnet_fast: {asked} was asked for of a fused training step, which computes one first gradient. Run the "
+            "step inside `with regnet_fast.backend('reference'):`, or call regnet_fast.restore(model)"
+        )
+
+    return checked
 
 
 def _flat(x: Map) -> tuple:
@@ -183,7 +210,7 @@ class _Convs(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
+    @_first_gradient
     def backward(ctx, *gradients):
         reading, statistics, geometries, se_activation, through = ctx.spec
         x, mean, var, scale, shift, fc1, bias1, fc2, bias2, means, *rest = ctx.saved_tensors
@@ -309,7 +336,7 @@ class _Enter(torch.autograd.Function):
         return x.view_as(x), mean, var, ctx.count, x.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    @_first_gradient
     def backward(ctx, grad, product, plain, _, identity):
         x, weight, mean, var = ctx.saved_tensors
         if grad is None:
@@ -349,7 +376,7 @@ class _Join(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_first_gradient
     def backward(ctx, grad):
         activation, readings, factored = ctx.spec
         y, *tensors = ctx.saved_tensors
@@ -435,7 +462,7 @@ class _RepVgg(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_first_gradient
     def backward(ctx, grad):
         activation, geometries, statistics = ctx.spec
         factor, x, weight, pointwise, kxk, y, *rest = ctx.saved_tensors
