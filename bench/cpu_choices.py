@@ -23,10 +23,11 @@ from regnet_fast.backends.onednn import (
     DepthwiseNormAct,
     DirectConv,
     MatmulConv,
+    WinogradConv,
     matmul_faster,
     prepare_norm_act,
 )
-from regnet_fast.backends.winograd import WinogradConv, faster
+from regnet_fast.backends.winograd import faster
 from regnet_fast.blocks import chain
 from regnet_fast.ops.convolution import pixel_means
 from regnet_fast.verify import host_model, randomize_norms

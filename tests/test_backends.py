@@ -322,7 +322,7 @@ def test_labels_say_what_runs():
     cases = {
         "oneDNN": R.pack_conv(torch.randn(8, 256, 1, 1), stride=2),
         "torch addmm": R.pack_conv(torch.randn(4, 256, 1, 1)),
-        winograd.WinogradConv.label: R.pack_conv(torch.randn(256, 256, 3, 3), padding=1),
+        onednn.WinogradConv.label: R.pack_conv(torch.randn(256, 256, 3, 3), padding=1),
     }
     for label, packed in cases.items():
         getattr(R, packed.op)(x, packed)
@@ -436,7 +436,7 @@ def test_winograd(batch, size, activation):
     """At 64 channels and any size, where it is judged against the direct convolution; `faster` picks more of both."""
     bias = size != (7, 7)
     problem, x, weight, bias, residual = winograd_case(batch, 64, 72, *size, activation, bias)
-    run = winograd.WinogradConv(problem, weight, bias)
+    run = onednn.WinogradConv(problem, weight, bias)
     for r in (None, residual):
         before = [t.clone() for t in (x, weight, residual)]
         y = run(x, None, r, False, False)
@@ -453,7 +453,7 @@ def test_winograd_of_awkward_channels():
     """Few channels or pixels are beyond the rule: the direct convolution then adds up too little to be inexact."""
     for n, c, k, h, w in ((1, 1, 1, 2, 2), (3, 5, 3, 7, 4), (2, 26, 31, 13, 5), (1, 64, 3, 1, 2), (2, 7, 26, 1, 1)):
         problem, x, weight, bias, _ = winograd_case(n, c, k, h, w, "none")
-        y = winograd.WinogradConv(problem, weight, bias)(x, None, None, False, False)
+        y = onednn.WinogradConv(problem, weight, bias)(x, None, None, False, False)
         ref = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
         torch.testing.assert_close(y.double(), ref, rtol=0, atol=4e-6)
 
@@ -461,7 +461,7 @@ def test_winograd_of_awkward_channels():
 @needs_onednn
 def test_winograd_works_under_a_default_device():
     problem, x, weight, bias, _ = winograd_case(1, 8, 8, 4, 4, "none")
-    run = winograd.WinogradConv(problem, weight, bias)
+    run = onednn.WinogradConv(problem, weight, bias)
     with torch.device("meta"):
         y = run(x, None, None, False, False)
     assert torch.equal(y, run(x, None, None, False, False))

@@ -60,17 +60,22 @@ def test_training_runs_fused_and_the_reference_is_timms_bit_for_bit(name):
     ours, theirs = pair(name, drop_path_rate=0.2)
     x, results = torch.randn(4, 3, 64, 64), []
     assert reasons(copy.deepcopy(ours).train(), x) == {None}
-    for model, forced in ((copy.deepcopy(ours), "auto"), (copy.deepcopy(ours), "reference"), (theirs, "auto")):
+    auto, forced, exact = copy.deepcopy(ours), copy.deepcopy(ours), copy.deepcopy(theirs).double()
+    for model, name in ((auto, "auto"), (forced, "reference"), (theirs, "auto"), (exact, "auto")):
         torch.manual_seed(0)
-        with backend(forced):
-            y = model.train()(x)
+        with backend(name):
+            y = model.train()(x.to(next(model.parameters()).dtype))
         y.square().mean().backward()
         results.append((y, [p.grad for p in model.parameters()], list(model.buffers())))
-    fused, reference, eager = results
+    fused, reference, eager, exact = results
     assert torch.equal(reference[0], eager[0])
     assert all(torch.equal(a, b) for i in (1, 2) for a, b in zip(reference[i], eager[i], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(fused[1], eager[1], strict=True))  # other sums, the same function
-    assert torch.stack([(a - b).norm() / b.norm() for a, b in zip(fused[1], eager[1], strict=True)]).median() < 1e-3
+    ours_error, eager_error = (
+        torch.stack([(a - r).norm() / r.norm() for a, r in zip(found[1], exact[1], strict=True)]).median()
+        for found in (fused, eager)
+    )
+    assert ours_error <= 2 * eager_error < 1e-2
     with backend("triton"), pytest.raises(BackendError, match="training"):
         ours.train()(x)
 

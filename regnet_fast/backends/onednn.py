@@ -47,27 +47,77 @@ def apply_gate(x: Tensor, gate: Tensor, consume: bool) -> Tensor:
     return x.mul_(gate) if consume else x * gate
 
 
-class DirectConv:
-    """oneDNN's convolution with packed weights: `run(x, gate, residual, consume, into_residual)`.
+class _Sized:
+    """A convolution that was prepared for one input shape.
 
-    The weights are packed for one input shape, for which oneDNN chooses the blocking. The bias may be float32 beside
-    weights of another dtype: it is added to the float32 sums before they are rounded.
+    Attributes: `weight`; `shape` and `geometry` (padding, stride, dilation, groups) of the convolution that it is
+    packed for, or None where it is not packed.
     """
 
-    def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
-        self.label = "oneDNN"
+    weight: Tensor
+    shape: torch.Size | None = None
+    geometry: tuple
+
+    @staticmethod
+    def packed_for(problem: ConvProblem) -> tuple[int, ...]:
+        """The input shape of the convolution that the weight is packed for."""
+        return problem.input_shape
+
+    def resized(self, problem: ConvProblem) -> _Sized | None:
+        """What serves another input shape with the same weights, or None where that wants other ones."""
+        if _way(problem) is not type(self):
+            return None
+        if self.shape is None:
+            return self
+        example = torch.empty(self.shape, dtype=problem.dtype, device="cpu", memory_format=torch.channels_last)
+        wanted = _layout(_packed(example, self.geometry, self.packed_for(problem)))
+        return self if wanted == _layout(self.weight) else None
+
+    @staticmethod
+    def unpacked(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> DirectConv:
+        """One for every input shape, whose weights oneDNN lays out in each call."""
+        return DirectConv(problem, weight, bias, packed=False)
+
+
+def _packed(weight: Tensor, geometry: tuple, input_shape: tuple[int, ...]) -> Tensor:
+    """A weight as oneDNN wants it for an input shape."""
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, list(input_shape))
+
+
+def _layout(packed: Tensor) -> bytes:
+    """oneDNN's description of a packed weight. (Four of its bytes are padding behind the dtype, never written.)"""
+    found = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
+    return found[:_PADDING] + found[_PADDING + 4 :]
+
+
+_PADDING = 108
+
+
+class DirectConv(_Sized):
+    """oneDNN's convolution with packed weights: `run(x, gate, residual, consume, into_residual)`.
+
+    The weights are packed for one input shape, for which oneDNN chooses the blocking; given another blocking it lays
+    them out again in each call, which may be very slow. The bias may be float32 beside weights of another dtype: it is
+    added to the float32 sums before they are rounded.
+    """
+
+    def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None, packed: bool = True):
+        self.label = "oneDNN" if packed else "oneDNN, weights not packed"
         p = problem
         self.geometry = (list(p.padding), list(p.stride), list(p.dilation), p.groups)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
-            weight.contiguous(memory_format=torch.channels_last), *self.geometry, list(p.input_shape)
-        )
+        if packed:
+            self.shape = weight.shape
+            self.weight = _packed(weight, self.geometry, p.input_shape)
+        else:
+            self.weight = weight.contiguous(memory_format=torch.channels_last)
         wide = bias is not None and not p.residual  # with a residual the call insists on one dtype
         self.bias = bias.contiguous() if wide else None if bias is None else bias.to(p.dtype).contiguous()
         self.attr = _POST_OP[p.activation]
         self.silu_after = p.residual and p.activation == "silu"  # no pair of post-ops that torch's call takes
         # The call that leaves the residual alone raises for bfloat16 + ReLU in groups, and in torch 2.11 for an output
         # of one pixel or one channel; the call that overwrites it does not.
-        self.copies_residual = p.groups > 1 or p.out_channels == 1 or p.output_shape[2:] == (1, 1)
+        self.copies_residual = p.groups > 1 or p.out_channels == 1
         unary = None if self.attr == "none" else self.attr
         self.plain = (self.weight, self.bias, *self.geometry, "none" if self.silu_after else self.attr, [], "")
         self.added = (self.weight, self.bias, *self.geometry, "add", None, unary, [], "")
@@ -86,12 +136,12 @@ class DirectConv:
             return torch.nn.functional.silu(self.conv(x, *self.plain).add_(residual), inplace=True)
         if into_residual:
             return self.conv_add_(residual, x, *self.added)
-        if self.copies_residual:
+        if self.copies_residual or residual.shape[2:] == (1, 1):
             return self.conv_add_(residual.clone(memory_format=torch.channels_last), x, *self.added)
         return self.conv_add(x, residual, *self.added)
 
 
-class MatmulConv:
+class MatmulConv(_Sized):
     """A small 1x1 convolution as torch's matrix product: `run(x, gate, residual, consume, into_residual)`.
 
     A call of oneDNN's convolution costs more, which the smallest layers at batch 1 feel (docs/cpu.md).
@@ -115,6 +165,10 @@ class MatmulConv:
         return self.activate(y if residual is None else y.add_(residual))
 
 
+class WinogradConv(winograd.Convolution, _Sized):
+    """`winograd.Convolution`."""
+
+
 def matmul_faster(problem: ConvProblem) -> bool:
     """Whether a matrix product is faster than oneDNN's convolution for such a problem, by the table of docs/cpu.md."""
     p = problem
@@ -129,11 +183,13 @@ def matmul_faster(problem: ConvProblem) -> bool:
 
 def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
     """The convolution bound to packed weights, by the way that was measured fastest for such a problem."""
+    return _way(problem)(problem, weight, bias)
+
+
+def _way(problem: ConvProblem) -> type[_Sized]:
     if winograd.faster(problem):
-        return winograd.WinogradConv(problem, weight, bias)
-    if matmul_faster(problem):
-        return MatmulConv(problem, weight, bias)
-    return DirectConv(problem, weight, bias)
+        return WinogradConv
+    return MatmulConv if matmul_faster(problem) else DirectConv
 
 
 class SqueezeExcite:

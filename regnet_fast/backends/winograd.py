@@ -49,34 +49,38 @@ def transformed_weights(weight: Tensor) -> Tensor:
     return u.reshape(-1, weight.shape[1], 1, 1).to(weight.dtype)
 
 
-class WinogradConv:
+class Convolution:
     """The convolution bound to transformed and packed weights: `run(x, gate, residual, consume, into_residual)`;
     gate is None.
     """
 
     label = "Winograd F(2x2, 3x3) over oneDNN"
 
+    geometry = ([0, 0], [1, 1], [1, 1], 16)
+
     def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
-        n, c, h, w = problem.input_shape
-        self.tiles = ((h + 1) // 2, (w + 1) // 2)
         self.out_channels = problem.out_channels
-        pixels = n * self.tiles[0] * self.tiles[1]
-        self.geometry = ([0, 0], [1, 1], [1, 1], 16)
+        transformed = transformed_weights(weight).contiguous(memory_format=torch.channels_last)
+        self.shape = transformed.shape
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(
-            transformed_weights(weight).contiguous(memory_format=torch.channels_last),
-            *self.geometry,
-            [1, 16 * c, pixels, 1],
+            transformed, *self.geometry, list(self.packed_for(problem))
         )
         self.bias = bias
         self.activate = {"none": lambda y: y, "relu": torch.relu_, "silu": lambda y: F.silu(y, inplace=True)}[
             problem.activation
         ]
 
+    @staticmethod
+    def packed_for(problem: ConvProblem) -> tuple[int, ...]:
+        """The input shape of the grouped 1x1 convolution over the tiles."""
+        n, c, h, w = problem.input_shape
+        return 1, 16 * c, n * ((h + 1) // 2) * ((w + 1) // 2), 1
+
     def __call__(
         self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool
     ) -> Tensor:
         n, c, h, w = x.shape
-        th, tw = self.tiles
+        th, tw = (h + 1) // 2, (w + 1) // 2
         k = self.out_channels
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1 + 2 * tw - w, 1, 1 + 2 * th - h))
         d = [padded[:, i : i + 2 * th : 2] for i in range(4)]

@@ -99,7 +99,7 @@ def check_flow(*units: Unit | None) -> None:
 
 
 def _check_sum(unit: ConvUnit, added: Unit | None, identity: bool, first: Unit) -> None:
-    """Refuse a shortcut, or an identity of what `first` takes, of other channels than the unit's that it is added to."""
+    """Refuse a shortcut, or what `first` takes, of other channels than the unit's that it is added to."""
     channels = added.out_channels if added is not None else first.in_channels if identity else None
     if channels not in (None, unit.out_channels):
         raise Refused(f"{unit.path} gives {unit.out_channels} channels and {channels} are added")

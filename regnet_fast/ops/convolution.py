@@ -15,9 +15,9 @@ from .fold import BatchNorm, fold_to
 _SHAPES_KEPT = 8
 
 
-def with_run(runs: dict, key: tuple, run: Callable) -> dict:
+def with_run(runs: dict, key: tuple, run: Callable, most: int = _SHAPES_KEPT) -> dict:
     """The last few prepared runs with one more: a new dictionary, since other threads may be reading this one."""
-    return dict([*runs.items(), (key, run)][-_SHAPES_KEPT:])
+    return dict([*runs.items(), (key, run)][-most:])
 
 
 def channels_last(y: Tensor) -> Tensor:
@@ -39,11 +39,13 @@ def empty_output(x: Tensor, weight: Tensor, stride, padding, dilation) -> Tensor
 
 
 class PackedConv:
-    """A convolution with its weights folded, and packed by the chosen backend on first use for each input shape.
+    """A convolution with its weights folded, and packed by the chosen backend on first use.
 
     Made by `regnet_fast.functional.pack_conv`, and by the blocks for their own layers. The weight is of the compute
-    dtype, the bias of that or float32, and neither is written to. Safe to share between threads; the last few input
-    shapes are kept.
+    dtype, the bias of that or float32, and neither is written to. Safe to share between threads.
+
+    Input shapes whose weights are packed alike share them. Two shapes may have weights of their own; with a third one
+    that does not share the first's, all are served from weights that are not packed, which serve every shape.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class PackedConv:
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.activation = activation
         self._runs: dict[tuple, Callable] = {}
+        self._unpacked: dict[tuple, Callable] = {}
 
     def problem(self, x: Tensor, gate: bool, residual: bool) -> ConvProblem:
         """The problem that this convolution poses for an input."""
@@ -83,7 +86,8 @@ class PackedConv:
 
     def explain(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> tuple[ConvProblem, str]:
         """The problem that the last such call posed, and what served it."""
-        run = self._runs[x.shape, gate is None, residual is None, forced_backend()]
+        key = (x.shape, gate is None, residual is None, forced_backend())
+        run = self._runs.get(key) or self._prepare(key, x, residual)
         return self.problem(x, gate is not None, residual is not None), run.label
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
@@ -108,13 +112,32 @@ class PackedConv:
     def _plain_run(self, x: Tensor | Deferred) -> Callable:
         """What the backend prepared for x alone."""
         key = (x.shape, True, True, forced_backend())
-        return self._runs.get(key) or self._prepare(key, x, False, False)
+        return self._runs.get(key) or self._prepare(key, x)
 
-    def _prepare(self, key: tuple, x: Tensor, gate: bool, residual: bool):
-        problem = self.problem(x, gate, residual)
-        run = select(problem).module.prepare_conv(problem, *self.folded())
-        self._runs = with_run(self._runs, key, run)
+    def _prepare(self, key: tuple, x: Tensor | Deferred, residual: Tensor | Deferred | None = None) -> Callable:
+        """What serves an input shape that nothing was prepared for."""
+        use = key[1:]
+        if use in self._unpacked:
+            return self._unpacked[use]
+        problem = self.problem(x, not key[1], residual is not None)
+        if residual is not None and residual.shape != problem.output_shape:
+            shapes = f"{tuple(residual.shape)} to a result of shape {problem.output_shape}"
+            raise RuntimeError(f"{self.op}: cannot add a residual of shape {shapes}")
+        before = [run for other, run in self._runs.items() if other[1:] == use and hasattr(run, "resized")]
+        kinds = {id(run.weight): run for run in before}
+        run = next((fit for one in kinds.values() if (fit := one.resized(problem)) is not None), None)
+        if len(before) > 1 and (run is None or len(kinds) > 1):
+            self._unpacked = {**self._unpacked, use: before[0].unpacked(problem, *self.folded())}
+            self._runs = {other: run for other, run in self._runs.items() if other[1:] != use}
+            return self._unpacked[use]
+        if run is None:
+            run = select(problem).module.prepare_conv(problem, *self.folded())
+        self._runs = with_run(self._runs, key, run, 4 * _SHAPES_KEPT if hasattr(run, "resized") else _SHAPES_KEPT)
         return run
+
+    def pin(self) -> tuple:
+        """What keeps the memory of the packed weights from being freed, as long as it is held."""
+        return self._runs, self._unpacked
 
     def __call__(
         self,
@@ -137,7 +160,7 @@ class PackedConv:
         key = (x.shape, gate is None, residual is None, forced_backend())
         run = self._runs.get(key)
         if run is None:
-            run = self._prepare(key, x, gate is not None, residual is not None)
+            run = self._prepare(key, x, residual)
         if (x.__class__ is Deferred or residual.__class__ is Deferred) and not hasattr(run, "takes_deferred"):
             x, residual = computed(x), computed(residual)
         if means and hasattr(run, "with_parts"):

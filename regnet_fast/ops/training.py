@@ -89,10 +89,8 @@ def without_autocast(device: str) -> AbstractContextManager:
 
 def _is_batched(t: Tensor | float | None) -> bool:
     """Whether a tensor stands for many, under vmap."""
-    if not isinstance(t, Tensor):
-        return False
-    keys = torch._C._dispatch_keys(t)
-    return keys.has(torch._C.DispatchKey.Batched) or keys.has(torch._C.DispatchKey.FuncTorchBatched)
+    functorch = torch._C._functorch
+    return isinstance(t, Tensor) and (functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t))
 
 
 def _first_gradient(backward: Callable) -> Callable:
