@@ -49,6 +49,15 @@ def _sizes(x: Tensor) -> tuple[int, int, int, int, int]:
     return n, c * h * w, c, _row(c), torch.get_num_threads()
 
 
+def _floats(*size: int) -> Tensor:
+    """Memory of the library's own type, whatever torch's defaults are."""
+    return torch.empty(size, dtype=torch.float32, device="cpu")
+
+
+def _doubles(*size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float64, device="cpu")
+
+
 def _laid_out(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=_LAST)
 
@@ -68,8 +77,8 @@ def _norm_rows(norm: Norm | None, channels: int) -> Tensor:
     """How a map is read: four rows."""
     width = _row(channels)
     if norm is None:
-        return torch.tensor([1.0, 0.0, 0.0, 1.0])[:, None].repeat(1, width)
-    rows = torch.empty(4, width)
+        return torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float32, device="cpu")[:, None].repeat(1, width)
+    rows = _floats(4, width)
     vectors = [_vector(t) for t in norm[:4]]
     cpu_library.library().norm_rows(*map(_at, vectors), norm.eps, channels, width, rows.data_ptr())
     return rows
@@ -122,7 +131,7 @@ class Reader:
 
     def _sums(self, x: Tensor, grad: Tensor | None, sizes: tuple[int, ...], factor: float) -> Tensor:
         """Over the pixels of every image, of what is read, times grad where there is one."""
-        found = torch.empty(x.shape[:2])
+        found = _floats(*x.shape[:2])
         arguments = (x.data_ptr(), _at(grad), found.data_ptr(), self.rows.data_ptr(), self.activation, factor, *sizes)
         cpu_library.library().sums_of_images(*arguments)
         return found
@@ -153,8 +162,8 @@ class BackwardReader(Reader):
             gate, dmeans = self.gate.gate, dmeans / (x.shape[2] * x.shape[3])
             self.excited.append(found)
         if through and self.sums is None:
-            self.sums = torch.zeros(2, x.shape[1], dtype=torch.float64)
-        sums = self.sums if through else torch.empty(2, x.shape[1], dtype=torch.float64)
+            self.sums = _doubles(2, x.shape[1]).zero_()
+        sums = self.sums if through else _doubles(2, x.shape[1])
         activation = self.activation if through else 0
         maps = (x.data_ptr(), grad.data_ptr(), out.data_ptr(), self.rows.data_ptr())
         cpu_library.library().gradient_through(*maps, activation, _at(gate), _at(dmeans), sums.data_ptr(), *sizes)
@@ -181,14 +190,14 @@ class Statistics:
         """Take some images, in channels_last, and copy them where a copy is wanted."""
         first = self.state is None
         if first:
-            self.state = torch.empty(3, x.shape[1], dtype=torch.float64)
+            self.state = _doubles(3, x.shape[1])
         cpu_library.library().add_moments(x.data_ptr(), _at(copy), self.state.data_ptr(), first, *_sizes(x))
         self.count += x.numel() // x.shape[1]
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of all images."""
         channels = self.state.shape[1]
-        mean, var = torch.empty(channels), torch.empty(channels)
+        mean, var = _floats(channels), _floats(channels)
         arguments = (self.state.data_ptr(), self.count, channels, mean.data_ptr(), var.data_ptr())
         cpu_library.library().finished_moments(*arguments)
         return mean, var
@@ -197,7 +206,7 @@ class Statistics:
 def _own_rows(own: Own) -> Tensor:
     """`Own.coefficients` along rows."""
     channels = own.mean.numel()
-    rows = torch.empty(3, _row(channels))
+    rows = _floats(3, _row(channels))
     mean, var, weight = (_vector(t) for t in own[:3])
     sums = (None, None) if own.sums is None else [_vector(t) for t in own.sums]
     arguments = (_at(mean), _at(var), _at(weight), own.eps, *map(_at, sums), own.count, channels, rows.shape[1])
@@ -272,7 +281,7 @@ def join_backward(
         for need, same in zip(needs, shared, strict=True)
     ]
     sums = [
-        torch.zeros(2, grad.shape[1], dtype=torch.float64) if need and norm is not None else None
+        _doubles(2, grad.shape[1]).zero_() if need and norm is not None else None
         for need, (_, norm, _) in zip(needs, terms, strict=True)
     ]
     pointers = [(c_void_p * len(terms))(*map(_at, tensors)) for tensors in (results, sums)]
