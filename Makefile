@@ -49,7 +49,7 @@ help:
 	@echo "make gpu          what a GPU should measure, for BUDGET seconds with PYTHON's own torch; goes on where it ended"
 	@echo "make gpu-dry-run  the same on tiny shapes, without a GPU"
 	@echo "make sanitize     the CUDA C++ kernels under compute-sanitizer, on a GPU with PYTHON's own torch"
-	@echo "make lint         ruff"
+	@echo "make lint         ruff, and that every tensor names its dtype and device"
 
 demo: $(VENV)/installed
 	$(VENV)/bin/regnet-fast demo
@@ -108,6 +108,7 @@ gpu-dry-run: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check --output-format=concise .
+	$(VENV)/bin/python tests/lint_factories.py
 
 host-suite: $(VENV)/installed
 	$(VENV)/bin/python tests/host_suite/run.py -n $(WORKERS)

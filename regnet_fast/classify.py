@@ -131,7 +131,9 @@ def class_names(model: nn.Module) -> dict[int, str]:
 def preprocessing(model: nn.Module, size: int | None = None) -> Callable[[Any], Tensor]:
     """timm's evaluation transform for a model, from a Pillow image to a tensor, at its own or another square size."""
     args = {} if size is None else {"input_size": (3, size, size)}
-    return timm.data.create_transform(**timm.data.resolve_model_data_config(model, args=args), is_training=False)
+    config = timm.data.resolve_model_data_config(model, args=args)
+    with torch.device("cpu"):  # where images are normalised, whatever torch's default device is
+        return timm.data.create_transform(**config, is_training=False)
 
 
 def open_image(path: str | PathLike) -> Any:

@@ -114,7 +114,7 @@ def _check_environment(device: str = "cpu") -> None:
     except ValueError as error:
         raise _UsageError(f"REGNET_FAST_BACKEND: {error}") from None
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise _UsageError(f"the device {device!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
 

@@ -189,9 +189,10 @@ def compare(
 
     tell("building")
     torch.manual_seed(seed)
-    base = timm.utils.reparameterize_model(randomize_norms(host_model(name), seed), inplace=True)
+    with torch.device("cpu"):  # where timm makes the new convolutions, whatever torch's default device is
+        base = timm.utils.reparameterize_model(randomize_norms(host_model(name), seed), inplace=True)
     base = base.to(device, dtype)
-    x = torch.randn(batch, *input_size(base, size)).to(device, dtype)
+    x = torch.randn(batch, *input_size(base, size), dtype=torch.float32, device="cpu").to(device, dtype)
     case = {"model": name, "batch": batch, "size": list(x.shape[2:]), "dtype": dtype_name, "device": device}
     return {**case, **measure(base, x, rounds, compile, all_peers, tell)}
 

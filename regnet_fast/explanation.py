@@ -75,7 +75,7 @@ def explain(
     """
     rows: list[Row] = []
     paths = {id(module): path for path, module in model.named_modules()}
-    first = next(model.parameters(), torch.empty(0))
+    first = next(model.parameters(), torch.empty(0, dtype=torch.float32, device="cpu"))
     training = {module: module.training for module in model.modules()}
     counter = KernelCounter()
 

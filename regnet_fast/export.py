@@ -82,11 +82,14 @@ def onnx(
     path = Path(path)
     check_request(path, opset)
     host, shipped = _host_form(model), _shipped_form(model)
-    dtype = next(iter(shipped.parameters()), torch.empty(0)).dtype
+    dtype = next((p.dtype for p in shipped.parameters()), torch.float32)
     if dtype not in (torch.float32, torch.float16):
         raise ExportError(f"ONNX Runtime has no {dtype} convolutions on a CPU; export the model in float32 or float16")
     generator, size = torch.Generator().manual_seed(0), input_size or verify.input_size(model)
-    images = [torch.randn(batch, *size, generator=generator).to(dtype) for batch in (2, 1, 3)]
+    images = [
+        torch.randn(batch, *size, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+        for batch in (2, 1, 3)
+    ]
     with torch.no_grad():
         count = len(_tensors(shipped(images[0])))
     names = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
@@ -127,8 +130,9 @@ def _host_form(model: nn.Module) -> nn.Module:
 def _shipped_form(model: nn.Module) -> nn.Module:
     """The copy that is exported: the same function with fewer and simpler layers."""
     made = _host_form(model)
-    dtype = next(iter(made.parameters()), torch.empty(0)).dtype
-    made = timm.utils.reparameterize_model(made.float(), inplace=True).to(dtype).requires_grad_(False)
+    dtype = next((p.dtype for p in made.parameters()), torch.float32)
+    with torch.device("cpu"):  # where timm makes the new convolutions, whatever torch's default device is
+        made = timm.utils.reparameterize_model(made.float(), inplace=True).to(dtype).requires_grad_(False)
     for parent in list(made.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is StdConv2d:

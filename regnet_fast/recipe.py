@@ -76,7 +76,7 @@ def check_names(options: TrainOptions) -> None:
     """Raise UnknownModelError or OptionError where timm has no such model, optimizer or schedule."""
     check_name(options.model)
     try:
-        optimizer_and_schedule(options, [nn.Parameter(torch.zeros(1))], 1.0)
+        optimizer_and_schedule(options, [nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))], 1.0)
     except Exception as error:  # unknown names, missing packages, and whatever optimizers and schedules assert
         reason = str(error).strip().split("\n")[0]
         raise OptionError(reason or f"timm refuses {options.opt} or {options.sched}: {error!r}") from error

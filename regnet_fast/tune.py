@@ -130,7 +130,8 @@ def subject(name: str, batch: int, size: int | None, dtype: torch.dtype, device:
     report = rebuilt(randomize_norms(host_model(name)).to(device, dtype))
     if not report.rebuilt:
         raise TuneError(f"nothing of {name} is rebuilt: it runs as timm makes it, without kernels that could be tuned")
-    return report.model, torch.randn(batch, *input_size(report.model, size)).to(device, dtype)
+    size = (batch, *input_size(report.model, size))
+    return report.model, torch.randn(size, dtype=torch.float32, device="cpu").to(device, dtype)
 
 
 def missing(model: nn.Module, x: Tensor, folder: Path, again: bool = False) -> list[tuple[ModuleType, Any]]:

@@ -42,7 +42,7 @@ def pairs(problem: ConvProblem) -> Iterator[tuple[str, Pair]]:
     from .backends import triton_passes
 
     def random(*shape: int) -> Tensor:
-        drawn = torch.randn(shape, device=problem.device)
+        drawn = torch.randn(shape, dtype=torch.float32, device=problem.device)
         return drawn.to(problem.dtype).contiguous(memory_format=torch.channels_last) if len(shape) == 4 else drawn.abs()
 
     channels, groups = problem.out_channels, problem.groups

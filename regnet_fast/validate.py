@@ -105,8 +105,8 @@ def evaluate(
                 sums.append(torch.stack([cross_entropy(logits, target, reduction="sum"), *correct]))
                 seen += left
             announce(f"evaluated {index + 1} of {len(loader)} batches")
-        total = torch.stack(sums).cpu().double().sum(0) if sums else torch.zeros(3, dtype=torch.float64)
-    total = torch.cat([total, torch.tensor([float(seen)])])
+        total = torch.stack(sums).cpu().double().sum(0) if sums else torch.zeros(3, dtype=torch.float64, device="cpu")
+    total = torch.cat([total, total.new_tensor([float(seen)])])
     if distributed:
         total = reduce_tensor(total.to(next(model.parameters()).device), 1)
     loss, top1, top5, images = total.tolist()
@@ -119,7 +119,7 @@ def usable_device(name: str | None) -> torch.device:
     """The device of this name, else a GPU where there is one, else the CPU. Raises OptionError."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(1, device=name).device
+        return torch.empty(1, dtype=torch.float32, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OptionError(f"the device {name!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
 

@@ -118,8 +118,14 @@ class Verification:
 def host_model(name: str, **kwargs: Any) -> nn.Module:
     """The host's own model, in evaluation mode: timm's with random weights, or another's (`hosts.named`).
 
-    Raises UnknownModelError, with the host's message and the closest names, where it has no such model or tag.
+    It is on the CPU, whatever torch's default device is. Raises UnknownModelError, with the host's message and the
+    closest names, where it has no such model or tag.
     """
+    with torch.device("cpu"):
+        return _host_model(name, **kwargs)
+
+
+def _host_model(name: str, **kwargs: Any) -> nn.Module:
     if named.is_named(name):
         try:
             return named.build(name).eval()
@@ -193,10 +199,14 @@ def randomize_norms(
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(tensor: Tensor, low: float, high: float) -> None:
-        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+        drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float32, device="cpu")
+        tensor.copy_(drawn * (high - low) + low)
+
+    def noise(shape: Sequence[int]) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
     def normal(tensor: Tensor) -> None:
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
+        tensor.copy_(noise(tensor.shape) * 0.2)
 
     def statistics(norm: nn.Module) -> None:
         normal(norm.running_mean)
@@ -224,7 +234,7 @@ def randomize_norms(
     for norm in with_statistics:
         statistics(norm)
     if isinstance(example, tuple):
-        example = torch.randn(example, generator=generator).to(next(model.parameters()))
+        example = noise(example).to(next(model.parameters()))
     if example is not None:
         _run_with_pre_hook(model, with_statistics, calibrated_statistics, example)
     return model
@@ -385,11 +395,13 @@ def verify(
     announce(f"{name}: building")
     torch.manual_seed(seed)
     base = randomize_norms(host_model(name), seed).to(device, dtype)
-    x = torch.randn(batch, *input_size(base, size)).to(device, dtype)
+    x = torch.randn(batch, *input_size(base, size), dtype=torch.float32, device="cpu").to(device, dtype)
     report = rebuilt(copy.deepcopy(base))
     paths = [path for path, _ in report.rebuilt]
     last = torch.channels_last
-    deployed = timm.utils.reparameterize_model(copy.deepcopy(base).float(), inplace=True).to(dtype, memory_format=last)
+    with torch.device(device):  # where timm makes the new convolutions
+        deployed = timm.utils.reparameterize_model(copy.deepcopy(base).float(), inplace=True)
+    deployed = deployed.to(dtype, memory_format=last)
     runs = []
     for what, model, images in (
         (f"regnet_fast in {_short(dtype)}", lambda: report.model, x),

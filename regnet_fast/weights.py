@@ -83,7 +83,8 @@ def load_checkpoint(
         raise CheckpointError(f"cannot load '{checkpoint_path}' into {_name(model)}: {error}") from error
     with _structure_kept_on_failure(to_deploy.values()):
         for block in to_deploy.values():
-            block.reparameterize()
+            with torch.device(block.conv_kxk.conv.weight.device):  # where timm makes the new convolution
+                block.reparameterize()
         return model.load_state_dict(state, strict=False)  # strictness was checked before the first write
 
 

@@ -134,9 +134,9 @@ def regnet_v(**options) -> nn.Module:
     return regnet_y(preact=True, downsample="avg", **options)
 
 
-def repvgg_net(**options) -> nn.Module:
+def repvgg_net(attn: str | None = None, **options) -> nn.Module:
     blocks = tuple(byobnet.ByoBlockCfg(type="rep", d=d, c=c, s=2, br=0.0, gs=0) for d, c in ((2, 16), (3, 24)))
-    config = byobnet.ByoModelCfg(blocks=blocks, stem_type="rep", stem_chs=8)
+    config = byobnet.ByoModelCfg(blocks=blocks, stem_type="rep", stem_chs=8, attn_layer=attn)
     return byobnet.ByobNet(config, **{"num_classes": 5} | options)
 
 

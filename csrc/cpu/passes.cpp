@@ -75,8 +75,12 @@ inline float through_activation(float z, float grad) {
 struct Norm {
     const float *scale, *shift, *mean, *invstd;
 
+    /// The rows, or null pointers of a map that is read as it is.
     Norm(const float* rows, int64_t width)
-        : scale(rows), shift(rows + width), mean(rows + 2 * width), invstd(rows + 3 * width) {}
+        : scale(rows),
+          shift(rows ? rows + width : nullptr),
+          mean(rows ? rows + 2 * width : nullptr),
+          invstd(rows ? rows + 3 * width : nullptr) {}
 };
 
 /// The floats of a unit: whole blocks of `ROWS` rows.

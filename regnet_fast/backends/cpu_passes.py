@@ -49,29 +49,46 @@ def _sizes(x: Tensor) -> tuple[int, int, int, int, int]:
     return n, c * h * w, c, _row(c), torch.get_num_threads()
 
 
+def _floats(*size: int) -> Tensor:
+    """Memory of the library's own type, whatever torch's defaults are."""
+    return torch.empty(size, dtype=torch.float32, device="cpu")
+
+
+def _doubles(*size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float64, device="cpu")
+
+
 def _laid_out(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=_LAST)
 
 
-def _vector(t: Tensor | None) -> Tensor | None:
-    """A parameter or a statistic as the library takes it, in float32 and dense."""
-    if t is None or (t.dtype == torch.float32 and t.is_contiguous()):
+def _vector(t: Tensor | None, size: int) -> Tensor | None:
+    """So many values of a parameter or a statistic as the library takes them, in float32 and dense."""
+    if t is None:
         return t
-    return t.detach().float().contiguous()
+    if t.numel() != size:
+        raise RuntimeError(f"a norm or a gate has {t.numel()} values of the shape {tuple(t.shape)}, expected {size}")
+    return t if t.dtype == torch.float32 and t.is_contiguous() else t.detach().float().contiguous()
 
 
 def _at(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
+    """Where the memory of a tensor is. Raises RuntimeError where it has none here."""
+    if t is None:
+        return None
+    pointer = t.data_ptr() if t.is_cpu else 0
+    if not pointer:
+        raise RuntimeError(f"a tensor of the shape {tuple(t.shape)} has no memory on the CPU: it is on {t.device}")
+    return pointer
 
 
 def _norm_rows(norm: Norm | None, channels: int) -> Tensor:
     """How a map is read: four rows."""
     width = _row(channels)
     if norm is None:
-        return torch.tensor([1.0, 0.0, 0.0, 1.0])[:, None].repeat(1, width)
-    rows = torch.empty(4, width)
-    vectors = [_vector(t) for t in norm[:4]]
-    cpu_library.library().norm_rows(*map(_at, vectors), norm.eps, channels, width, rows.data_ptr())
+        return torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float32, device="cpu")[:, None].repeat(1, width)
+    rows = _floats(4, width)
+    vectors = [_vector(t, channels) for t in norm[:4]]
+    cpu_library.library().norm_rows(*map(_at, vectors), norm.eps, channels, width, _at(rows))
     return rows
 
 
@@ -107,9 +124,10 @@ class Reader:
         self.gate = None
         if self.excite is not None:
             self.gate = passes.Gate(self._means(x, part, sizes), self.excite)
-        factor = None if self.gate is None else self.gate.gate
+            self.factor = _vector(self.gate.gate, x.shape[0] * x.shape[1])
+        factor = None if self.gate is None else self.factor
         e = self.memory.like(x)
-        arguments = (x.data_ptr(), e.data_ptr(), self.rows.data_ptr(), self.activation, _at(factor), *sizes)
+        arguments = (_at(x), _at(e), _at(self.rows), self.activation, _at(factor), *sizes)
         cpu_library.library().read_map(*arguments)
         return e
 
@@ -122,8 +140,8 @@ class Reader:
 
     def _sums(self, x: Tensor, grad: Tensor | None, sizes: tuple[int, ...], factor: float) -> Tensor:
         """Over the pixels of every image, of what is read, times grad where there is one."""
-        found = torch.empty(x.shape[:2])
-        arguments = (x.data_ptr(), _at(grad), found.data_ptr(), self.rows.data_ptr(), self.activation, factor, *sizes)
+        found = _floats(*x.shape[:2])
+        arguments = (_at(x), _at(grad), _at(found), _at(self.rows), self.activation, factor, *sizes)
         cpu_library.library().sums_of_images(*arguments)
         return found
 
@@ -150,14 +168,14 @@ class BackwardReader(Reader):
         gate = dmeans = None
         if self.excite is not None:
             dmeans, found = self.gate.backward(self._sums(x, grad, sizes, 1.0))
-            gate, dmeans = self.gate.gate, dmeans / (x.shape[2] * x.shape[3])
+            gate, dmeans = self.factor, _vector(dmeans / (x.shape[2] * x.shape[3]), x.shape[0] * x.shape[1])
             self.excited.append(found)
         if through and self.sums is None:
-            self.sums = torch.zeros(2, x.shape[1], dtype=torch.float64)
-        sums = self.sums if through else torch.empty(2, x.shape[1], dtype=torch.float64)
+            self.sums = _doubles(2, x.shape[1]).zero_()
+        sums = self.sums if through else _doubles(2, x.shape[1])
         activation = self.activation if through else 0
-        maps = (x.data_ptr(), grad.data_ptr(), out.data_ptr(), self.rows.data_ptr())
-        cpu_library.library().gradient_through(*maps, activation, _at(gate), _at(dmeans), sums.data_ptr(), *sizes)
+        maps = (_at(x), _at(grad), _at(out), _at(self.rows))
+        cpu_library.library().gradient_through(*maps, activation, _at(gate), _at(dmeans), _at(sums), *sizes)
 
     def totals(self) -> tuple[Sums | None, tuple[Tensor, ...] | None]:
         """`passes.BackwardReader.totals`."""
@@ -181,34 +199,35 @@ class Statistics:
         """Take some images, in channels_last, and copy them where a copy is wanted."""
         first = self.state is None
         if first:
-            self.state = torch.empty(3, x.shape[1], dtype=torch.float64)
-        cpu_library.library().add_moments(x.data_ptr(), _at(copy), self.state.data_ptr(), first, *_sizes(x))
+            self.state = _doubles(3, x.shape[1])
+        cpu_library.library().add_moments(_at(x), _at(copy), _at(self.state), first, *_sizes(x))
         self.count += x.numel() // x.shape[1]
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of all images."""
         channels = self.state.shape[1]
-        mean, var = torch.empty(channels), torch.empty(channels)
-        arguments = (self.state.data_ptr(), self.count, channels, mean.data_ptr(), var.data_ptr())
+        mean, var = _floats(channels), _floats(channels)
+        arguments = (_at(self.state), self.count, channels, _at(mean), _at(var))
         cpu_library.library().finished_moments(*arguments)
         return mean, var
 
 
-def _own_rows(own: Own) -> Tensor:
+def _own_rows(own: Own, channels: int) -> Tensor:
     """`Own.coefficients` along rows."""
-    channels = own.mean.numel()
-    rows = torch.empty(3, _row(channels))
-    mean, var, weight = (_vector(t) for t in own[:3])
-    sums = (None, None) if own.sums is None else [_vector(t) for t in own.sums]
+    rows = _floats(3, _row(channels))
+    mean, var, weight = (_vector(t, channels) for t in own[:3])
+    sums = (None, None) if own.sums is None else [_vector(t, channels) for t in own.sums]
     arguments = (_at(mean), _at(var), _at(weight), own.eps, *map(_at, sums), own.count, channels, rows.shape[1])
-    cpu_library.library().own_rows(*arguments, rows.data_ptr())
+    cpu_library.library().own_rows(*arguments, _at(rows))
     return rows
 
 
 def _raw_gradients(own: Own) -> Callable[[Tensor, Tensor], Tensor]:
-    rows, memory = _own_rows(own), _Memory()
+    rows, memory = None, _Memory()
 
     def make(grad: Tensor, y: Tensor | None) -> Tensor:
+        nonlocal rows
+        rows = _own_rows(own, grad.shape[1]) if rows is None else rows
         out = memory.like(grad)
         _raw_gradient(grad, None if own.sums is None else y, None, out, rows)
         return out
@@ -219,7 +238,7 @@ def _raw_gradients(own: Own) -> Callable[[Tensor, Tensor], Tensor]:
 def _raw_gradient(grad: Tensor, y: Tensor | None, plus: Tensor | None, out: Tensor, rows: Tensor) -> None:
     """`a * grad + q * y + k + plus` into `out`, which is laid out; the others in any layout."""
     maps = [None if t is None else _laid_out(t) for t in (grad, y, plus)]
-    cpu_library.library().gradient_of_raw(*map(_at, maps), out.data_ptr(), rows.data_ptr(), *_sizes(out))
+    cpu_library.library().gradient_of_raw(*map(_at, maps), _at(out), _at(rows), *_sizes(out))
 
 
 CALLS = passes.Calls(Reader, BackwardReader, Statistics, _raw_gradients)
@@ -236,13 +255,22 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return found.merged()
 
 
+def _fit(terms: Sequence[Term]) -> bool:
+    """Whether the terms are maps of one kind; torch adds others too, or says why it cannot."""
+    first = terms[0].x
+    return all(
+        x.shape == first.shape and x.dtype == first.dtype and (factor is None or factor.shape == (len(x), 1, 1, 1))
+        for x, _, factor in terms
+    )
+
+
 class _Terms:
     """The terms of a join as the library takes them."""
 
     def __init__(self, terms: Sequence[Term]):
         self.maps = [_laid_out(x) for x, _, _ in terms]
         self.rows = [None if norm is None else _norm_rows(norm, x.shape[1]) for x, norm, _ in terms]
-        self.factors = [_vector(factor) for _, _, factor in terms]
+        self.factors = [_vector(factor, len(x)) for x, _, factor in terms]
         activations = [0 if norm is None else ACTIVATIONS[norm.activation] for _, norm, _ in terms]
         facts = zip(self.maps, self.rows, self.factors, activations, strict=True)
         self.array = (RawTerm * len(terms))(
@@ -252,9 +280,11 @@ class _Terms:
 
 def join(terms: Sequence[Term], activation: str) -> Tensor:
     """`passes.join`."""
+    if not _fit(terms):
+        return passes.join(terms, activation)
     given = _Terms(terms)
     y = torch.empty_like(given.maps[0], memory_format=_LAST)
-    arguments = (given.array, len(terms), ACTIVATIONS[activation], y.data_ptr(), *_sizes(y))
+    arguments = (given.array, len(terms), ACTIVATIONS[activation], _at(y), *_sizes(y))
     cpu_library.library().join_terms(*arguments)
     return y
 
@@ -263,6 +293,8 @@ def join_backward(
     grad: Tensor, y: Tensor | None, terms: Sequence[Term], activation: str, needs: Sequence[bool]
 ) -> list[tuple[Tensor | None, Sums | None]]:
     """`passes.join_backward`."""
+    if not _fit(terms):
+        return passes.join_backward(grad, y, terms, activation, needs)
     given, grad, y = _Terms(terms), _laid_out(grad), None if y is None else _laid_out(y)
     shared = [factor is None and (norm is None or norm.activation == "none") for _, norm, factor in terms]
     wanted = any(need and same for need, same in zip(needs, shared, strict=True))
@@ -272,7 +304,7 @@ def join_backward(
         for need, same in zip(needs, shared, strict=True)
     ]
     sums = [
-        torch.zeros(2, grad.shape[1], dtype=torch.float64) if need and norm is not None else None
+        _doubles(2, grad.shape[1]).zero_() if need and norm is not None else None
         for need, (_, norm, _) in zip(needs, terms, strict=True)
     ]
     pointers = [(c_void_p * len(terms))(*map(_at, tensors)) for tensors in (results, sums)]
@@ -285,5 +317,5 @@ def join_backward(
 def entered_backward(grad: Tensor, own: Own, x: Tensor, identity: Tensor | None) -> Tensor:
     """`passes.entered_backward`."""
     dx = torch.empty_like(x, memory_format=_LAST)
-    _raw_gradient(grad, None if own.sums is None else x, identity, dx, _own_rows(own))
+    _raw_gradient(grad, None if own.sums is None else x, identity, dx, _own_rows(own, x.shape[1]))
     return dx

@@ -52,7 +52,8 @@ class Chain:
             start, end = end, end + part.shape[0]
             if y is None:
                 layout = torch.channels_last if part.dim() == 4 else torch.contiguous_format  # a head ends in logits
-                y = torch.empty((x.shape[0], *part.shape[1:]), dtype=part.dtype, memory_format=layout)
+                shape = (x.shape[0], *part.shape[1:])
+                y = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
             y[start:end] = part
         return y
 

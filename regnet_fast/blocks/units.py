@@ -244,7 +244,7 @@ class RepVggUnit(ConvUnit):
         weight, bias = weight + F.pad(weight1, [centre] * 4), bias + bias1
         if self.identity is not None:
             scale, shift = batch_norm(self.identity).scale_shift()
-            channel = torch.arange(weight.shape[0], device=weight.device)
+            channel = torch.arange(weight.shape[0], dtype=torch.int64, device=weight.device)
             unit = F.one_hot(channel % weight.shape[1], weight.shape[1]).to(weight.dtype) * scale[:, None]
             weight, bias = weight + F.pad(unit[:, :, None, None], [centre] * 4), bias + shift
         return weight, bias
@@ -353,8 +353,8 @@ class GateUnit(Unit):
 
     def pack(self, dtype: torch.dtype) -> Callable:
         weight = self.conv.weight
-        ones, zeros = (value(weight.shape[0], device=weight.device) for value in (torch.ones, torch.zeros))
-        return PackedNormAct(ones, zeros, self.activation)
+        ones = torch.ones(weight.shape[0], dtype=torch.float32, device=weight.device)
+        return PackedNormAct(ones, torch.zeros_like(ones), self.activation)
 
 
 @dataclass(eq=False)
