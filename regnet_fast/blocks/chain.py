@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import forced_backend
+from ..ops.convolution import autocast_enabled
 from .fused import Fused, Plan, recorder
 from .watch import only_forwards, transformed
 
@@ -59,7 +60,7 @@ class Chain:
 
     def _plans(self, x: Tensor) -> list[Plan] | None:
         """The current plan of every child; None where not all of them run fused and unobserved."""
-        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+        if autocast_enabled("cpu" if x.is_cpu else x.device.type):
             return None
         plans = []
         for child in self.links():

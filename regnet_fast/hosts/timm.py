@@ -167,9 +167,13 @@ class ConvNormAct(Fused, TimmConvNormAct):
         return forms.Single(_conv_norm_act("", self))
 
 
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
 @register_notrace_module
 class Stem(Fused, nn.Sequential):
-    """The stem of a ResNetV2: convolutions with the BatchNorm behind each where there is one, then whatever follows."""
+    """The stem of a ResNetV2: convolutions with the norm behind each where there is one, then padding and pooling."""
 
     host = nn.Sequential
     trains = False
@@ -177,11 +181,14 @@ class Stem(Fused, nn.Sequential):
     def fused_form(self) -> forms.Stem:
         layers, units = list(self.named_children()), []
         while layers and len(units) < 3 and type(layers[0][1]) in _CONVS:
-            norm = layers[1] if len(layers) > 1 and isinstance(layers[1][1], _NORM_ACTS) else ("", None)
-            units.append(_conv_norm(*layers[0], *norm))
-            layers = layers[1 if norm[1] is None else 2 :]
+            normed = len(layers) > 1 and type(layers[1][1]) not in _CONVS and _has_parameters(layers[1][1])
+            units.append(_conv_norm(*layers[0], *(layers[1] if normed else ("", None))))
+            layers = layers[1 + normed :]
         if not units:
             raise Refused("it does not begin with a plain convolution")
+        for path, layer in layers:
+            if _has_parameters(layer):
+                raise Refused(f"{path} is {modules.class_name(layer)}, which has no fused form here")
         return forms.Stem(*units, rest=tuple(layer for _, layer in layers))
 
 
