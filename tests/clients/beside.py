@@ -89,6 +89,7 @@ def same(found, expected, what: str = "result") -> None:
 
 def moved(before: Tensor, after: Tensor) -> None:
     """A change that the comparison could not see would prove nothing."""
+    assert after.isfinite().all()
     assert before.shape != after.shape or (after - before).abs().max() > 0.02 * before.abs().max()
 
 

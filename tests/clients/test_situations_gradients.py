@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from beside import NAMES, SMALL, evaluated, gradients, images, outcome, quiet, same, twins
+from beside import SMALL, evaluated, gradients, images, outcome, quiet, same, twins
 from torch import nn
 from torch.utils import checkpoint
 
@@ -100,7 +100,7 @@ def layers_of_one_shape(model):
 
 
 @each_mode
-@pytest.mark.parametrize("name", [*SMALL, "regnety_002", "resnetv2_18"])
+@pytest.mark.parametrize("name", [*SMALL, "regnety_002"])
 def test_parameters_that_stand_in_two_layers(name, training):
     results, x = [], images()
     models = twins(name)
@@ -220,9 +220,9 @@ def test_calls_before_backward(name, call, training):
 
 @each_mode
 @pytest.mark.parametrize("call", ["one call", "two calls"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*SMALL, "regnety_002"])
 def test_grad_checkpointing_of_timm(name, call, training):
-    results, x = [], images()
+    results, x = [], images(2, 32)
     for model in twins(name):
         model.set_grad_checkpointing()
         model.train(training)
@@ -286,10 +286,10 @@ def test_gradient_of_a_gradient_in_evaluation(name, what):
 
 
 @pytest.mark.parametrize("what", PENALTIES)
-@pytest.mark.parametrize("name", [*SMALL, "regnety_002"])
-def test_gradient_of_a_gradient_in_training_is_right_or_refused_in_words(name, what):
+@pytest.mark.parametrize(("name", "act"), [*((name, "silu") for name in SMALL), ("regnety_002", "relu")])
+def test_gradient_of_a_gradient_in_training_is_right_or_refused_in_words(name, act, what):
     x = images(2, 64)
-    ours, theirs = (model.train() for model in twins(name))
+    ours, theirs = (model.train() for model in twins(name, act))
     expected = PENALTIES[what](theirs, x)
     try:
         found = PENALTIES[what](ours, x)

@@ -36,27 +36,25 @@ def torchs_optimizers():
 
 
 def rate(cls):
-    """A learning rate with which a step changes a weight by a tenth or so."""
-    name = cls if isinstance(cls, str) else cls.__name__
-    rates = dict(Adadelta=10.0, Adafactor=0.3, ASGD=0.3, SGD=0.3, Rprop=0.03, ThroughData=0.3, Native=0.3)
-    return rates.get(name, 0.03)
+    """A learning rate with which a step changes a weight by some percent."""
+    return dict(Adadelta=3.0, Adafactor=0.1, ASGD=0.05, SGD=0.05, RMSprop=0.002, Rprop=0.01).get(cls.__name__, 0.01)
 
 
-def trains_in_evaluation(ours, theirs, optimizers, steps=3):
+def trains_in_evaluation(ours, theirs, optimizers, steps=2):
     """Steps of two models in evaluation, and an evaluation without gradients after each.
 
     Both take the same step: timm's gradients, each in units of its weight.
     """
-    x, target = images(4, 32), torch.arange(4) % 5
+    x, direction = images(4, 32), torch.randn(4, 5)
     before = evaluated(theirs, x)
     same(evaluated(ours, x), before)
     for k in range(steps):
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             optimizer.zero_grad()
-            quiet(lambda: F.cross_entropy(model(x), target).backward())  # noqa: B023
+            (quiet(model, x) * direction).sum().backward()
         same(gradients(ours), gradients(theirs), f"gradients of step {k}")
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-            b.grad.mul_(b.detach().square().mean().sqrt() / b.grad.square().mean().sqrt())
+            b.grad.mul_(b.detach().square().mean().sqrt() / b.grad.square().mean().sqrt().clamp(min=1e-20))
             a.grad.copy_(b.grad)
         for optimizer in optimizers:
             optimizer.step()
@@ -72,8 +70,9 @@ def test_torchs_optimizers_with_the_model_in_evaluation(cls, options, name):
     trains_in_evaluation(ours, theirs, [cls(m.parameters(), lr=rate(cls), **options) for m in (ours, theirs)])
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize(
+    ("cls", "name"), [(torch.optim.AdamW, "regnety_002"), (torch.optim.AdamW, "repvgg_a0"), (torch.optim.SGD, "regnetx_002")]
+)
 def test_fused_optimizers_on_whole_models(cls, name):
     models = twins(name)
     x = images()
@@ -147,7 +146,7 @@ class WithoutBase:
 @pytest.mark.parametrize("cls", [ThroughData, Native, WithoutBase])
 def test_optimizers_of_users(cls, name):
     ours, theirs = twins(name)
-    trains_in_evaluation(ours, theirs, [cls(m.parameters(), lr=0.3) for m in (ours, theirs)])
+    trains_in_evaluation(ours, theirs, [cls(m.parameters(), lr=0.05) for m in (ours, theirs)])
 
 
 @pytest.mark.parametrize("cls", [torch.optim.SGD, ThroughData])
@@ -173,10 +172,10 @@ def test_an_optimizer_for_a_part_of_the_model(cls):
 
 @pytest.mark.parametrize("opt", ["lamb", "lion", "madgrad", "nadamw", "adafactorbv", "laprop", "lookahead_sgdw"])
 def test_timms_optimizers(opt):
-    lr = {"lamb": 0.1, "lookahead_sgdw": 0.3}.get(opt, 0.03)
+    lr = {"lamb": 0.05, "lookahead_sgdw": 0.05}.get(opt, 0.01)
     ours, theirs = twins("regnet_y")
     made = [timm.optim.create_optimizer_v2(m, opt=opt, lr=lr) for m in (ours, theirs)]
-    trains_in_evaluation(ours, theirs, made, steps=7 if "lookahead" in opt else 3)
+    trains_in_evaluation(ours, theirs, made, steps=7 if "lookahead" in opt else 2)
 
 
 def test_lbfgs():
@@ -405,8 +404,10 @@ def called_with_substitutes(model, x, k, training):
     return {"y": y.detach(), **{name: t.grad for name, t in given.items()}}
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("name", [*SMALL, *NAMES])
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [*((name, mode) for name in SMALL for mode in (False, True)), ("regnety_002", False), ("resnetv2_18", False)],
+)
 def test_functional_call_with_gradients(name, training):
     models, x = twins(name), images()
     if not training:
