@@ -25,7 +25,7 @@ METHODS = {
     "LayerGradCam of a block": lambda m, x: attr.LayerGradCam(m, block(m)).attribute(x, target=1),
     "LayerActivation": lambda m, x: attr.LayerActivation(m, layer(m)).attribute(x),
     "LayerConductance": lambda m, x: attr.LayerConductance(m, block(m)).attribute(x, target=1, n_steps=3),
-    "NeuronGradient": lambda m, x: attr.NeuronGradient(m, layer(m)).attribute(x, (0, 1, 1)),
+    "NeuronGradient": lambda m, x: attr.NeuronGradient(m, layer(m)).attribute(x, (0, 0, 0)),
     "Occlusion": lambda m, x: attr.Occlusion(m).attribute(x, (3, 16, 16), strides=(3, 16, 16), target=1),
 }
 

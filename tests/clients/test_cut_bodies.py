@@ -13,7 +13,9 @@ def cut(model):
     body = nn.Sequential(*list(model.children())[:-1])
     torch.manual_seed(0)
     pools = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(body, nn.Sequential(*pools, nn.BatchNorm1d(model.num_features), nn.Linear(model.num_features, 4)))
+    return nn.Sequential(
+        body, nn.Sequential(*pools, nn.BatchNorm1d(model.num_features), nn.Linear(model.num_features, 4))
+    )
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -28,7 +30,11 @@ def test_a_cut_body_is_tuned_in_groups(name):
                 group.requires_grad_(i >= frozen)
                 for norm in (m for m in group.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
                     norm.requires_grad_(True)  # fastai trains the norms always
-            rates = [dict(params=list(g.parameters()), lr=1e-3 * (i + 1)) for i, g in enumerate(groups) if list(g.parameters())]
+            rates = [
+                dict(params=list(g.parameters()), lr=1e-3 * (i + 1))
+                for i, g in enumerate(groups)
+                if list(g.parameters())
+            ]
             optimizer = torch.optim.SGD(rates, lr=1e-3)
             loss = F.cross_entropy(quiet(network.train(), x), target)
             loss.backward()

@@ -20,7 +20,9 @@ def test_trainer_and_average():
         average.attach(trainer, event=engine.Events.ITERATION_COMPLETED)
         evaluator = engine.create_supervised_evaluator(model)
         losses = []
-        trainer.add_event_handler(engine.Events.ITERATION_COMPLETED, lambda e, losses=losses: losses.append(e.state.output))
+        trainer.add_event_handler(
+            engine.Events.ITERATION_COMPLETED, lambda e, losses=losses: losses.append(e.state.output)
+        )
         trainer.run(batches, max_epochs=1)
         evaluator.run(batches[:1])
         found.append((torch.tensor(losses), evaluator.state.output[0], evaluated(average.ema_model.eval(), x)))

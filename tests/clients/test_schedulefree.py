@@ -1,7 +1,6 @@
 """schedulefree: optimizers that exchange the weights for an evaluation."""
 
 import pytest
-import torch
 from beside import evaluated, images, moved, quiet, same, twins
 
 schedulefree = pytest.importorskip("schedulefree")

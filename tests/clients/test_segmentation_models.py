@@ -23,4 +23,6 @@ def test_segmentation(network, encoder):
     for model in (ours, theirs):
         model.zero_grad()
         quiet(model, x).square().mean().backward()
-    assert all((a.grad is None) == (b.grad is None) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert all(
+        (a.grad is None) == (b.grad is None) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )

@@ -14,7 +14,13 @@ def test_fit_and_predict():
     x, target = images(8, 64), torch.arange(8) % 5
     for model in twins("regnet_y"):
         net = skorch.NeuralNetClassifier(
-            model, criterion=nn.CrossEntropyLoss, lr=1e-2, max_epochs=2, batch_size=4, train_split=None, verbose=0,
+            model,
+            criterion=nn.CrossEntropyLoss,
+            lr=1e-2,
+            max_epochs=2,
+            batch_size=4,
+            train_split=None,
+            verbose=0,
             iterator_train__shuffle=False,
         )
         net.fit(x.numpy(), target.numpy())

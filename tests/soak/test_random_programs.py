@@ -227,14 +227,24 @@ def load_weights(t, random):
 
 
 def assign_data(t, random):
+    """The second time the address of the first one comes back."""
     t.thaw()
-    made = seeded(random)
-    for _ in range(1 + int(torch.randint(3, (), generator=random))):
-        for model in t.both:
-            generator = made()
-            for p in model.parameters():
-                p.data = p.data * (1 + noise(p, generator, 0.3))
-        t.look(random)
+    times, made = 1 + int(torch.randint(3, (), generator=random)), seeded(random)
+    for model in t.both:
+        generator = made()
+        for p in model.parameters():
+            for _ in range(times):
+                factor = 0.7 + 0.6 * torch.rand((), generator=generator).item()
+                p.data = p.data * factor
+
+
+def transpose_data(t, random):
+    """The same memory read in another order."""
+    t.thaw()
+    for model in t.both:
+        for _, conv in layers(model, nn.Conv2d):
+            if conv.weight.shape[0] == conv.weight.shape[1]:
+                conv.weight.data = conv.weight.data.transpose(0, 1)
 
 
 def exchange_data(t, random):
@@ -349,7 +359,11 @@ def remove_hooks(t, random):
 
 
 def change_dtype(t, random):
+    """Statistics that differ by a rounding of the old dtype are timm's from here on."""
     t.dtype = pick(random, DTYPES)
+    with torch.no_grad():
+        for a, b in zip(t.ours.buffers(), t.theirs.buffers(), strict=True):
+            a.copy_(b)
     for model in t.both:
         model.to(t.dtype)
     t.frozen = False
@@ -450,6 +464,7 @@ ACTIONS = (
     step_in_evaluation,
     load_weights,
     assign_data,
+    transpose_data,
     exchange_data,
     write_in_place,
     call_with_substitutes,
@@ -472,7 +487,9 @@ ACTIONS = (
 )
 NAMED = {action.__name__: action for action in ACTIONS}
 
-programs = st.lists(st.tuples(st.sampled_from(sorted(NAMED)), st.integers(0, 2**16), st.booleans()), min_size=3, max_size=8)
+programs = st.lists(
+    st.tuples(st.sampled_from(sorted(NAMED)), st.integers(0, 2**16), st.booleans()), min_size=3, max_size=8
+)
 """Actions, the seed of each, and whether somebody looks at the result of it."""
 
 
