@@ -324,7 +324,10 @@ BATCHED = re.compile(r"is_grads_batched|batched gradients|vmap over (a|the) back
 def batched(model, x):
     y = quiet(model, x)
     found = torch.autograd.grad(
-        y, list(model.parameters()), torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(0)), is_grads_batched=True
+        y,
+        list(model.parameters()),
+        torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(0)),
+        is_grads_batched=True,
     )
     return [g.detach() for g in found]
 

@@ -99,7 +99,9 @@ HEADS = {
     "dropout of features": sets("head.drop", lambda: nn.Dropout2d(0.5).eval()),
     "a function as drop": sets("head.drop", lambda: nn.Dropout(0.5).train()),
     "no classifier": sets("head.fc", nn.Identity),
-    "a deeper classifier": lambda m: setattr(m.head, "fc", nn.Sequential(m.head.fc, nn.SiLU(), nn.Linear(m.num_classes, 3))),
+    "a deeper classifier": lambda m: setattr(
+        m.head, "fc", nn.Sequential(m.head.fc, nn.SiLU(), nn.Linear(m.num_classes, 3))
+    ),
     "a normed classifier": lambda m: setattr(m.head, "fc", nn.Sequential(nn.LayerNorm(m.num_features), m.head.fc)),
     "no bias": lambda m: setattr(m.head.fc, "bias", None),
     "reset to the maximum": lambda m: m.reset_classifier(3, "max"),
@@ -149,7 +151,9 @@ BLOCK_CHANGES = {
     "InstanceNorm": lambda m: setattr(
         m.s2.b1.conv1, "bn", nn.InstanceNorm2d(m.s2.b1.conv1.conv.out_channels, track_running_stats=True)
     ),
-    "BatchNorm of torch": lambda m: setattr(m.s2.b1.conv1, "bn", nn.BatchNorm2d(m.s2.b1.conv1.conv.out_channels).eval()),
+    "BatchNorm of torch": lambda m: setattr(
+        m.s2.b1.conv1, "bn", nn.BatchNorm2d(m.s2.b1.conv1.conv.out_channels).eval()
+    ),
     "a norm without its activation": deletes("s2.b1.conv1.bn.act"),
     "a norm without its drop": deletes("s2.b1.conv1.bn.drop"),
     "a norm that drops": sets("s2.b1.conv1.bn.drop", lambda: nn.Dropout(0.5).train()),

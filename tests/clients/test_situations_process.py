@@ -1,6 +1,7 @@
 """What holds for a whole process, images of changing size, threads, and bad input (F6, F10)."""
 
 import contextlib
+import functools
 import threading
 
 import pytest
@@ -186,9 +187,14 @@ def test_weights_of_another_shape(case, training):
     for model in models:
         model.train(training)
         SHAPES[case](model)
-    calls = [lambda m=m: (y := m(x), y.sum().backward(), gradients(m))[2] for m in models]
-    same_outcome(*(lambda m=m: evaluated(m, x) for m in models))
-    same_outcome(*calls)
+
+    def backward(model):
+        quiet(model, x).sum().backward()
+        found = gradients(model)  # that of a bias before a norm of the batch is 0 but for rounding
+        return {name: None if name.endswith("conv.bias") and training else grad for name, grad in found.items()}
+
+    same_outcome(*(functools.partial(evaluated, m, x) for m in models))
+    same_outcome(*(functools.partial(backward, m) for m in models))
 
 
 HOOKS = {

@@ -71,7 +71,8 @@ def test_torchs_optimizers_with_the_model_in_evaluation(cls, options, name):
 
 
 @pytest.mark.parametrize(
-    ("cls", "name"), [(torch.optim.AdamW, "regnety_002"), (torch.optim.AdamW, "repvgg_a0"), (torch.optim.SGD, "regnetx_002")]
+    ("cls", "name"),
+    [(torch.optim.AdamW, "regnety_002"), (torch.optim.AdamW, "repvgg_a0"), (torch.optim.SGD, "regnetx_002")],
 )
 def test_fused_optimizers_on_whole_models(cls, name):
     models = twins(name)
@@ -241,6 +242,12 @@ def scaled(p, k):
     p.data = p.data * (1.3 if k % 2 else 0.6)
 
 
+def twice(p, k):
+    """The address of the first time comes back."""
+    p.data = p.data * 1.3
+    p.data = p.data * (1.1 if k % 2 else 0.6)
+
+
 def random(p, k):
     p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(k)) * p.data.std()
 
@@ -273,7 +280,7 @@ def written_and_assigned(p, k):
 @each_small
 @pytest.mark.parametrize(
     "change",
-    [scaled, random, flipped, other_strides, rolled_memory, channels_last, written_and_assigned],
+    [scaled, twice, random, flipped, other_strides, rolled_memory, channels_last, written_and_assigned],
     ids=lambda f: f.__name__,
 )
 def test_data_assigned_again_and_again(change, name):
@@ -587,7 +594,10 @@ def test_func_jacrev_and_jvp(name):
 
         part = {bias: weights[bias], norm: weights[norm]}
         results.append(
-            (torch.func.jacrev(run)(part), torch.func.jvp(run, (part,), ({n: torch.ones_like(t) for n, t in part.items()},)))
+            (
+                torch.func.jacrev(run)(part),
+                torch.func.jvp(run, (part,), ({n: torch.ones_like(t) for n, t in part.items()},)),
+            )
         )
     same(*results)
 
