@@ -3,7 +3,7 @@ and what `run.py` names beside it.
 """
 
 import copy
-import importlib
+import importlib.util
 import math
 import pkgutil
 
@@ -27,6 +27,8 @@ def test_every_module_is_imported():
     names = [module.name for module in pkgutil.walk_packages(regnet_fast.__path__, "regnet_fast.")]
     names = [name for name in names if not name.endswith(("__main__", "instantiate"))]
     assert len(names) > 60 and "regnet_fast.kernels.squeeze_excite" in names
+    if importlib.util.find_spec("transformers") is None:  # which is not required
+        names = [name for name in names if not name.endswith("transformers")]
     for name in names:
         importlib.import_module(name)
 
