@@ -8,12 +8,14 @@ BUDGET ?= 540
 SOAK ?= 50
 
 # The oldest versions that pyproject.toml admits, and the tests that must hold on them.
-OLDEST_PINS := "torch==2.11.0" "torchvision==0.26.0" "timm==1.0.31" "numpy<2.4"
+OLDEST_PINS := "torch===2.11.0" "torchvision==0.26.0" "timm==1.0.31" "numpy<2.4"
 OLDEST_TESTS := tests/test_helpers.py tests/test_ops*.py tests/test_backends.py tests/test_blocks*.py \
 	tests/test_freeze.py tests/test_graphs.py tests/test_compile.py tests/test_counting.py tests/test_bench.py \
 	tests/test_checkpoints.py tests/test_hostile_files.py tests/test_weights.py tests/test_compilation.py \
 	tests/test_training_ops.py tests/test_training_operators.py tests/test_training_models.py \
 	tests/test_training_distributed.py tests/test_train.py
+# The versions of the tests' own tools; torch, timm and what they bring are the newest or the oldest.
+TOOLS := -c tests/constraints.txt
 # Too large for two workers to share the memory.
 ALONE := regnety_640,resnetv2_50x3_bit,resnetv2_152x2_bit
 OLDEST_MODELS := regnetx_002,regnety_040_sgn,regnetz_005,repvgg_a0,resnetv2_18
@@ -33,7 +35,7 @@ NOT_NEWEST := --ignore=tests/kernels/test_training_backend.py --ignore=tests/ker
 NOT_OLDEST := -k "not every_configuration"
 PYTEST_OLDEST := OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -q -n $(WORKERS)
 
-.PHONY: help environments demo digits docs test matrix soak kernels test-oldest lint host-suite bench gpu gpu-dry-run sanitize clean
+.PHONY: help environments demo digits docs test matrix soak kernels test-oldest versions lint host-suite bench gpu gpu-dry-run sanitize clean
 
 help:
 	@echo "make demo         what it does and how much faster it is here"
@@ -41,6 +43,7 @@ help:
 	@echo "make docs         the documentation as a site, in build/site; fails on a broken link"
 	@echo "make test         lint, every test but the slow ones, the site of the documentation, and the quick part of timm's own model tests"
 	@echo "make test-oldest  the tests that must hold on the oldest supported versions"
+	@echo "make versions     a short set of tests on every minor version of torch, and on every Python"
 	@echo "make matrix       the numbers of all 75 architectures, the largest too (16 GB of memory)"
 	@echo "make soak         SOAK times the random inputs, threads and calls of the tests: ten to twenty minutes; docs/robustness.md"
 	@echo "make kernels      every kernel for every shape and GPU architecture: more models in the interpreter, all compiled"
@@ -64,7 +67,8 @@ docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 test: lint docs
-	$(PYTEST) tests --ignore=tests/test_models.py -m "not slow"
+	$(VENV)/bin/python tests/versions/here.py
+	$(PYTEST) tests --ignore=tests/test_models.py --ignore=tests/versions -m "not slow"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST_KERNELS) $(NOT_NEWEST)
 	$(PYTEST_MODELS) -n $(WORKERS) -m "not slow"
 	$(VENV)/bin/python tests/host_suite/run.py --quick -n $(WORKERS)
@@ -72,9 +76,14 @@ test: lint docs
 	$(MAKE) gpu-dry-run
 
 test-oldest: $(VENV_OLDEST)/installed
+	$(VENV_OLDEST)/bin/python tests/versions/here.py
 	$(PYTEST_OLDEST) -m "not slow" $(OLDEST_TESTS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python $(PYTEST_KERNELS) $(NOT_OLDEST)
 	$(VENV_OLDEST)/bin/python tests/host_suite/run.py --models $(OLDEST_MODELS) -n $(WORKERS)
+
+# Environments of 5 GB, one at a time, in .cache/versions; ONLY="--only 2.13" makes that one alone.
+versions: environments
+	$(VENV)/bin/python tests/versions/run.py $(VENV) $(VENV_OLDEST) -n $(WORKERS) $(ONLY)
 
 matrix: $(VENV)/installed
 	$(PYTEST_MODELS)
@@ -115,14 +124,14 @@ host-suite: $(VENV)/installed
 	$(VENV)/bin/python tests/host_suite/run.py --models $(ALONE)
 
 # An environment is complete when its stamp is newer than the files that say what it holds.
-$(VENV)/installed: pyproject.toml setup.py
+$(VENV)/installed: pyproject.toml setup.py tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -qq --no-compile --disable-pip-version-check --editable ".[dev,demo]"
+	$(VENV)/bin/python -m pip install -qq --no-compile --disable-pip-version-check $(TOOLS) --editable ".[dev,demo]"
 	@touch $@
 
-$(VENV_OLDEST)/installed: pyproject.toml setup.py
+$(VENV_OLDEST)/installed: pyproject.toml setup.py tests/constraints.txt
 	$(PYTHON) -m venv $(VENV_OLDEST)
-	$(VENV_OLDEST)/bin/python -m pip install -qq --no-compile --disable-pip-version-check $(OLDEST_PINS) --editable ".[test]"
+	$(VENV_OLDEST)/bin/python -m pip install -qq --no-compile --disable-pip-version-check $(TOOLS) $(OLDEST_PINS) --editable ".[test]"
 	@touch $@
 
 clean:

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import channel_tiles
 from .channel_tiles import Config, launch_tiles, new_sums, shape_of, tiles
 from .common import launch
-from .tables import choose
+from .tables import choose, fitting
 
 BLOCKS = {"BLOCK_T": 64, "BLOCK_M": 16}
 
@@ -89,6 +89,7 @@ def merge_kernel(
     tl.store(var + cs, tl.sum(square, 0) / pixels, mask=cs < channels)
 
 
+@fitting
 def statistics(x: Tensor, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel.
 

@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from .tables import TooLargeError
+
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Shared memory that one program may use, by compute capability."""
 
@@ -78,10 +80,18 @@ def listening(listen: Callable[..., bool]) -> Iterator[None]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """`kernel[grid](*arguments, **options)`, the one way in which kernels start."""
+    """`kernel[grid](*arguments, **options)`, the one way in which kernels start.
+
+    Raises TooLargeError, before anything runs, where the compiled kernel takes more shared memory, tensor memory or
+    threads than the device has.
+    """
     listen = _listener.get()
     if listen is None or listen(kernel, {**dict(zip(kernel.arg_names, arguments, strict=False)), **options}):
-        kernel[grid](*arguments, **options)
+        try:
+            kernel[grid](*arguments, **options)
+        except triton.OutOfResources as error:
+            text = f"it needs {error.required} of {error.name}, the device has {error.limit}"
+            raise TooLargeError(text) from None
 
 
 @triton.jit

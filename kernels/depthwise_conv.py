@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import activate, interpreting, launch, narrow, new_output, unit
-from .tables import choose
+from .tables import choose, fitting
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ def packed_weight(weight: Tensor) -> Tensor:
     return weight.flatten(1).t().contiguous()
 
 
+@fitting
 def depthwise_conv(
     x: Tensor,
     weight: Tensor,

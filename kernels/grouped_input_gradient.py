@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import LIMITS, SHARED_BYTES, dot, interpreting, launch, machine, narrow, new_output, precision, unit
-from .tables import choose
+from .tables import choose, fitting
 
 Affine = tuple[Tensor, Tensor | None, Tensor | None]
 """a, q and b, float32; the last two are given together, or neither."""
@@ -207,6 +207,7 @@ def classes(
     return [one if one["TAPS_H"] and one["TAPS_W"] else one | {"TAPS_H": 0, "TAPS_W": 1} for one in found]
 
 
+@fitting
 def input_gradient(
     dz: Tensor,
     y: Tensor | None,

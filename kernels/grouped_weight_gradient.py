@@ -19,7 +19,7 @@ from torch import Tensor
 from .channel_tiles import new_sums, total
 from .common import LIMITS, SHARED_BYTES, activate, dot, interpreting, launch, machine, narrow, precision, unit
 from .grouped_input_gradient import Affine, geometry_constants
-from .tables import choose
+from .tables import choose, fitting
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,7 @@ def constants(
     return found | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
 
 
+@fitting
 def weight_gradient(
     x: Tensor,
     norm: tuple[Tensor, Tensor, str] | None,

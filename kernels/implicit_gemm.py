@@ -29,7 +29,7 @@ from .common import (
     precision,
     unit,
 )
-from .tables import choose
+from .tables import choose, fitting
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,7 @@ def constants(
     }
 
 
+@fitting
 def convolution(
     x: Tensor,
     weight: Tensor,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import activate, interpreting, launch, narrow, new_output, unit
-from .tables import choose
+from .tables import choose, fitting
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def kernel(
     tl.store(y + offsets, narrow(activate(z, ACTIVATION), y.dtype.element_ty, UPCAST), mask=inside)
 
 
+@fitting
 def norm_act(
     x: Tensor,
     scale: Tensor,

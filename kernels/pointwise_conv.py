@@ -31,7 +31,7 @@ from .common import (
     precision,
     unit,
 )
-from .tables import choose
+from .tables import choose, fitting
 
 Affine = tuple[Tensor, Tensor, str]
 """Scale and shift of each channel, and the activation after them."""
@@ -296,6 +296,7 @@ def constants(config: Config, shape: Shape, stride: int, activation: str, dtype:
     }
 
 
+@fitting
 def pointwise_conv(
     x: Tensor,
     weight: Tensor,

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import pointwise_conv
 from .common import LIMITS, interpreting, launch, machine, new_output, precision, unit
 from .pointwise_conv import Affine, Config, streamed_tile
-from .tables import choose
+from .tables import choose, fitting
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ def constants(config: Config, shape: Shape, activation: str, dtype: torch.dtype)
     }
 
 
+@fitting
 def pointwise_pair(
     x: Tensor,
     weight: Tensor,

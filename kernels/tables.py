@@ -6,10 +6,14 @@ says what, but for `arch` and `processors`, which a table leaves out: it belongs
 
 Tables are `<gpu>/<kernel>.json` in the folder `tuned` beside this file and in the user's cache directory, whose entries
 win. They are read when a kernel is first launched on a GPU. Nothing of Triton is imported here.
+
+How much of a GPU a configuration takes is the compiler's to say, and another version says something else. Where it is
+more than there is, which shows when the kernel is first launched, a smaller configuration takes its place: `fitting`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import math
@@ -22,7 +26,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
@@ -48,6 +51,14 @@ class TableError(ValueError):
 
 class TableWarning(UserWarning):
     """A table is left aside, and the kernels run without it."""
+
+
+class TooLargeError(ValueError):
+    """What the compiler made of a configuration takes more of the GPU than there is; the message says what."""
+
+
+class SmallerWarning(UserWarning):
+    """A smaller configuration runs than was chosen, which may be slower."""
 
 
 @dataclass(frozen=True)
@@ -97,26 +108,86 @@ def choose(kernel: str, shape: Any, device: torch.device, config: Any, run: Call
         config: the given configuration, or None.
         run: launches the same with a given configuration, for those who listen.
 
-    Raises ValueError where the configuration cannot serve.
+    Raises ValueError where the configuration cannot serve. The caller is decorated with `fitting`.
     """
     if config is not None:
         _check(sys.modules[kernel], config, shape)
+        _choice.set(None)
         return config
     config, tuned = _chosen(kernel, shape, device)
     listen = _listener.get()
     if listen is not None:
         listen(Choice(sys.modules[kernel], shape, config, tuned, run))
+    _choice.set((kernel, shape, device, config))
     return config
 
 
-@lru_cache(maxsize=1 << 14)
+_choice: ContextVar[tuple[str, Any, torch.device, Any] | None] = ContextVar("regnet_fast_choice", default=None)
+"""What was chosen last: the kernel, its shape, the device and the configuration; None where that was given."""
+
+_too_large: dict[tuple[str, Any, torch.device], dict[Any, str]] = {}
+"""Configurations of a kernel for a shape that the compiler makes too large for a device, and what it said."""
+
+
+def fitting(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """A launcher that calls `choose` once, and again with a smaller configuration where the compiler makes the chosen
+    one too large, with a warning. A configuration that was given has no other, and raises TooLargeError.
+    """
+
+    @functools.wraps(launcher)
+    def launch(*arguments: Any, **options: Any) -> Any:
+        while True:
+            try:
+                return launcher(*arguments, **options)
+            except TooLargeError as error:
+                if _choice.get() is None:
+                    raise
+                _replace(*_choice.get(), str(error))
+
+    return launch
+
+
+def _replace(kernel: str, shape: Any, device: torch.device, config: Any, reason: str) -> None:
+    """Never choose a configuration for a shape again. Raises TooLargeError where there is no smaller one."""
+    _too_large.setdefault((kernel, shape, device), {})[config] = reason
+    _chosen.cache_clear()
+    smaller = _chosen(kernel, shape, device)[0]
+    text = f"{name(sys.modules[kernel])}: {config} is too large as it was compiled: {reason}. {smaller} runs instead"
+    warnings.warn(text, SmallerWarning, stacklevel=2)
+
+
+@functools.lru_cache(maxsize=1 << 14)
 def _chosen(kernel: str, shape: Any, device: torch.device) -> tuple[Any, bool]:
     """The configuration, and whether it is a table's choice."""
     module, folder = sys.modules[kernel], gpu(device)
     entry = None if folder is None else find(module, entries(name(module), folder), shape)
-    config = module.heuristic(shape) if entry is None or entry.config is None else entry.config
-    _check(module, config, shape)
-    return config, entry is not None
+    if entry is None or entry.config is None or entry.config in _too_large.get((kernel, shape, device), ()):
+        return default(module, shape, device), entry is not None and entry.config is None
+    _check(module, entry.config, shape)
+    return entry.config, True
+
+
+def default(kernel: ModuleType, shape: Any, device: torch.device) -> Any:
+    """The heuristic's configuration; where the compiler made that too large, the largest with smaller tiles or fewer
+    stages, and none more. Raises TooLargeError where there is none.
+    """
+    config, refused = kernel.heuristic(shape), _too_large.get((kernel.__name__, shape, device), {})
+    _check(kernel, config, shape)
+    if config not in refused:
+        return config
+    most, below = _sizes(config), []
+    for other in kernel.CONFIGS:
+        sizes = _sizes(other)
+        if other not in refused and sizes != most and all(a <= b for a, b in zip(sizes, most, strict=True)):
+            below += [other] if kernel.config_supports(other, shape) is None else []
+    if not below:
+        raise TooLargeError(f"{name(kernel)}: {refused[config]}, and no smaller configuration serves {shape}")
+    return max(below, key=lambda other: (math.prod(1 + size for size in _sizes(other)), other.warps == config.warps))
+
+
+def _sizes(config: Any) -> list[int]:
+    """What a configuration's memory grows with: all but its warps."""
+    return [value for field, value in vars(config).items() if field != "warps"]
 
 
 def _check(kernel: ModuleType, config: Any, shape: Any) -> None:
@@ -148,7 +219,7 @@ def user_folder() -> Path:
     return Path(cache) / "regnet_fast" / "tuned"
 
 
-@lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=128)
 def entries(kernel: str, gpu: str) -> dict[Key, Entry]:
     """All that is known of a kernel on a GPU, the user's before what is shipped. Warns where a table cannot be used."""
     module, found = importlib.import_module(f"{__package__}.{kernel}"), {}
@@ -161,7 +232,8 @@ def entries(kernel: str, gpu: str) -> dict[Key, Entry]:
 
 
 def forget() -> None:
-    """Read the tables again when they are next needed."""
+    """Read the tables again when they are next needed, and ask the compiler again."""
+    _too_large.clear()
     _chosen.cache_clear()
     entries.cache_clear()
 

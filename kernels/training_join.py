@@ -31,7 +31,7 @@ from .channel_tiles import (
     total,
 )
 from .common import activate, interpreting, new_output
-from .tables import choose
+from .tables import choose, fitting
 
 MOST_TERMS = 3
 
@@ -192,6 +192,7 @@ def arguments_of(terms: Sequence[Term]) -> dict[str, Any]:
     return found
 
 
+@fitting
 def join(*terms: Term, activation: str = "none", config: Config | None = None) -> Tensor:
     """`activation(sum(read(x)))` of one to three terms.
 
@@ -223,6 +224,7 @@ class Gradient(NamedTuple):
     plain: Tensor | None
 
 
+@fitting
 def join_backward(
     grad: Tensor,
     y: Tensor | None,

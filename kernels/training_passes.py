@@ -27,7 +27,7 @@ from .channel_tiles import (
     tiles,
 )
 from .common import activate, interpreting, new_output
-from .tables import choose
+from .tables import choose, fitting
 from .training_join import Term
 
 
@@ -76,6 +76,7 @@ def image_kernel(
     tl.store(parts + tl.program_id(0).to(tl.int64) * channels + cs, sums, mask=cs < channels)
 
 
+@fitting
 def raw_gradient(
     dz: Tensor,
     y: Tensor,
@@ -107,6 +108,7 @@ def raw_gradient(
     return out
 
 
+@fitting
 def image_parts(term: Term, times: Tensor | None = None, share: float = 1.0, config: Config | None = None) -> Tensor:
     """Parts of `share * sum(read(x) * times)` over the pixels of each image; the term has no factor.
 

@@ -64,7 +64,7 @@ def _reported_errors() -> Iterator[None]:
     from .blocks.fused import FallbackWarning
     from .classify import UnreadableImageError, WeightsUnavailableError
     from .demo import PhotographMissingError
-    from .kernels.tables import TableError, TableWarning
+    from .kernels.tables import SmallerWarning, TableError, TableWarning
     from .tune import TuneError
     from .verify import UnknownModelError
     from .weights import CheckpointError
@@ -74,7 +74,7 @@ def _reported_errors() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for category in (FallbackWarning, TableWarning):
+            for category in (FallbackWarning, SmallerWarning, TableWarning):
                 warnings.simplefilter("once", category)
             warnings.showwarning = lambda message, *_, **__: _complain(str(message))
             yield

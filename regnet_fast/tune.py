@@ -186,7 +186,7 @@ def tune(
         path, key = _file(folder, x, kernel), tables.key(shape)
         with torch.no_grad(), torch.cuda.device_of(x):
             run = _captured(model, x, kernel, shape)
-            measured, tried, skipped = _measure(kernel, shape, run, timer, announce)
+            measured, tried, skipped = _measure(kernel, shape, x.device, run, timer, announce)
         entry = Entry(*measured, facts)
         tables.write(path, kernel, tables.read(path, kernel) | {key: entry})
         tables.forget()
@@ -206,12 +206,12 @@ def _captured(model: nn.Module, x: Tensor, kernel: ModuleType, shape: Any) -> Ca
 
 
 def _measure(
-    kernel: ModuleType, shape: Any, run: Callable[[Any], Any], timer: Timer, announce: Announce
+    kernel: ModuleType, shape: Any, device: torch.device, run: Callable[[Any], Any], timer: Timer, announce: Announce
 ) -> tuple[tuple[Any, float, Any, float], int, dict[str, int]]:
     """The chosen configuration and its time, the heuristic's and its time; how many were tried, and why some were left
     out.
     """
-    heuristic = kernel.heuristic(shape)
+    heuristic = tables.default(kernel, shape, device)
     expected = _outputs(run(heuristic))
     configs = [c for c in kernel.CONFIGS if c != heuristic and kernel.config_supports(c, shape) is None]
     screened: dict[Any, float] = {}

@@ -14,7 +14,7 @@ import torch
 
 from . import cuda_sources, store
 
-OPTIONS = ("--std=c++17",)
+OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 
 
 class CompileError(RuntimeError):

@@ -51,8 +51,10 @@ def test_every_configuration_of_squeeze_excite(guarded, config, dtype):
 
 def test_squeeze_excite_fits_in_shared_memory():
     wide = Shape(1, 1, 256, 256, 90)
-    assert squeeze_excite.heuristic(wide) == Config(16, 64, 256, 8, True)
-    assert squeeze_excite.heuristic(replace(wide, arch=86)) == Config(16, 32, 256, 8, True)
+    assert squeeze_excite.heuristic(replace(wide, hidden=128)) == Config(16, 64, 128, 8, True)
+    assert squeeze_excite.heuristic(replace(wide, hidden=128, arch=86)) == Config(16, 32, 128, 8, True)
+    assert squeeze_excite.heuristic(wide) == Config(16, 32, 256, 8, True)
+    assert squeeze_excite.heuristic(replace(wide, arch=86)) == Config(16, 64, 32, 4, False)
     assert "sm_86 has" in squeeze_excite.config_supports(squeeze_excite.heuristic(wide), replace(wide, arch=86))
     for arch in common.ARCHITECTURES:
         for hidden in (1, 8, 16, 40, 100, 200, 256, 1000):
