@@ -139,6 +139,13 @@ def _of_norm(sums: Sums, norm: Norm) -> tuple[Tensor | None, ...]:
     return product, plain, None if norm.weight is None else product, None if norm.bias is None else plain
 
 
+def _copied(weight: Tensor | None) -> Tensor | None:
+    """A norm's weight for the gradient of what it normalises: whoever reads the norm gives the weight its gradient
+    before that, and a hook may change it then.
+    """
+    return None if weight is None else weight.detach().clone()
+
+
 def _count(x: Tensor) -> float:
     return x.numel() / x.shape[1]
 
@@ -253,10 +260,7 @@ def convs(x: Map, branches: Sequence[Branch], excite: Excite | None = None) -> l
         None if excite is None else excite.activation,
         _recipe(x),
     )
-    own_weights = [
-        None if branch.affine is None or branch.affine.weight is None else branch.affine.weight.detach()
-        for branch in branches
-    ]
+    own_weights = [None if branch.affine is None else _copied(branch.affine.weight) for branch in branches]
     excited = (None,) * 4 if excite is None else excite[:4]
     found = _Convs.apply(spec, *_flat(x), *excited, *(branch.weight for branch in branches), *own_weights)
     results = []
@@ -354,8 +358,7 @@ def enter(x: Tensor, stats: Statistics, affine: Affine) -> tuple[Normed, Tensor]
         if stats.batch:
             (mean, var), reading = torch.ops.regnet_fast.training_enter(x, _forced()), operators.BATCH
         return Normed(x, mean, var, affine, stats.eps, _count(x), reading), x
-    own_weight = None if affine.weight is None else affine.weight.detach()
-    read, mean, var, count, identity = _Enter.apply(stats, x, own_weight)
+    read, mean, var, count, identity = _Enter.apply(stats, x, _copied(affine.weight))
     return Normed(read, mean, var, affine, stats.eps, count), identity
 
 
