@@ -95,7 +95,7 @@ def why_not(module: nn.Module, cls: type[Fused]) -> str | None:
     try:
         for m, _ in flags:
             m.training = False
-        twin.read_form().check_channels()
+        twin.read_form()
     except Refused as refusal:
         return str(refusal)
     finally:

@@ -36,6 +36,10 @@ class Form:
         for path, norm in self.norms():
             if norm.training and isinstance(norm, nn.modules.batchnorm._NormBase):
                 raise Refused(f"{path} is in training mode")
+        for unit in self.units().values():
+            host = unit.norm if isinstance(unit, HostNormUnit) else getattr(unit, "then", None)
+            if host is not None and host.training:  # it may keep statistics, and a gradient would run it twice
+                raise Refused(f"{unit.path} has a {type(host).__name__} in training mode")
         if self.drop_path is not None and self.drop_path.training:
             raise Refused(f"drop_path is an active {type(self.drop_path).__name__}")
 

@@ -63,7 +63,6 @@ class Plan(Watch):
         try:
             unbound = block.read_form()
             unbound.check_evaluation()
-            unbound.check_channels()
             _check_tensors(unbound, self.tensors, dtype)
             self.unbound, self.in_channels = unbound, unbound.in_channels()
         except Refused as refusal:
@@ -110,7 +109,6 @@ class Trained(Structure):
         try:
             form = block.read_form()
             self.lost = False
-            form.check_channels()
             training.check(form)
             self.form = form
         except Refused as refusal:
@@ -154,7 +152,9 @@ class Fused:
         """`fused_form` where nobody listens below the block. Whatever goes wrong in it is a refusal."""
         try:
             check_quiet(self)
-            return self.fused_form()
+            form = self.fused_form()
+            form.check_channels()
+            return form
         except Refused:
             raise
         except Exception as error:

@@ -76,9 +76,10 @@ def _norm_activation(path: str, norm: nn.Module) -> str:
     """The activation that a BatchNorm module carries. Raises `Refused` where it does anything else."""
     if not isinstance(norm, _NORM_ACTS):  # torch's conversion to SyncBatchNorm keeps an `act` that is never applied
         return "none"
-    if hasattr(norm, "drop"):
+    optional = isinstance(norm, SyncBatchNormAct)  # whose forward leaves out what is not there
+    if not optional or hasattr(norm, "drop"):
         _check_inert(f"{path}.drop", norm.drop)
-    return _activation(f"{path}.act", norm.act) if hasattr(norm, "act") else "none"
+    return _activation(f"{path}.act", norm.act) if not optional or hasattr(norm, "act") else "none"
 
 
 def _conv(path: str, conv: nn.Module) -> float | None:

@@ -156,7 +156,7 @@ BLOCK_CHANGES = {
     ),
     "a norm without its activation": deletes("s2.b1.conv1.bn.act"),
     "a norm without its drop": deletes("s2.b1.conv1.bn.drop"),
-    "a norm that drops": sets("s2.b1.conv1.bn.drop", lambda: nn.Dropout(0.5).train()),
+    "a norm that drops": sets("s2.b1.conv1.bn.drop", lambda: nn.Dropout(1.0).train()),
     "a norm with an activation": sets("s2.b1.conv1.bn.act", nn.LeakyReLU),
     "the last activation": sets("s2.b1.act3", nn.Tanh),
     "no convolution": sets("s2.b1.conv1", nn.Identity),

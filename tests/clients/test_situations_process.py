@@ -95,7 +95,7 @@ def defaults_in_two_threads() -> None:
     flipping.join()
     torch.set_default_dtype(torch.float32)
     assert len(found) == 2, "a thread raised"
-    same(found, expected)
+    same([found[0], found[1]], [expected[0], expected[1]])
 
 
 def test_two_threads_train_under_changing_default_dtypes():
