@@ -231,7 +231,7 @@ RESTORED = {
 
 @pytest.mark.parametrize("case", RESTORED)
 def test_restore_is_all_or_nothing(case):
-    """Either the whole model has timm's classes again, below what somebody put on top, or an error left it as it was."""
+    """Either the model has timm's classes again, below what somebody put on top, or an error left it as it was."""
     name, change = RESTORED[case]
     models, x = twins(name), images()
     for model in models:
@@ -466,7 +466,7 @@ def test_patched_instances(name, patch, training):
 
 
 @pytest.mark.parametrize("how", ["evaluation", "no_grad", "after a gradient", "of a stage"])
-@pytest.mark.parametrize("name", [*SMALL, "regnety_002"])
+@each_small
 def test_jit_trace_with_default_settings(name, how):
     results = []
     for model in twins(name):

@@ -519,7 +519,7 @@ def test_pruned_and_normalised_weights(name):
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("name", [*SMALL, "regnety_002"])
 def test_replicas_of_data_parallel(name, training):
-    """What DataParallel does for each device, on the CPU: replicas whose weights are plain tensors made for the call."""
+    """What DataParallel does for each device, on the CPU: replicas whose weights are plain tensors for one call."""
     models, x = twins(name), images()
     results = []
     for model in models:

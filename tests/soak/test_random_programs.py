@@ -1,8 +1,8 @@
 """Random sequences of what users do to a model, on ours and on timm's twin, compared after every step.
 
-Activations are SiLU, so that gradients have no leaps. Every action that changes a weight changes it by percents and more,
-a hundred times what the comparison grants in float32. Both twins take the same optimizer step, with timm's gradients, so
-that they never drift apart; the gradients themselves are compared before.
+Activations are SiLU, so that gradients have no leaps. Every action that changes a weight changes it by percents and
+more, a hundred times what the comparison grants in float32. Both twins take the same optimizer step, with timm's
+gradients, so that they never drift apart; the gradients themselves are compared before.
 """
 
 import copy
