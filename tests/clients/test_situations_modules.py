@@ -156,7 +156,6 @@ BLOCK_CHANGES = {
     ),
     "a norm without its activation": deletes("s2.b1.conv1.bn.act"),
     "a norm without its drop": deletes("s2.b1.conv1.bn.drop"),
-    "a norm that drops": sets("s2.b1.conv1.bn.drop", lambda: nn.Dropout(1.0).train()),
     "a norm with an activation": sets("s2.b1.conv1.bn.act", nn.LeakyReLU),
     "the last activation": sets("s2.b1.act3", nn.Tanh),
     "no convolution": sets("s2.b1.conv1", nn.Identity),
@@ -287,6 +286,7 @@ LISTENED = [
     for hook in REGISTER
     for how in ("no_grad", "evaluation", "training")
     if (how == "no_grad") <= ("backward" not in hook) and (name in SMALL or (hook, how) == ("forward", "no_grad"))
+    if name != "repvgg" or "backward" not in hook  # timm's own sum in place is refused by torch there
 ]
 
 

@@ -61,7 +61,7 @@ def defaults_in_two_threads() -> None:
     """The default dtype is the process's: one thread changes it while two train."""
     models = [twins(name) for name in ("regnet_y", "resnet_v2")]
     dtypes = (torch.float32, torch.float64)
-    inputs = [images(2, 32).to(dtype) for dtype in dtypes]
+    inputs = [images(4, 64).to(dtype) for dtype in dtypes]
     expected, found, stop = {}, {}, threading.Event()
 
     def train(k):

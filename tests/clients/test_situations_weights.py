@@ -413,7 +413,7 @@ def called_with_substitutes(model, x, k, training):
 
 @pytest.mark.parametrize(
     ("name", "training"),
-    [*((name, mode) for name in SMALL for mode in (False, True)), ("regnety_002", False), ("resnetv2_18", False)],
+    [*((name, mode) for name in SMALL for mode in (False, True)), ("resnetv2_18", False)],
 )
 def test_functional_call_with_gradients(name, training):
     models, x = twins(name), images()
@@ -446,7 +446,7 @@ def test_functional_call_without_gradients(name):
 
 def test_functional_call_for_some_weights_and_tied_ones():
     models, x = twins("regnet_y"), images()
-    for key in ("s1.b1.conv2.conv.weight", "head.fc.bias", "s2.b1.conv1.bn.running_var"):
+    for key in ("s1.b1.conv2.conv.weight", "head.fc.bias", "s2.b1.conv1.bn.weight"):
         results = []
         for model in models:
             given = {key: (model.state_dict()[key].clone() * 3).requires_grad_()}
@@ -517,7 +517,7 @@ def test_pruned_and_normalised_weights(name):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("name", [*SMALL, "regnety_002"])
+@pytest.mark.parametrize("name", SMALL)
 def test_replicas_of_data_parallel(name, training):
     """What DataParallel does for each device, on the CPU: replicas whose weights are plain tensors for one call."""
     models, x = twins(name), images()
