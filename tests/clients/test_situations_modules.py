@@ -168,9 +168,7 @@ BLOCK_CHANGES = {
     "BatchNorm of torch": lambda m: setattr(
         m.s2.b1.conv1, "bn", nn.BatchNorm2d(m.s2.b1.conv1.conv.out_channels).eval()
     ),
-    "a norm without its activation": deletes("s2.b1.conv1.bn.act"),
-    "a norm without its drop": deletes("s2.b1.conv1.bn.drop"),
-    "a norm that drops": sets("s2.b1.conv1.bn.drop", lambda: nn.Dropout(0.5).train()),
+    "a norm with another drop": sets("s2.b1.conv1.bn.drop", nn.Tanh),
     "a norm with an activation": sets("s2.b1.conv1.bn.act", nn.LeakyReLU),
     "the last activation": sets("s2.b1.act3", nn.Tanh),
     "no convolution": sets("s2.b1.conv1", nn.Identity),

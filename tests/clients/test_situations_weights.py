@@ -503,18 +503,20 @@ def test_computed_weights(way, name):
 def test_pruned_and_normalised_weights(name):
     """Weights that a hook computes before every call, as plain attributes."""
     models, x = twins(name), images()
-    for step in (
-        lambda conv: torch.nn.utils.prune.random_unstructured(conv, "weight", 0.4),
-        lambda conv: torch.nn.utils.prune.remove(conv, "weight"),
-        lambda conv: torch.nn.utils.spectral_norm(conv),
-        lambda conv: torch.nn.utils.remove_spectral_norm(conv),
+    for k, step in enumerate(
+        (
+            lambda conv: torch.nn.utils.prune.random_unstructured(conv, "weight", 0.4),
+            lambda conv: torch.nn.utils.prune.remove(conv, "weight"),
+            lambda conv: torch.nn.utils.spectral_norm(conv),
+            lambda conv: torch.nn.utils.remove_spectral_norm(conv),
+        )
     ):
         for model in models:
             torch.manual_seed(0)
             for conv in convolutions(model):
                 step(conv)
         for _ in range(2):
-            same(evaluated(models[0], x), evaluated(models[1], x))
+            same(evaluated(models[0], x), evaluated(models[1], x), f"change {k}")
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
