@@ -40,7 +40,8 @@ def test_one_step(name):
     x, target = torch.randn(8, 3, size, size).contiguous(memory_format=LAST), torch.arange(8)
     assert reasons(copy.deepcopy(ours).train(), x) == {None}
     losses = []
-    for model, images in ((ours, x), (theirs, x), (exact, x.double())):
+    safe = x.contiguous() if name.startswith("repvgg") else x  # docs/training.md: oneDNN's fault in channels_last
+    for model, images in ((ours, x), (theirs, safe), (exact, x.double())):
         losses.append(loss_of(model.train(), images, target))
         losses[-1].backward()
     assert_same_step(ours, theirs, exact, losses)

@@ -26,6 +26,8 @@ from regnet_fast.blocks.fused import FallbackWarning
 NAMES = ("regnety_002", "regnetx_002", "repvgg_a0", "resnetv2_18")
 SMALL = ("regnet_y", "regnet_v", "repvgg", "resnet_v2")
 """Networks of a few blocks, for what needs no whole model."""
+FEW = ("regnet_y", "resnet_v2")
+"""Two of them, with blocks that are rather different, where there are many cases."""
 
 
 def small_resnet(norm_layer=BatchNormAct2d) -> nn.Module:

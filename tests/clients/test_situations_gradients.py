@@ -4,13 +4,14 @@ import re
 
 import pytest
 import torch
-from beside import SMALL, evaluated, gradients, images, outcome, quiet, same, twins
+from beside import FEW, SMALL, evaluated, gradients, images, outcome, quiet, same, twins
 from torch import nn
 from torch.utils import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 each_small = pytest.mark.parametrize("name", SMALL)
+each_of_few = pytest.mark.parametrize("name", FEW)
 each_mode = pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 
 
@@ -43,7 +44,7 @@ def test_hooks_of_parameters_are_called_once(name, training):
 
 
 @each_mode
-@each_small
+@each_of_few
 def test_hooks_of_parameters_that_change_the_gradient(name, training):
     results, x = [], images()
     for model in twins(name):
@@ -128,7 +129,7 @@ def test_a_block_that_stands_in_two_places(training):
 
 
 @each_mode
-@each_small
+@each_of_few
 def test_some_parameters_are_fixed_and_freed_again(name, training):
     results, x = [], images()
     for model in twins(name):
@@ -205,7 +206,7 @@ CALLS = {
 
 @each_mode
 @pytest.mark.parametrize("call", CALLS)
-@each_small
+@each_of_few
 def test_calls_before_backward(name, call, training):
     results, x = [], images()
     for model in twins(name):
@@ -277,7 +278,7 @@ PENALTIES = {f.__name__: f for f in (penalty, penalty_of_weights, hessian_vector
 
 
 @pytest.mark.parametrize("what", PENALTIES)
-@each_small
+@each_of_few
 def test_gradient_of_a_gradient_in_evaluation(name, what):
     x = images(2, 32)
     ours, theirs = twins(name)
@@ -338,7 +339,7 @@ def vectorised_jacobian(model, x):
 
 @each_mode
 @pytest.mark.parametrize("what", [batched, vectorised_jacobian], ids=lambda f: f.__name__)
-@each_small
+@each_of_few
 def test_batched_gradients(name, what, training):
     """They work; in training they may be refused, in words."""
     x = images(2, 32)

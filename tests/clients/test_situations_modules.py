@@ -7,7 +7,21 @@ import functools
 import pytest
 import timm
 import torch
-from beside import MAKE, NAMES, SMALL, evaluated, gradients, images, moved, outcome, quiet, same, same_outcome, twins
+from beside import (
+    FEW,
+    MAKE,
+    NAMES,
+    SMALL,
+    evaluated,
+    gradients,
+    images,
+    moved,
+    outcome,
+    quiet,
+    same,
+    same_outcome,
+    twins,
+)
 from timm.layers import SelectAdaptivePool2d
 from torch import nn
 from torch.nn import functional as F
@@ -22,7 +36,7 @@ from regnet_fast.blocks.fused import Fused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-each_small = pytest.mark.parametrize("name", SMALL)
+each_of_few = pytest.mark.parametrize("name", FEW)
 each_name = pytest.mark.parametrize("name", NAMES)
 
 
@@ -156,6 +170,7 @@ BLOCK_CHANGES = {
     ),
     "a norm without its activation": deletes("s2.b1.conv1.bn.act"),
     "a norm without its drop": deletes("s2.b1.conv1.bn.drop"),
+    "a norm with another drop": sets("s2.b1.conv1.bn.drop", nn.Tanh),
     "a norm with an activation": sets("s2.b1.conv1.bn.act", nn.LeakyReLU),
     "the last activation": sets("s2.b1.act3", nn.Tanh),
     "no convolution": sets("s2.b1.conv1", nn.Identity),
@@ -285,7 +300,7 @@ LISTENED = [
     for name in (*SMALL, *NAMES)
     for hook in REGISTER
     for how in ("no_grad", "evaluation", "training")
-    if (how == "no_grad") <= ("backward" not in hook) and (name in SMALL or (hook, how) == ("forward", "no_grad"))
+    if (how == "no_grad") <= ("backward" not in hook) and (name in FEW or (hook, how) == ("forward", "no_grad"))
     if name != "repvgg" or "backward" not in hook  # timm's own sum in place is refused by torch there
 ]
 
@@ -370,7 +385,7 @@ class Counts(TorchFunctionMode):
 
 @pytest.mark.parametrize("how", ["no_grad", "evaluation", "training"])
 @pytest.mark.parametrize("double", [False, True])
-@each_small
+@each_of_few
 def test_function_modes(name, double, how):
     results, x = [], images()
     for model in twins(name):
@@ -446,7 +461,7 @@ PATCHES = (patch_conv_forward, patch_forward, patch_norms, patch_blocks, patch_a
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda f: f.__name__)
-@each_small
+@each_of_few
 def test_patched_instances(name, patch, training):
     models, x = twins(name), images()
     before = evaluated(models[1], x)
@@ -466,7 +481,7 @@ def test_patched_instances(name, patch, training):
 
 
 @pytest.mark.parametrize("how", ["evaluation", "no_grad", "after a gradient", "of a stage"])
-@each_small
+@each_of_few
 def test_jit_trace_with_default_settings(name, how):
     results = []
     for model in twins(name):
@@ -536,7 +551,7 @@ class Strict(torch.Tensor):
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("kind", ["attribute", "functional_call"])
-@each_small
+@each_of_few
 def test_subclasses_are_not_touched(name, kind, training):
     results, x = [], images()
     for model in twins(name):

@@ -6,14 +6,14 @@ import threading
 
 import pytest
 import torch
-from beside import NAMES, SMALL, evaluated, gradients, images, isolated, outcome, quiet, same, same_outcome, twins
+from beside import FEW, NAMES, SMALL, evaluated, gradients, images, isolated, outcome, quiet, same, same_outcome, twins
 from torch import nn
 
 import regnet_fast
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-each_small = pytest.mark.parametrize("name", SMALL)
+each_of_few = pytest.mark.parametrize("name", FEW)
 
 
 # Defaults of the process
@@ -47,7 +47,7 @@ def with_a_default(name: str, what: str, default: str, batch: int) -> None:
 @pytest.mark.parametrize(
     ("what", "default"), [("dtype", "float64"), ("dtype", "float16"), ("dtype", "bfloat16"), ("device", "meta")]
 )
-@each_small
+@each_of_few
 def test_other_defaults(name, what, default):
     isolated(with_a_default, name, what, default, 4)
 

@@ -7,7 +7,7 @@ import pytest
 import timm.optim
 import torch
 import torch.nn.utils.prune
-from beside import NAMES, SMALL, evaluated, gradients, images, moved, quiet, same, twins
+from beside import FEW, NAMES, SMALL, evaluated, gradients, images, moved, quiet, same, twins
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 each_small = pytest.mark.parametrize("name", SMALL)
+each_of_few = pytest.mark.parametrize("name", FEW)
 
 
 # Optimizers: writers that bump no version
@@ -143,7 +144,7 @@ class WithoutBase:
                 p.sub_(p.grad, alpha=self.lr)
 
 
-@each_small
+@each_of_few
 @pytest.mark.parametrize("cls", [ThroughData, Native, WithoutBase])
 def test_optimizers_of_users(cls, name):
     ours, theirs = twins(name)
@@ -288,7 +289,7 @@ def test_data_assigned_again_and_again(change, name):
     x = images()
     before = evaluated(models[1], x)
     same(evaluated(models[0], x), before)
-    for k in range(6):
+    for k in range(3):
         for model in models:
             for conv in convolutions(model):
                 change(conv.weight, k)
@@ -429,7 +430,7 @@ def test_functional_call_with_gradients(name, training):
     same(evaluated(models[0], x), evaluated(models[1], x), "the weights of its own")
 
 
-@each_small
+@each_of_few
 def test_functional_call_without_gradients(name):
     models, x = twins(name), images()
     own = evaluated(models[1], x)
@@ -502,18 +503,20 @@ def test_computed_weights(way, name):
 def test_pruned_and_normalised_weights(name):
     """Weights that a hook computes before every call, as plain attributes."""
     models, x = twins(name), images()
-    for step in (
-        lambda conv: torch.nn.utils.prune.random_unstructured(conv, "weight", 0.4),
-        lambda conv: torch.nn.utils.prune.remove(conv, "weight"),
-        lambda conv: torch.nn.utils.spectral_norm(conv),
-        lambda conv: torch.nn.utils.remove_spectral_norm(conv),
+    for k, step in enumerate(
+        (
+            lambda conv: torch.nn.utils.prune.random_unstructured(conv, "weight", 0.4),
+            lambda conv: torch.nn.utils.prune.remove(conv, "weight"),
+            lambda conv: torch.nn.utils.spectral_norm(conv),
+            lambda conv: torch.nn.utils.remove_spectral_norm(conv),
+        )
     ):
         for model in models:
             torch.manual_seed(0)
             for conv in convolutions(model):
                 step(conv)
         for _ in range(2):
-            same(evaluated(models[0], x), evaluated(models[1], x))
+            same(evaluated(models[0], x), evaluated(models[1], x), f"change {k}")
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
@@ -569,7 +572,7 @@ def test_func_grad(name):
     same(*found)
 
 
-@each_small
+@each_of_few
 def test_func_grad_of_each_image(name):
     models, x = twins(name), images(3, 32)
     results = []
@@ -580,7 +583,7 @@ def test_func_grad_of_each_image(name):
     same(*results)
 
 
-@each_small
+@each_of_few
 def test_func_jacrev_and_jvp(name):
     models, x = twins(name), images(1, 32)
     results = []
@@ -602,7 +605,7 @@ def test_func_jacrev_and_jvp(name):
     same(*results)
 
 
-@each_small
+@each_of_few
 def test_an_ensemble_of_stacked_models(name):
     x = images(2, 32)
     results = []
