@@ -100,7 +100,7 @@ class Trained(Structure):
 
     def __init__(self, block: Fused):
         super().__init__(block)
-        self._types = self._read_types()
+        self._kinds = self._read_kinds()
         self.form: Form | None = None
         self.refusal: str | None = self.odd()
         self.lost = True
@@ -114,12 +114,12 @@ class Trained(Structure):
         except Refused as refusal:
             self.refusal = str(refusal)
 
-    def _read_types(self) -> list[type]:
-        return [*map(type, self._read_tensors())]
+    def _read_kinds(self) -> list[tuple]:
+        return [(type(t), None if t is None else t.shape) for t in self._read_tensors()]
 
     def current(self) -> bool:
-        """Whether the structure is as it was and every weight of its class."""
-        return super().current() and self._read_types() == self._types
+        """Whether the structure is as it was, and every weight of its class and shape."""
+        return super().current() and self._read_kinds() == self._kinds
 
 
 def _check_tensors(form: Form, tensors: list[Tensor], dtype: torch.dtype) -> None:
