@@ -34,7 +34,7 @@ from regnet_fast.backends import (
     winograd,
 )
 from regnet_fast.backends.problem import Problem
-from regnet_fast.ops.convolution import _SHAPES_KEPT
+from regnet_fast.ops.convolution import _SHAPES_KEPT, _SHARED_KEPT
 from regnet_fast.ops.norm_act import PackedNormAct
 from regnet_fast.ops.squeeze_excite import PackedSqueezeExcite
 
@@ -329,21 +329,21 @@ def test_labels_say_what_runs():
         assert runs_of(packed) == [label]
 
 
-def test_only_the_last_shapes_are_kept():
+@pytest.mark.parametrize(("force", "most"), [("reference", _SHAPES_KEPT), ("auto", _SHARED_KEPT)])
+def test_only_the_last_shapes_are_kept(force, most):
     packed = R.pack_conv(torch.randn(5, 3, 1, 1))
-    shapes = [(1, 3, h, w) for h in range(1, 6) for w in range(1, 6)]
-    for shape in shapes:
-        R.pointwise_conv(torch.randn(shape), packed)
-        assert len(packed._runs) <= _SHAPES_KEPT
-    assert len(packed._runs) == _SHAPES_KEPT
-    assert [tuple(key[0]) for key in packed._runs] == shapes[-_SHAPES_KEPT:]
+    shapes = [(1, 3, h, w) for h in range(1, 8) for w in range(1, 8)]
+    with backend(force):
+        for shape in shapes:
+            R.pointwise_conv(torch.randn(shape), packed)
+    assert [tuple(key[0]) for key in packed._runs] == shapes[-most:]
     x = torch.randn(shapes[0])  # one that was dropped
     with backend("reference"):
         expected = R.pointwise_conv(x, packed.weight)
     torch.testing.assert_close(R.pointwise_conv(x, packed), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_shape_is_packed_once(monkeypatch):
+def test_weights_are_packed_once(monkeypatch):
     calls = []
     prepare = aten.prepare_conv
     monkeypatch.setattr(aten, "prepare_conv", lambda *a: calls.append(a[0].input_shape) or prepare(*a))
@@ -351,7 +351,7 @@ def test_a_shape_is_packed_once(monkeypatch):
     with backend("aten"):
         for n in (1, 2, 1, 2, 1):
             R.pointwise_conv(torch.randn(n, 3, 4, 4), packed)
-    assert calls == [(1, 3, 4, 4), (2, 3, 4, 4)]
+    assert calls == [(1, 3, 4, 4)]
 
 
 @pytest.fixture
@@ -380,7 +380,32 @@ def test_packed_weights_are_shared_between_threads(impatient_threads):
     assert {i for i, _ in results} == set(range(len(inputs)))
     for i, y in results:
         assert torch.equal(y, expected[i]), f"input {i}: {(y - expected[i]).abs().max()}"
-    assert len(packed._runs) <= _SHAPES_KEPT
+    assert len(packed._runs) <= _SHARED_KEPT
+
+
+@needs_onednn
+def test_sizes_with_other_layouts_share_plain_weights_from_the_third_on(monkeypatch):
+    """As oneDNN wants them for some sizes on some processors; and no weight is folded again after that."""
+    conv, folds = R.pack_conv(torch.randn(4, 2, 3, 3), torch.randn(4), padding=1), []
+    folded = conv.folded
+    monkeypatch.setattr(conv, "folded", lambda: folds.append(1) or folded())
+    monkeypatch.setattr(onednn, "_layout", lambda weight: object())  # no two alike
+    for width in (4, 5, 4, 6, 7, 8, 4, 5):
+        x = torch.randn(1, 2, 4, width)
+        y = R.dense_conv(x, conv)
+        torch.testing.assert_close(y, torch.conv2d(x, conv.weight, conv.bias, 1, 1), rtol=1e-5, atol=1e-5)
+    assert len(folds) == 3 and not conv._runs and len(conv._unpacked) == 1
+    weights = [run.weight for run in conv._unpacked.values()]
+    assert not weights[0].is_mkldnn
+
+
+@needs_onednn
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_residual_of_another_size_raises(groups):
+    conv = R.pack_conv(torch.randn(4, 4 // groups, 3, 3), padding=1, groups=groups)
+    x = torch.randn(1, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match=r"cannot add a residual of shape \(1, 4, 3, 3\)"):
+        conv(x, None, torch.randn(1, 4, 3, 3))
 
 
 @pytest.mark.parametrize(

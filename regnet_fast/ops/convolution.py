@@ -7,12 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..backends import ConvProblem, forced_backend, select
+from ..backends import ConvProblem, aten, forced_backend, select
 from ..backends.deferred import Deferred, computed
 from . import checks
 from .fold import BatchNorm, fold_to
 
 _SHAPES_KEPT = 8
+_SHARED_KEPT = 32
+"""Of how many input shapes what was prepared is kept: each with weights of its own, or with shared ones."""
 
 
 def with_run(runs: dict, key: tuple, run: Callable, most: int = _SHAPES_KEPT) -> dict:
@@ -123,7 +125,9 @@ class PackedConv:
         if residual is not None and residual.shape != problem.output_shape:
             shapes = f"{tuple(residual.shape)} to a result of shape {problem.output_shape}"
             raise RuntimeError(f"{self.op}: cannot add a residual of shape {shapes}")
+        chosen = select(problem)
         before = [run for other, run in self._runs.items() if other[1:] == use and hasattr(run, "resized")]
+        before = before if chosen.name == aten.NAME else []
         kinds = {id(run.weight): run for run in before}
         run = next((fit for one in kinds.values() if (fit := one.resized(problem)) is not None), None)
         if len(before) > 1 and (run is None or len(kinds) > 1):
@@ -131,8 +135,8 @@ class PackedConv:
             self._runs = {other: run for other, run in self._runs.items() if other[1:] != use}
             return self._unpacked[use]
         if run is None:
-            run = select(problem).module.prepare_conv(problem, *self.folded())
-        self._runs = with_run(self._runs, key, run, 4 * _SHAPES_KEPT if hasattr(run, "resized") else _SHAPES_KEPT)
+            run = chosen.module.prepare_conv(problem, *self.folded())
+        self._runs = with_run(self._runs, key, run, _SHARED_KEPT if hasattr(run, "resized") else _SHAPES_KEPT)
         return run
 
     def pin(self) -> tuple:
