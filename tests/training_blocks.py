@@ -9,8 +9,6 @@ from timm.models import byobnet, regnet, resnetv2
 from torch import Tensor, nn
 
 import regnet_fast
-from regnet_fast.blocks import fused
-from regnet_fast.hosts import timm as host
 
 WIDTH = 48
 
@@ -30,10 +28,6 @@ def _layers(act, se):
 
 def stem(act, kernel=3):
     return ConvNormAct(3, 32, kernel, stride=2, norm_layer=_norm(act), act_layer=act)
-
-
-def norm_act(act):
-    return host.NormAct(WIDTH, act_layer=act)
 
 
 def bottleneck(act, kind=regnet.Bottleneck, channels=WIDTH, width=8, se=0.25, **options):
@@ -56,7 +50,6 @@ def preact(act, kind=resnetv2.PreActBottleneck, channels=WIDTH, **options):
 BLOCKS = {
     "stem": (3, stem),
     "stem 7x7": (3, partial(stem, kernel=7)),
-    "NormAct": (WIDTH, norm_act),
     **{f"Bottleneck of width {width}": (WIDTH, partial(bottleneck, width=width)) for width in (1, 4, 8, 24, 48)},
     "Bottleneck X": (24, partial(bottleneck, channels=24, se=0, stride=2)),
     "Bottleneck X, identity": (WIDTH, partial(bottleneck, se=0, width=24)),
@@ -101,7 +94,6 @@ BLOCKS = {
 
 ONE_OF_EACH = (
     "stem",
-    "NormAct",
     "Bottleneck of width 8",
     "Bottleneck, average pool",
     "BottleneckBlock",
@@ -116,8 +108,6 @@ ONE_OF_EACH = (
 def pair_of(name: str, act: type[nn.Module] = nn.ReLU) -> tuple[nn.Module, nn.Module]:
     """A rebuilt block and timm's own in training mode, with the same random weights and statistics."""
     made = randomize_bn(BLOCKS[name][1](act)).train()
-    if isinstance(made, host.NormAct):
-        return made, fused.as_host(copy.deepcopy(made))
     report = regnet_fast.rebuild(copy.deepcopy(made))
     assert [path for path, _ in report.rebuilt] == [""] and not report.kept
     return report.model, made

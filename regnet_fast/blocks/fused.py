@@ -396,7 +396,7 @@ def check_quiet(block: nn.Module) -> None:
             continue
         if hooked(module):
             raise Refused(f"a hook is registered on {path}")
-        for name in module.__dict__:
+        for name in [*module.__dict__]:
             if callable(getattr(type(module), name, None)):
                 raise Refused(f"the {name} of {path} was replaced")
 

@@ -23,10 +23,10 @@ def with_tensors(form: Form, instead: Mapping[int, Tensor]) -> Form:
         if id(m) not in copies:
             copies[id(m)] = copy = object.__new__(type(m))
             vars(copy).update(
-                {name: tensor(value) for name, value in vars(m).items()},
-                _parameters={name: tensor(t) for name, t in m._parameters.items()},
-                _buffers={name: tensor(t) for name, t in m._buffers.items()},
-                _modules={name: part(child) for name, child in m._modules.items()},
+                {name: tensor(value) for name, value in [*vars(m).items()]},
+                _parameters={name: tensor(t) for name, t in [*m._parameters.items()]},
+                _buffers={name: tensor(t) for name, t in [*m._buffers.items()]},
+                _modules={name: part(child) for name, child in [*m._modules.items()]},
             )
         return copies[id(m)]
 

@@ -40,7 +40,7 @@ class Structure:
         ]
         self._tables = [table for m in self._modules for table in (m._parameters, m._buffers) if table]
         self._loose = [
-            (state, name) for state in self._states for name, value in state.items() if isinstance(value, Tensor)
+            (state, name) for state in self._states for name, value in [*state.items()] if isinstance(value, Tensor)
         ]
         self._hooks_seen, self._hooked = RemovableHandle.next_id, any(hooked(m) for m in self._modules[1:])
         self._structure = self._read_structure()
@@ -72,7 +72,7 @@ class Structure:
         """The same with their names."""
         for path, m in self._modules[0].named_modules():
             for table in (m._parameters, m._buffers, m.__dict__):
-                for name, t in table.items():
+                for name, t in [*table.items()]:
                     if isinstance(t, Tensor):
                         yield f"{path}.{name}" if path else name, t
 
