@@ -21,7 +21,7 @@ from . import training
 from .forms import Form
 from .substitution import with_tensors
 from .units import ConvUnit, LinearUnit, Refused
-from .watch import Structure, Watch, hooked, transformed
+from .watch import PLAIN, Structure, Watch, hooked, transformed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STATE = "_regnet_fast_plans"
@@ -115,7 +115,7 @@ class Trained(Structure):
             self.refusal = str(refusal)
 
     def _read_kinds(self) -> list[tuple]:
-        return [(type(t), None if t is None else t.shape) for t in self._read_tensors()]
+        return [(type(t), t.shape if type(t) in PLAIN else None) for t in self._read_tensors()]
 
     def current(self) -> bool:
         """Whether the structure is as it was, and every weight of its class and shape."""

@@ -21,7 +21,7 @@ _CONFIG = (
     *("add_maxpool", "pool_type", "input_fmt", "output_size", "start_dim", "end_dim"),
 )
 _CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
 _COUNTER = "num_batches_tracked"
 
 
@@ -81,7 +81,7 @@ class Structure:
         if all(t is None or _plain(t) for t in self._read_tensors()):
             return None
         name, t = next((name, t) for name, t in self.named_tensors() if not _plain(t))
-        kind = f"class {type(t).__name__}" if type(t) not in _PLAIN else f"layout {t.layout}"
+        kind = f"class {type(t).__name__}" if type(t) not in PLAIN else f"layout {t.layout}"
         return f"{name} is a tensor of the {kind}, which computes in a way of its own"
 
     def current(self) -> bool:
@@ -99,7 +99,8 @@ class Watch(Structure):
 
     `current()` is the whole of cache invalidation: the structure; the identity, memory, layout and version of every
     tensor that the forward reads; and whether an optimizer stepped over one of them, since torch's fused optimizers,
-    and those that write through `.data`, leave the version as it is.
+    and those that write through `.data`, leave the version as it is. Of other writes through `.data` one element of
+    each matrix tells.
 
     Attributes: `tensors`, each once, without the counters of batches; `blind`, why changes to them cannot be seen, or
     None: there are no tensors then.
@@ -120,6 +121,8 @@ class Watch(Structure):
         self._matrices = [t for t in self.tensors if t.dim() > 1]
         self._memory = [t.detach() for t in self.tensors]  # as long as it is held no other tensor can be put there
         self._versions, self._pointers, self._strides = self._read_memory()
+        self._probes = [found for t in self._memory if (found := _largest(t)) is not None]
+        self._probed = [t.item() for t in self._probes]
         self.storages = frozenset(map(_storage, self.tensors))
         _STEPS.watch(self)
 
@@ -141,15 +144,28 @@ class Watch(Structure):
         )
 
     def memory_current(self) -> bool:
-        """Whether every tensor's memory is the one that it was: it is assigned by `t.data = ...`."""
-        return [t.data_ptr() for t in self.tensors] == self._pointers and [
-            t.stride() for t in self._matrices
-        ] == self._strides
+        """Whether every tensor's memory is the one that it was, which `t.data = ...` changes, and on a CPU the largest
+        element of every matrix, which most writes through `.data` change.
+        """
+        return (
+            [t.data_ptr() for t in self.tensors] == self._pointers
+            and [t.stride() for t in self._matrices] == self._strides
+            and [t.item() for t in self._probes] == self._probed
+        )
+
+
+def _largest(t: Tensor) -> Tensor | None:
+    """A view of the element of largest magnitude of a matrix on a CPU; None for vectors, and where it is NaN."""
+    if t.dim() < 2 or not t.is_cpu or not t.numel():
+        return None
+    index = torch.unravel_index(t.abs().argmax(), t.shape)
+    found = t[tuple(int(i) for i in index)]
+    return None if found.isnan() else found
 
 
 def _plain(t: Tensor) -> bool:
     """Whether a tensor is nothing but numbers in memory."""
-    return type(t) in _PLAIN and t.layout is torch.strided
+    return type(t) in PLAIN and t.layout is torch.strided
 
 
 def _storage(t: Tensor) -> int:
