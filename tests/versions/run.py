@@ -33,9 +33,7 @@ NOT_OFFERED = re.compile(r"No matching distribution found for torch|The user req
 TESTS = (
     "tests/versions",
     "tests/test_training_models.py::test_one_step",
-    "tests/test_cpu_passes.py::test_reading_and_its_gradients",
     "tests/test_cpu_passes.py::test_statistics",
-    "tests/test_cpu_passes.py::test_gradients_of_raw_maps",
     "tests/test_cpu_passes.py::test_joins",
 )
 
