@@ -147,7 +147,7 @@ def test_explain():
             assert found["totals"][execution][what] == sum(parts) > 0
     table = run("explain", MODEL, *SMALL).output
     assert all(row["layer"] in table for row in found["layers"])
-    assert "norm: host, because BatchNormAct2d is no part of a fused block" in table
+    assert "norm.act: host, because ReLU is no part of a fused block" in table
     assert found["ceilings"] is found["totals"]["ours"]["seconds"] is None and " us" not in table
 
 
