@@ -141,8 +141,10 @@ def _of_norm(sums: Sums, norm: Norm) -> tuple[Tensor | None, ...]:
 
 def _copied(weight: Tensor | None) -> Tensor | None:
     """A norm's weight for the gradient of what it normalises: whoever reads the norm gives the weight its gradient
-    before that, and a hook may change it then.
+    before that, and a hook may change it then. Raises RuntimeError for a weight whose memory was given back.
     """
+    if weight is not None and type(weight) in (Tensor, torch.nn.Parameter) and not weight.data_ptr():
+        raise RuntimeError("regnet_fast: a norm's weight has no memory any more")
     return None if weight is None else weight.detach().clone()
 
 
