@@ -190,7 +190,7 @@ def test_what_a_model_launches_is_compiled(tmp_path, model, training):
     network = regnet_fast.create_model(model).train(training).bfloat16()
     with (
         cuda_launch.standing_in(lambda launch, tensors: asked.setdefault(launch.kernel, launch.source), Target()),
-        backend("cuda,aten"),
+        backend("cuda,aten" if training else "cuda,aten,reference"),  # oneDNN has bfloat16 on some processors alone
         torch.set_grad_enabled(training),
     ):
         y = network(torch.zeros(1, 3, 224, 224, dtype=torch.bfloat16))

@@ -114,9 +114,10 @@ def test_detection(kind, name, in_float64):
         for found, expected in zip(ours(images), theirs(images), strict=True):
             assert len(found["boxes"]) == len(expected["boxes"]) > 0
             torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-3, atol=1e-3)
-            near = (found["boxes"] - expected["boxes"]).abs().amax(1) <= 1e-3 * 96
-            alike = near & (found["labels"] == expected["labels"])  # equal scores may change places
-            assert alike.float().mean() >= 0.95, alike
+            apart = torch.cdist(found["boxes"], expected["boxes"], p=float("inf"))
+            apart += 1e3 * (found["labels"][:, None] != expected["labels"])
+            best = apart.amin(0)[:30]  # towards the end scores are equal but for rounding, and change places
+            assert (best <= 0.1).float().mean() >= 0.9
     targets = [{"boxes": torch.tensor([[5.0, 5.0, 40.0, 40.0]]).double(), "labels": torch.tensor([1])}] * 2
     images = [image.double() for image in images]
     assert_same_step(ours, theirs, lambda model: sum(model(images, copy.deepcopy(targets)).values()))

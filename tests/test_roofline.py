@@ -392,8 +392,7 @@ def test_explain_counts_every_launch_once():
     conv = units["stages.0.blocks.0.conv2"]
     assert conv.ours.kernels == 3  # the convolution, the norm in one pass, the activation
     assert conv.eager.kernels == 4  # the norm in two
-    pool = units["stem.pool"]
-    assert pool.operation == "host" and pool.ours == pool.eager and pool.ours.kernels == 1
+    assert any("max_pool" in kernel.name for kernel in units["stem.conv3"].launched)  # a stem's own last layer
 
 
 def test_explain_counts_the_gate_behind_squeeze_excite():

@@ -58,7 +58,7 @@ class Page(HTMLParser):
 def test_layers_are_judged_in_the_order_of_execution():
     found = verify.verify("resnetv2_18", 2, 32)
     names = [check.stage for check in found.layers]
-    assert len(names) == found.rebuilt and names[0].startswith("stem") and names[-2:] == ["norm", "head"]
+    assert len(names) == found.rebuilt and names[0].startswith("stem") and names[-2:] == ["stages.3.blocks.1", "head"]
     assert names.index("stages.0.blocks.0") < names.index("stages.3.blocks.1")
     by_name = {check.stage: check for check in found.layers}
     assert by_name["stages.1.blocks.1"].max_ours > 0 and found.first_fault is None
