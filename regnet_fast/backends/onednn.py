@@ -51,11 +51,12 @@ class _Sized:
     """A convolution that was prepared for one input shape.
 
     Attributes: `weight`; `shape` and `geometry` (padding, stride, dilation, groups) of the convolution that it is
-    packed for, or None where it is not packed.
+    packed for, or None where it is not packed; `layout`, oneDNN's description of it, once it was asked for.
     """
 
     weight: Tensor
     shape: torch.Size | None = None
+    layout: bytes | None = None
     geometry: tuple
 
     @staticmethod
@@ -71,7 +72,9 @@ class _Sized:
             return self
         example = torch.empty(self.shape, dtype=problem.dtype, device="cpu", memory_format=torch.channels_last)
         wanted = _layout(_packed(example, self.geometry, self.packed_for(problem)))
-        return self if wanted == _layout(self.weight) else None
+        if self.layout is None:
+            self.layout = _layout(self.weight)
+        return self if wanted == self.layout else None
 
     @staticmethod
     def unpacked(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> DirectConv:
@@ -87,7 +90,7 @@ def _packed(weight: Tensor, geometry: tuple, input_shape: tuple[int, ...]) -> Te
 
 def _layout(packed: Tensor) -> bytes:
     """oneDNN's description of a packed weight. (Four of its bytes are padding behind the dtype, never written.)"""
-    found = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
+    found = torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()
     return found[:_PADDING] + found[_PADDING + 4 :]
 
 

@@ -100,7 +100,7 @@ class Watch(Structure):
     `current()` is the whole of cache invalidation: the structure; the identity, memory, layout and version of every
     tensor that the forward reads; and whether an optimizer stepped over one of them, since torch's fused optimizers,
     and those that write through `.data`, leave the version as it is. Of other writes through `.data` one element of
-    each matrix tells.
+    the largest matrix tells.
 
     Attributes: `tensors`, each once, without the counters of batches; `blind`, why changes to them cannot be seen, or
     None: there are no tensors then.
@@ -121,8 +121,8 @@ class Watch(Structure):
         self._matrices = [t for t in self.tensors if t.dim() > 1]
         self._memory = [t.detach() for t in self.tensors]  # as long as it is held no other tensor can be put there
         self._versions, self._pointers, self._strides = self._read_memory()
-        self._probes = [found for t in self._memory if (found := _largest(t)) is not None]
-        self._probed = [t.item() for t in self._probes]
+        self._probe = _largest(max((t for t in self._memory if t.dim() > 1), key=Tensor.numel, default=None))
+        self._probed = None if self._probe is None else self._probe.item()
         self.storages = frozenset(map(_storage, self.tensors))
         _STEPS.watch(self)
 
@@ -145,18 +145,18 @@ class Watch(Structure):
 
     def memory_current(self) -> bool:
         """Whether every tensor's memory is the one that it was, which `t.data = ...` changes, and on a CPU the largest
-        element of every matrix, which most writes through `.data` change.
+        element of the largest matrix, which most writes through `.data` to all weights change.
         """
         return (
             [t.data_ptr() for t in self.tensors] == self._pointers
             and [t.stride() for t in self._matrices] == self._strides
-            and [t.item() for t in self._probes] == self._probed
+            and (self._probe is None or self._probe.item() == self._probed)
         )
 
 
-def _largest(t: Tensor) -> Tensor | None:
-    """A view of the element of largest magnitude of a matrix on a CPU; None for vectors, and where it is NaN."""
-    if t.dim() < 2 or not t.is_cpu or not t.numel():
+def _largest(t: Tensor | None) -> Tensor | None:
+    """A view of the element of largest magnitude on a CPU, or None, also where it is NaN."""
+    if t is None or not t.is_cpu or not t.numel():
         return None
     index = torch.unravel_index(t.abs().argmax(), t.shape)
     found = t[tuple(int(i) for i in index)]
