@@ -394,9 +394,56 @@ def test_sizes_with_other_layouts_share_plain_weights_from_the_third_on(monkeypa
         x = torch.randn(1, 2, 4, width)
         y = R.dense_conv(x, conv)
         torch.testing.assert_close(y, torch.conv2d(x, conv.weight, conv.bias, 1, 1), rtol=1e-5, atol=1e-5)
-    assert len(folds) == 3 and not conv._runs and len(conv._unpacked) == 1
-    weights = [run.weight for run in conv._unpacked.values()]
-    assert not weights[0].is_mkldnn
+    assert len(folds) == 3
+    weights = {id(run.weight): run.weight for run in [*conv._runs.values(), *conv._unpacked.values()]}
+    assert [weight.is_mkldnn for weight in weights.values()] == [False]
+
+
+CONVOLUTIONS = {
+    "dense": ((32, 16, 3, 3), {"padding": 1}),
+    "grouped": ((32, 8, 3, 3), {"padding": 1, "groups": 4}),
+    "depthwise": ((24, 1, 3, 3), {"padding": 1, "groups": 24, "stride": 2}),
+    "pointwise, small and large": ((64, 48, 1, 1), {"activation": "silu"}),
+    "Winograd for some": ((256, 256, 3, 3), {"padding": 1, "activation": "relu"}),
+}
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("one_layout", [True, False])
+def test_results_do_not_depend_on_the_shapes_seen_before(name, one_layout, monkeypatch):
+    """More sizes than are packed, of all the ways; each to the very bits of a convolution that saw it alone."""
+    size, options = CONVOLUTIONS[name]
+    weight, bias = torch.randn(size), torch.randn(size[0])
+    inputs = [
+        torch.randn(n, size[1] * options.get("groups", 1), h, w)
+        for n, h, w in [(1, 4, 6), (2, 14, 14), (1, 15, 13), (4, 8, 8), (1, 40, 36), (3, 16, 16), (1, 2, 2)]
+    ]
+    op = getattr(R, R.pack_conv(weight, **options).op)
+    alone = [op(x, R.pack_conv(weight, bias, **options)) for x in inputs]
+    if not one_layout:
+        monkeypatch.setattr(onednn, "_layout", lambda weight: object())
+    conv = R.pack_conv(weight, bias, **options)
+    for _ in range(2):
+        for x, expected in zip(inputs, alone, strict=True):
+            assert torch.equal(op(x, conv), expected), tuple(x.shape)
+    kept = {id(run.weight): type(run) for run in [*conv._runs.values(), *conv._unpacked.values()]}
+    assert len(kept) == len(set(kept.values())), kept  # one weight for each way
+
+
+@needs_onednn
+def test_a_layout_reads_the_same_in_every_thread():
+    """oneDNN's description has bytes between its members that nobody writes."""
+    weight = torch.randn(16, 8, 3, 3)
+    packed = onednn._packed(weight, ([1, 1], [1, 1], [1, 1], 2), (1, 16, 8, 8))
+    expected = onednn._layout(packed)
+    assert expected[:6] == (2, 8, 8, 3, 3, 0) and expected != onednn._layout(weight.to_mkldnn())
+
+    def work(depth):
+        return onednn._layout(packed) if depth == 0 else work(depth - 1)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(work, range(64))) == {expected}
 
 
 @needs_onednn

@@ -238,9 +238,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("what", SPOILT)
-@pytest.mark.parametrize(
-    "name", ["stem", "Bottleneck of width 8", "PreActBottleneck, strided", "RepVggBlock"]
-)
+@pytest.mark.parametrize("name", ["stem", "Bottleneck of width 8", "PreActBottleneck, strided", "RepVggBlock"])
 def test_norms_that_do_not_fit_are_an_error(name, what):
     """As they are for timm: none is read beyond its end."""
     for index in range(sum(isinstance(m, NORM) for m in pair_of(name)[0].modules())):

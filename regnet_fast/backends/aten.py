@@ -26,9 +26,20 @@ def _type(problem: Problem) -> str:
     return problem.device.partition(":")[0]
 
 
-def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
-    """The convolution bound to its packed weights: `run(x, gate, residual, consume, into_residual)`."""
-    return _LIBRARIES[_type(problem)].prepare_conv(problem, weight, bias)
+def way(problem: ConvProblem) -> type[onednn.Convolution] | None:
+    """On a CPU the class that serves a problem and may serve other input shapes with the same weights."""
+    return onednn.way(problem) if _type(problem) == "cpu" else None
+
+
+def prepare_conv(
+    problem: ConvProblem, weight: Tensor, bias: Tensor | None, packed: bool = True
+) -> Callable[..., Tensor]:
+    """The convolution bound to its weights: `run(x, gate, residual, consume, into_residual)`; on a CPU they are packed
+    for the input shape, or serve every shape.
+    """
+    if _type(problem) == "cpu":
+        return onednn.prepare_conv(problem, weight, bias, packed)
+    return cudnn.prepare_conv(problem, weight, bias)
 
 
 def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> Callable[[Tensor], Tensor]:

@@ -6,7 +6,10 @@ here and nothing is slower there. Everything computes in channels_last.
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,39 +50,33 @@ def apply_gate(x: Tensor, gate: Tensor, consume: bool) -> Tensor:
     return x.mul_(gate) if consume else x * gate
 
 
-class _Sized:
-    """A convolution that was prepared for one input shape.
+class Convolution:
+    """A convolution bound to its weights, which are packed for one input shape, or serve every shape.
 
     Attributes: `weight`; `shape` and `geometry` (padding, stride, dilation, groups) of the convolution that it is
-    packed for, or None where it is not packed; `layout`, oneDNN's description of it, once it was asked for.
+    packed for, or None where it is not packed; `layout` of the packed weight, or None where that is not known.
     """
 
     weight: Tensor
     shape: torch.Size | None = None
-    layout: bytes | None = None
     geometry: tuple
+
+    @cached_property
+    def layout(self) -> tuple | None:
+        return _layout(self.weight)
 
     @staticmethod
     def packed_for(problem: ConvProblem) -> tuple[int, ...]:
         """The input shape of the convolution that the weight is packed for."""
         return problem.input_shape
 
-    def resized(self, problem: ConvProblem) -> _Sized | None:
-        """What serves another input shape with the same weights, or None where that wants other ones."""
-        if _way(problem) is not type(self):
-            return None
+    def fits(self, problem: ConvProblem) -> bool:
+        """Whether a problem that differs in the input shape alone wants the weight as it is."""
         if self.shape is None:
-            return self
+            return True
         example = torch.empty(self.shape, dtype=problem.dtype, device="cpu", memory_format=torch.channels_last)
         wanted = _layout(_packed(example, self.geometry, self.packed_for(problem)))
-        if self.layout is None:
-            self.layout = _layout(self.weight)
-        return self if wanted == self.layout else None
-
-    @staticmethod
-    def unpacked(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> DirectConv:
-        """One for every input shape, whose weights oneDNN lays out in each call."""
-        return DirectConv(problem, weight, bias, packed=False)
+        return wanted is not None and wanted == self.layout
 
 
 def _packed(weight: Tensor, geometry: tuple, input_shape: tuple[int, ...]) -> Tensor:
@@ -88,16 +85,20 @@ def _packed(weight: Tensor, geometry: tuple, input_shape: tuple[int, ...]) -> Te
     return torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, list(input_shape))
 
 
-def _layout(packed: Tensor) -> bytes:
-    """oneDNN's description of a packed weight. (Four of its bytes are padding behind the dtype, never written.)"""
-    found = torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()
-    return found[:_PADDING] + found[_PADDING + 4 :]
+_MEMORY_DESC = struct.Struct("=8x12qi4x12q12qqi4x12qi4x12q12q")
+"""The members of oneDNN's `dnnl_memory_desc` from the dims to the blocking, without the padding between them, which is
+never written: dims, dtype, padded dims and offsets, offset, kind of format, strides, and the inner blocks' number,
+sizes and dimensions."""
 
 
-_PADDING = 108
+def _layout(packed: Tensor) -> tuple | None:
+    """How oneDNN lays a packed weight out, or None where its description does not read as one of that size."""
+    described = torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()
+    found = _MEMORY_DESC.unpack_from(described) if len(described) >= _MEMORY_DESC.size else ()
+    return found if math.prod(filter(None, found[:12])) == packed.numel() else None
 
 
-class DirectConv(_Sized):
+class DirectConv(Convolution):
     """oneDNN's convolution with packed weights: `run(x, gate, residual, consume, into_residual)`.
 
     The weights are packed for one input shape, for which oneDNN chooses the blocking; given another blocking it lays
@@ -144,7 +145,7 @@ class DirectConv(_Sized):
         return self.conv_add(x, residual, *self.added)
 
 
-class MatmulConv(_Sized):
+class MatmulConv(Convolution):
     """A small 1x1 convolution as torch's matrix product: `run(x, gate, residual, consume, into_residual)`.
 
     A call of oneDNN's convolution costs more, which the smallest layers at batch 1 feel (docs/cpu.md).
@@ -152,7 +153,7 @@ class MatmulConv(_Sized):
 
     label = "torch addmm"
 
-    def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
+    def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None, packed: bool = True):
         self.weight = weight.flatten(1).t()
         self.bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(problem.dtype)
         self.activate = _IN_PLACE[problem.activation]
@@ -168,8 +169,8 @@ class MatmulConv(_Sized):
         return self.activate(y if residual is None else y.add_(residual))
 
 
-class WinogradConv(winograd.Convolution, _Sized):
-    """`winograd.Convolution`."""
+class WinogradConv(winograd.Transformed, Convolution):
+    """`winograd.Transformed`."""
 
 
 def matmul_faster(problem: ConvProblem) -> bool:
@@ -184,15 +185,18 @@ def matmul_faster(problem: ConvProblem) -> bool:
     )
 
 
-def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
-    """The convolution bound to packed weights, by the way that was measured fastest for such a problem."""
-    return _way(problem)(problem, weight, bias)
-
-
-def _way(problem: ConvProblem) -> type[_Sized]:
+def way(problem: ConvProblem) -> type[Convolution]:
+    """The way that was measured fastest for such a problem: `way(problem)(problem, weight, bias)` binds it."""
     if winograd.faster(problem):
         return WinogradConv
     return MatmulConv if matmul_faster(problem) else DirectConv
+
+
+def prepare_conv(
+    problem: ConvProblem, weight: Tensor, bias: Tensor | None, packed: bool = True
+) -> Callable[..., Tensor]:
+    """The convolution bound to its weights, packed or not: `run(x, gate, residual, consume, into_residual)`."""
+    return way(problem)(problem, weight, bias, packed)
 
 
 class SqueezeExcite:

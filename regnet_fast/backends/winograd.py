@@ -49,7 +49,7 @@ def transformed_weights(weight: Tensor) -> Tensor:
     return u.reshape(-1, weight.shape[1], 1, 1).to(weight.dtype)
 
 
-class Convolution:
+class Transformed:
     """The convolution bound to transformed and packed weights: `run(x, gate, residual, consume, into_residual)`;
     gate is None.
     """
@@ -58,13 +58,14 @@ class Convolution:
 
     geometry = ([0, 0], [1, 1], [1, 1], 16)
 
-    def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
+    def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None, packed: bool = True):
         self.out_channels = problem.out_channels
-        transformed = transformed_weights(weight).contiguous(memory_format=torch.channels_last)
-        self.shape = transformed.shape
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
-            transformed, *self.geometry, list(self.packed_for(problem))
-        )
+        self.weight = transformed_weights(weight).contiguous(memory_format=torch.channels_last)
+        if packed:
+            self.shape = self.weight.shape
+            self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight, *self.geometry, list(self.packed_for(problem))
+            )
         self.bias = bias
         self.activate = {"none": lambda y: y, "relu": torch.relu_, "silu": lambda y: F.silu(y, inplace=True)}[
             problem.activation

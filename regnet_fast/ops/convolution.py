@@ -16,10 +16,16 @@ _SHAPES_KEPT = 8
 _SHARED_KEPT = 32
 """Of how many input shapes what was prepared is kept: each with weights of its own, or with shared ones."""
 
+_SHAPES_PACKED = 4
+"""Up to how many input shapes are served from packed weights: with more the sizes are taken to change all the time."""
+
 
 def with_run(runs: dict, key: tuple, run: Callable, most: int = _SHAPES_KEPT) -> dict:
     """The last few prepared runs with one more: a new dictionary, since other threads may be reading this one."""
-    return dict([*runs.items(), (key, run)][-most:])
+    runs = {**runs, key: run}
+    if len(runs) > most:
+        del runs[next(iter(runs))]
+    return runs
 
 
 def channels_last(y: Tensor) -> Tensor:
@@ -46,8 +52,8 @@ class PackedConv:
     Made by `regnet_fast.functional.pack_conv`, and by the blocks for their own layers. The weight is of the compute
     dtype, the bias of that or float32, and neither is written to. Safe to share between threads.
 
-    Input shapes whose weights are packed alike share them. Two shapes may have weights of their own; with a third one
-    that does not share the first's, all are served from weights that are not packed, which serve every shape.
+    A few input shapes whose weights are packed alike share them, and two may have weights of their own. With more, all
+    are served from weights that are not packed, which serve every shape, to the same bits.
     """
 
     def __init__(
@@ -118,25 +124,33 @@ class PackedConv:
 
     def _prepare(self, key: tuple, x: Tensor | Deferred, residual: Tensor | Deferred | None = None) -> Callable:
         """What serves an input shape that nothing was prepared for."""
-        use = key[1:]
-        if use in self._unpacked:
-            return self._unpacked[use]
         problem = self.problem(x, not key[1], residual is not None)
         if residual is not None and residual.shape != problem.output_shape:
             shapes = f"{tuple(residual.shape)} to a result of shape {problem.output_shape}"
             raise RuntimeError(f"{self.op}: cannot add a residual of shape {shapes}")
         chosen = select(problem)
-        before = [run for other, run in self._runs.items() if other[1:] == use and hasattr(run, "resized")]
-        before = before if chosen.name == aten.NAME else []
-        kinds = {id(run.weight): run for run in before}
-        run = next((fit for one in kinds.values() if (fit := one.resized(problem)) is not None), None)
-        if len(before) > 1 and (run is None or len(kinds) > 1):
-            self._unpacked = {**self._unpacked, use: before[0].unpacked(problem, *self.folded())}
-            self._runs = {other: run for other, run in self._runs.items() if other[1:] != use}
-            return self._unpacked[use]
+        way = aten.way(problem) if chosen.name == aten.NAME else None
+        if way is not None:
+            return self._share(key, problem, way)
+        run = chosen.module.prepare_conv(problem, *self.folded())
+        self._runs = with_run(self._runs, key, run)
+        return run
+
+    def _share(self, key: tuple, problem: ConvProblem, way: type) -> Callable:
+        """What serves an input shape, with the weights of other shapes where it can."""
+        use = way, *key[1:]
+        run = self._unpacked.get(use)
         if run is None:
-            run = chosen.module.prepare_conv(problem, *self.folded())
-        self._runs = with_run(self._runs, key, run, _SHARED_KEPT if hasattr(run, "resized") else _SHAPES_KEPT)
+            packed = {other: run for other, run in self._runs.items() if (type(run), *other[1:]) == use and run.shape}
+            kinds = {run.layout: run for run in packed.values()}
+            if len(packed) < _SHAPES_PACKED:
+                run = next((one for one in kinds.values() if one.fits(problem)), None)
+            if run is None or len(kinds) > 1:
+                run = aten.prepare_conv(problem, *self.folded(), len(packed) < 2)
+            if getattr(run, "shape", None) is None:
+                self._unpacked = {**self._unpacked, use: run}
+                self._runs = {other: run for other, run in self._runs.items() if other not in packed}
+        self._runs = with_run(self._runs, key, run, _SHARED_KEPT)
         return run
 
     def pin(self) -> tuple:

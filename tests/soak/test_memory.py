@@ -18,6 +18,7 @@ from training_blocks import NETWORKS
 
 import regnet_fast
 from regnet_fast.backends import backend
+from regnet_fast.backends.onednn import Convolution
 from regnet_fast.blocks.fused import _STATE, Fused
 from regnet_fast.ops.convolution import PackedConv
 
@@ -76,10 +77,9 @@ def assert_bounded(model) -> None:
     packed = list(packed_convolutions(model))
     assert packed
     for one in packed:
-        for use in {key[1:] for key in one._runs} | set(one._unpacked):
-            runs = [run for key, run in one._runs.items() if key[1:] == use]
-            weights = {id(run.weight) for run in runs if hasattr(run, "resized")}
-            assert len(weights) <= 2 and not (weights and use in one._unpacked)
+        for use in {(type(run), *key[1:]) for key, run in one._runs.items() if isinstance(run, Convolution)}:
+            packed = {id(run.weight) for key, run in one._runs.items() if (type(run), *key[1:]) == use and run.shape}
+            assert len(packed) <= 2 and not (packed and use in one._unpacked)
 
 
 @pytest.mark.parametrize("name", NETWORKS if FACTOR > 1 else ["repvgg"])

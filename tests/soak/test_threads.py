@@ -123,7 +123,10 @@ def test_many_models_train_in_many_threads(tally):
 
 
 def test_weights_change_between_calls_of_threads(tally):
-    """After an optimizer's step no thread computes with the old weights."""
+    """After an optimizer's step no thread computes with the old weights, which are a hundredth smaller.
+
+    Weights that are other ones in every call are left to the host, whose sums are rounded otherwise.
+    """
     model = made("resnet_v2")
     x = torch.randn(2, 3, 32, 32)
     for _ in range(times(3)):
@@ -132,7 +135,7 @@ def test_weights_change_between_calls_of_threads(tally):
                 parameter.mul_(1.01)
         expected = forced(copy.deepcopy(model), x, "auto")
         for y in in_threads(lambda k: forced(model, x, "auto")):
-            assert torch.equal(y, expected)
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
             tally.count("calls")
 
 
