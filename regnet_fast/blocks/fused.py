@@ -151,14 +151,17 @@ class Fused:
     def read_form(self) -> Form:
         """`fused_form` where nobody listens below the block. Whatever goes wrong in it is a refusal."""
         try:
-            check_quiet(self)
-            form = self.fused_form()
-            form.check_channels()
-            return form
+            return self._checked_form()
         except Refused:
             raise
         except Exception as error:
             raise Refused(f"it is not built like {self.host.__name__}: {type(error).__name__}: {error}") from error
+
+    def _checked_form(self) -> Form:
+        check_quiet(self)
+        form = self.fused_form()
+        form.check_channels()
+        return form
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -293,7 +296,7 @@ class Fused:
         if any(map(is_traceable_wrapper_subclass, self.parameters())):
             return super().forward(x)
         try:
-            form = self.read_form()
+            form = self._checked_form()
             if self.training:
                 training.check_traced(form, x)
                 return training.run(form, x)
@@ -396,8 +399,9 @@ def check_quiet(block: nn.Module) -> None:
             continue
         if hooked(module):
             raise Refused(f"a hook is registered on {path}")
-        for name in [*module.__dict__]:
-            if callable(getattr(type(module), name, None)):
+        # torch.compile of 2.11 cannot list a module's attributes.
+        for name in ("forward",) if torch.compiler.is_compiling() else [*module.__dict__]:
+            if name in module.__dict__ and callable(getattr(type(module), name, None)):
                 raise Refused(f"the {name} of {path} was replaced")
 
 

@@ -71,7 +71,7 @@ def test_a_smaller_configuration_takes_the_place_of_one_that_is_too_large(monkey
     assert compiler.asked[-1][1]["num_warps"] == 8, "they hold the same sums"
     compiler.asked.clear()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", tables.SmallerWarning)
         gate()
     assert [needed for needed, _ in compiler.asked] == [57344], "it was chosen once"
 
