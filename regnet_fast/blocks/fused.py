@@ -27,7 +27,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STATE = "_regnet_fast_plans"
 _TRAINED = "_regnet_fast_training"
 _FROZEN = "_regnet_fast_frozen"
-_DERIVED = (_STATE, _TRAINED, _FROZEN)
+PIECES = "_regnet_fast_pieces"
+"""Where a subclass keeps blocks that it made of parts of itself."""
+_DERIVED = (_STATE, _TRAINED, _FROZEN, PIECES)
 
 _BRIEF = 2
 """After how many plans that were good for one call the weights are taken for ones that change in every call."""

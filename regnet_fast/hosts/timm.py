@@ -6,6 +6,10 @@ at construction: a block is read again whenever a module, a setting or a hook be
 
 from __future__ import annotations
 
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
 from timm.layers import (
     BatchNormAct2d,
     DropPath,
@@ -29,7 +33,7 @@ from torch import Tensor, nn
 
 from ..blocks import forms
 from ..blocks.chain import Chain
-from ..blocks.fused import Fused
+from ..blocks.fused import PIECES, Fused
 from ..blocks.units import (
     ConvUnit,
     GateUnit,
@@ -47,6 +51,7 @@ FAMILIES = ("regnetx_", "regnety_", "regnetv_", "regnetz_", "repvgg_", "resnetv2
 
 _ACTIVATIONS = {**modules.ACTIVATIONS, Swish: "silu"}
 _CONVS = (nn.Conv2d, StdConv2d)
+_FORWARD_INTERMEDIATES = resnetv2.ResNetV2.forward_intermediates.__code__
 _NORM_ACTS = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
 _BATCH_NORMS = (*_NORM_ACTS, *modules.BATCH_NORMS)
 _INERT_IN_EVALUATION = (nn.Identity, nn.Dropout, DropPath, DropBlock2d)
@@ -191,6 +196,33 @@ class Stem(Fused, nn.Sequential):
             if _has_parameters(layer):
                 raise Refused(f"{path} is {modules.class_name(layer)}, which has no fused form here")
         return forms.Stem(*units, rest=tuple(layer for _, layer in layers))
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """The layers. For timm's `forward_intermediates`, which calls them one by one and has to give what `forward`
+        gives, each convolution fused with the norm behind it, and nothing in the place of that norm.
+        """
+        layers = tuple(self._modules.items())
+        if self.training or sys._getframe(1).f_code is not _FORWARD_INTERMEDIATES:
+            return iter([layer for _, layer in layers])
+        known, pieces = self.__dict__.get(PIECES, (None, []))
+        if known != layers:
+            pieces = self._pieces(layers)
+            self.__dict__[PIECES] = layers, pieces
+        return iter(pieces)
+
+    @staticmethod
+    def _pieces(layers: Sequence[tuple[str, nn.Module]]) -> list[nn.Module]:
+        found: list[nn.Module] = []
+        while layers:
+            (_, layer), *behind = layers
+            if type(layer) not in _CONVS:
+                found, layers = [*found, layer], behind
+                continue
+            normed = bool(behind) and type(behind[0][1]) not in _CONVS and _has_parameters(behind[0][1])
+            piece = Stem(OrderedDict(layers[: 1 + normed]))
+            piece.training = False  # and the layers as they are
+            found, layers = [*found, piece, *[nn.Identity()] * normed], behind[normed:]
+        return found
 
 
 @register_notrace_module
