@@ -28,7 +28,10 @@ PYTHONS = ("3.10", "3.12", "3.13")
 INSTALL = ("-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check")
 CONSTRAINTS = ("-c", str(ROOT / "tests" / "constraints.txt"))
 OLDER = {"2.11.0": ("numpy<2.4",)}
-NOT_OFFERED = re.compile(r"No matching distribution found for torch|The user requested \(constraint\) torch")
+NOT_OFFERED = re.compile(
+    r"Cannot install torch===\S+ because|No matching distribution found for torch"
+    r"|The user requested \(constraint\) torch"
+)
 
 TESTS = (
     "tests/versions",
