@@ -36,6 +36,16 @@ def test_intermediates_are_those_of_forward(name):
     assert ours.state_dict().keys() == theirs.state_dict().keys()
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_compiled_whole(train, fresh_compiler):
+    """Nothing in the way of iterating breaks a compiler's graph."""
+    ours = pair("resnetv2_18d")[0].train(train)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for call in (ours.forward_features, ours.forward_intermediates):
+            torch.compile(call, backend="eager", fullgraph=True)(x)
+
+
 def test_the_code_that_it_knows_is_timm_s():
     assert "enumerate" in resnetv2.ResNetV2.forward_intermediates.__code__.co_names
 

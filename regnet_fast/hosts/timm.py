@@ -10,6 +10,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
+import torch
 from timm.layers import (
     BatchNormAct2d,
     DropPath,
@@ -202,7 +203,8 @@ class Stem(Fused, nn.Sequential):
         gives, each convolution fused with the norm behind it, and nothing in the place of that norm.
         """
         layers = tuple(self._modules.items())
-        if self.training or sys._getframe(1).f_code is not _FORWARD_INTERMEDIATES:
+        whole = self.training or torch.compiler.is_compiling()
+        if whole or sys._getframe(1).f_code is not _FORWARD_INTERMEDIATES:
             return iter([layer for _, layer in layers])
         known, pieces = self.__dict__.get(PIECES, (None, []))
         if known != layers:

@@ -110,7 +110,7 @@ def scaled(assert_close):
     """The same check, whose absolute tolerance of 1e-5 is for values up to 1 and grows with larger ones.
 
     timm's test compares a forward with one under checkpointing, whose blocks are the host's own and not fused: the two
-    are rounded differently. Features of networks that were never trained reach some hundred.
+    are rounded differently.
     """
 
     @functools.wraps(assert_close)
