@@ -287,11 +287,12 @@ class Fused:
         return super().forward(x)
 
     def _traced(self, x: Tensor) -> Tensor:
-        """The path under torch.compile and torch.export: through the operators, weights folded in the graph.
+        """The path under torch.compile and torch.export: in evaluation through the operators, weights folded in the
+        graph; in training mode the host's own forward, which a compiler fuses better (docs/training.md).
 
         ONNX knows no such operators: its exporter records the host's own forward.
         """
-        if self.training and not self.trains:
+        if self.training:
             return super().forward(x)
         if x.dim() != 4 or x.dtype not in _DTYPES or x.is_meta or torch.onnx.is_in_onnx_export():
             return super().forward(x)
@@ -299,9 +300,6 @@ class Fused:
             return super().forward(x)
         try:
             form = self._checked_form()
-            if self.training:
-                training.check_traced(form, x)
-                return training.run(form, x)
             form.check_evaluation()
         except Refused:
             return super().forward(x)

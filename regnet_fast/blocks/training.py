@@ -209,29 +209,6 @@ def check(form: forms.Form) -> None:
         raise Refused("its last convolution has a norm")
 
 
-@torch.compiler.assume_constant_result
-def _untraced(device: str, dtype: torch.dtype) -> str | None:
-    if forced_backend() in (None, "reference"):
-        return "a compiler fuses the host's own forward better, where it was measured"
-    return unserved(torch.empty((1, 8, 1, 1), device=device, dtype=dtype))
-
-
-def check_traced(form: forms.Form, x: Tensor) -> None:
-    """Raise `Refused` where a compiler takes the host's forward of a form in training mode."""
-    check(form)
-    reason = _untraced(x.device.type, compute_dtype(x)) or unfit(form, x)
-    if reason is not None:
-        raise Refused(reason)
-    for unit in form.units().values():
-        for norm in (getattr(unit, name, None) for name in ("norm", "pointwise_norm", "identity")):
-            if norm is None or not _statistics(norm).batch:
-                continue
-            if _group(norm) is not None:
-                raise Refused("processes share the statistics of a norm")
-            if norm.momentum is None:
-                raise Refused("a norm's momentum depends on the number of steps")
-
-
 def unfit(form: forms.Form, x: Tensor) -> str | None:
     """Why an input is left to the host, which refuses or promotes it, or None."""
     autocast = torch.is_autocast_enabled(x.device.type)

@@ -23,10 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends import forced_backend, passes
+from ..backends import passes
 from ..backends.operands import Arriving, Excite, Filter, Norm, Own, Sums, Term
 from ..backends.training import passes_for
-from . import training_operators as operators
 
 _LAST = torch.channels_last
 
@@ -62,8 +61,7 @@ class Affine:
 class Normed:
     """A raw map that is read as `activation((map - mean) / sqrt(var + eps) * weight + bias)`.
 
-    `count` is the number of values of a channel behind mean and var, of all processes; `reading` as the registered
-    operators have it.
+    `count` is the number of values of a channel behind mean and var, of all processes.
     """
 
     map: Tensor
@@ -72,7 +70,6 @@ class Normed:
     affine: Affine
     eps: float
     count: float
-    reading: int = operators.NORMED
 
     @property
     def shape(self) -> torch.Size:
@@ -253,8 +250,6 @@ def convs(x: Map, branches: Sequence[Branch], excite: Excite | None = None) -> l
 
     Returns the raw results, as tensors or, with a norm, as `Normed`.
     """
-    if torch.compiler.is_compiling():
-        return _traced_convs(x, branches, excite)
     spec = (
         _reading(x),
         [branch.stats for branch in branches],
@@ -269,54 +264,6 @@ def convs(x: Map, branches: Sequence[Branch], excite: Excite | None = None) -> l
     for i, branch in enumerate(branches):
         y, mean, var, count = found[4 * i : 4 * i + 4]
         results.append(y if branch.stats is None else Normed(y, mean, var, branch.affine, branch.stats.eps, count))
-    return results
-
-
-@torch.compiler.assume_constant_result
-def _forced() -> str:
-    """The backend that is forced while a step is traced."""
-    return forced_backend() or "auto"
-
-
-def _affine(affine: Affine, channels: int, x: Tensor) -> list[Tensor]:
-    """Weight and bias, also of a norm that has none."""
-    weight, bias, dtype = affine.weight, affine.bias, torch.promote_types(x.dtype, torch.float32)
-    return [
-        x.new_ones(channels, dtype=dtype) if weight is None else weight,
-        x.new_zeros(channels, dtype=dtype) if bias is None else bias,
-    ]
-
-
-def _traced_flat(x: Map) -> tuple[Tensor, list[Tensor], float, str, int]:
-    """A map as the operators take it: tensor, norm, epsilon, activation, and how it is read."""
-    if isinstance(x, Tensor):
-        return x, [], 0.0, "none", operators.RAW
-    norm = [x.mean, x.var, *_affine(x.affine, x.shape[1], x.map)]
-    return x.map, norm, x.eps, x.affine.activation, x.reading
-
-
-def _traced_convs(x: Map, branches: Sequence[Branch], excite: Excite | None) -> list[Map]:
-    own, eps, batch, geometries = [], [], [], []
-    for branch in branches:
-        stats, affine = branch.stats, branch.affine
-        weight = None if affine is None or affine.weight is None else affine.weight.detach()
-        own += [weight, None, None] if stats is None else [weight, stats.mean, stats.var]
-        eps.append(0.0 if stats is None else stats.eps)
-        batch.append(stats is not None and stats.batch)
-        stride, padding, dilation, groups = branch.geometry
-        geometries += [*stride, *padding, *dilation, groups]
-    excited = ([], "none") if excite is None else (list(excite[:4]), excite.activation)
-    weights = [branch.weight for branch in branches]
-    arguments = (weights, geometries, own, eps, batch, _forced())
-    found = iter(torch.ops.regnet_fast.training_convs(*_traced_flat(x), *excited, *arguments))
-    results = []
-    for branch, taken in zip(branches, batch, strict=True):
-        y, stats = next(found), branch.stats
-        if stats is None:
-            results.append(y)
-            continue
-        mean, var = (next(found), next(found)) if taken else (stats.mean, stats.var)
-        results.append(Normed(y, mean, var, branch.affine, stats.eps, _count(y)))
     return results
 
 
@@ -355,11 +302,6 @@ def enter(x: Tensor, stats: Statistics, affine: Affine) -> tuple[Normed, Tensor]
 
     The gradients of the two meet in one pass.
     """
-    if torch.compiler.is_compiling():
-        mean, var, reading = stats.mean, stats.var, operators.GIVEN
-        if stats.batch:
-            (mean, var), reading = torch.ops.regnet_fast.training_enter(x, _forced()), operators.BATCH
-        return Normed(x, mean, var, affine, stats.eps, _count(x), reading), x
     read, mean, var, count, identity = _Enter.apply(stats, x, _copied(affine.weight))
     return Normed(read, mean, var, affine, stats.eps, count), identity
 
@@ -410,12 +352,6 @@ def join(*terms: Map, activation: str = "none", factor: Tensor | None = None) ->
         factor: (N, 1, 1, 1), of the first term: stochastic depth.
     """
     factors = [factor, None][: len(terms)]
-    if torch.compiler.is_compiling():
-        maps, norms, eps, own, reading = map(list, zip(*map(_traced_flat, terms), strict=True))
-        norms = [t for norm in norms for t in norm]
-        return torch.ops.regnet_fast.training_join(
-            maps, norms, eps, " ".join(own), reading, factors, activation, _forced()
-        )
     flat = [t for term in terms for t in _flat(term)]
     y = _Join.apply((activation, [_reading(term) for term in terms], factors), *flat)
     alone = len(terms) == 1 and isinstance(terms[0], Normed) and activation == "none" and factor is None
@@ -525,15 +461,5 @@ def repvgg(
         note: called with the number of each norm, its mean, variance and count, and the shape of its map.
     """
     affine = [t for one in affines for t in (one.weight, one.bias)]
-    if torch.compiler.is_compiling():
-        given = [t for one in statistics for t in (one.mean, one.var)]
-        flat = [n for stride, padding, dilation, groups in geometries for n in (*stride, *padding, *dilation, groups)]
-        eps, batch = [one.eps for one in statistics], [one.batch for one in statistics]
-        affine = [t for one in affines for t in _affine(one, weights[0].shape[0], x)]
-        arguments = (list(weights), flat, affine, given, eps, batch, activation, _forced())
-        y, _, *found = torch.ops.regnet_fast.training_repvgg(factor, x, *arguments)
-        for i in range(len(statistics)):
-            note(i, found[2 * i], found[2 * i + 1], _count(y if i < 2 else x), y.shape)
-        return y
     spec = (activation, tuple(geometries), tuple(statistics))
     return _RepVgg.apply((spec, note), factor, x, *weights, *affine)
