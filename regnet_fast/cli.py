@@ -356,10 +356,9 @@ def tune(
     as_json: JsonOption = False,
 ) -> None:
     """The fastest configurations of the Triton kernels for a model, into a table. Goes on where it was interrupted."""
-    found, left, compared = [], 0, 0
+    found, left = [], 0
     with _reported_errors(), progress() as announce:
         from . import tune as tuning
-        from . import tune_backends
         from .kernels import tables
         from .verify import check_name
 
@@ -380,8 +379,6 @@ def tune(
                 found.append(result)
                 announce.advance()
                 left -= 1
-            if time.monotonic() < deadline:
-                compared += tune_backends.tune(network, x, folder, announce=announce)
     wrong = sum(result.skipped.get(tuning.WRONG, 0) for result in found)
     if wrong:
         _complain(f"{wrong} configurations are left out whose results are wrong: not the heuristic's within rounding")
@@ -390,8 +387,6 @@ def tune(
     _show_tuning(found)
     faster = sum(result.entry.config is not None for result in found)
     line(f"{len(found)} shapes measured, {faster} of them faster than in the heuristic configuration; tables: {folder}")
-    if compared:
-        line(f"{compared} kinds of grouped convolutions measured on csrc/ and Triton, for the backend cuda|triton")
     if left:
         line(f"{left} shapes are left: the same command goes on")
     elif not found:

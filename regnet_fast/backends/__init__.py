@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
 
-from . import aten, choice, cuda, reference, triton
+from . import aten, cuda, reference, triton
 from .problem import ACTIVATIONS, ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
 
 __all__ = [
@@ -57,13 +57,8 @@ class Selection:
 _forced: ContextVar[str | None] = ContextVar("regnet_fast_backend", default=None)
 
 
-def _compared(one: str) -> bool:
-    """Whether a part of a forced name leaves the order of two backends to `choice`."""
-    return sorted(one.split("|")) == sorted(choice.COMPARED)
-
-
 def _checked(name: str) -> str:
-    unknown = next((one for one in name.split(",") if one not in BACKENDS and not _compared(one)), None)
+    unknown = next((one for one in name.split(",") if one not in BACKENDS), None)
     if name != "auto" and unknown is not None:
         raise ValueError(f"Unknown backend {unknown!r}; choose one of: auto, {', '.join(BACKENDS)}.")
     return name
@@ -83,18 +78,10 @@ def forced_backend() -> str | None:
     return None if name == "auto" else name
 
 
-def forced_backends(order: tuple[str, ...] = choice.COMPARED) -> tuple[str, ...]:
-    """The names of the backends that are forced here and now, in the order in which they are asked; csrc/ and Triton in
-    the given one where that is left open.
-    """
+def forced_backends() -> tuple[str, ...]:
+    """The names of the backends that are forced here and now, in the order in which they are asked."""
     name = forced_backend()
-    parts = () if name is None else name.split(",")
-    return tuple(one for part in parts for one in (order if _compared(part) else (part,)))
-
-
-def forced_to_compare() -> bool:
-    """Whether a forced name leaves the order of csrc/ and Triton to `choice`."""
-    return any(map(_compared, (forced_backend() or "").split(",")))
+    return () if name is None else tuple(name.split(","))
 
 
 @contextmanager
@@ -103,8 +90,7 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: one of `BACKENDS`; several with commas, such as "cuda,triton", to be asked in this order; or "auto" to
-            lift a force that stands outside. In the place of one "cuda|triton" is both, first for each convolution the
-            one that takes less time by `choice`, a table that says where it comes from.
+            lift a force that stands outside.
 
     Inside the block whatever none of them can serve raises `BackendError` with the reason, where `auto` would have
     taken another way. Raises ValueError for an unknown name.
@@ -122,15 +108,13 @@ def select(problem: Problem) -> Selection:
 
     Raises BackendError where the forced backends refuse, naming the operation, the reason and the alternatives.
     """
-    ranking = choice.ranked(problem) if forced_to_compare() else choice.Ranking(choice.COMPARED, "")
-    forced, refused = forced_backends(ranking.names), {}
+    forced, refused = forced_backends(), {}
     for name in forced or BACKENDS:
         reason = BACKENDS[name].refuse(problem)
         if reason is None and not forced:
             reason = getattr(BACKENDS[name], "NOT_BY_ITSELF", None)
         if reason is None:
-            behind = {ranking.names[1]: ranking.reason} if ranking.reason and name == ranking.names[0] else {}
-            return Selection(name, behind | refused)
+            return Selection(name, refused)
         refused[name] = reason
     if forced:
         others = [name for name in BACKENDS if name not in forced and BACKENDS[name].refuse(problem) is None]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import choice, cuda, cuda_launch, cuda_plans
+from . import cuda, cuda_launch, cuda_plans
 from .cuda_plans import Launch, Target
 from .operands import Arriving, ConvGradients, Excite, Filter, Norm, Sums
 from .problem import ConvProblem
@@ -24,10 +24,8 @@ from .triton import current
 _LAST = torch.channels_last
 
 
-def refuse(x: Tensor, excite: Excite | None, filters: Sequence[Filter], compared: str | None = None) -> str | None:
-    """Why convolutions of a training step are left to another module, or None. `compared` is the step of
-    `choice.STEPS` in which Triton's kernels come first where they take less time.
-    """
+def refuse(x: Tensor, excite: Excite | None, filters: Sequence[Filter]) -> str | None:
+    """Why convolutions of a training step are left to another module, or None."""
     if excite is not None:
         return "a convolution behind squeeze-excite"
     if len(filters) > 1:
@@ -36,11 +34,7 @@ def refuse(x: Tensor, excite: Excite | None, filters: Sequence[Filter], compared
     reason = cuda_launch.refuse_device(problem.device)
     if reason is None and problem.groups == 1:
         return "csrc/ has grouped convolutions alone"
-    reason = reason or cuda.refuse_conv(problem)
-    if reason is None and compared is not None:
-        (first, _), slower = choice.ranked(problem, compared)
-        reason = None if first == cuda.NAME else slower
-    return reason
+    return reason or cuda.refuse_conv(problem)
 
 
 def _problem(x: Tensor, one: Filter) -> ConvProblem:
@@ -51,12 +45,10 @@ def _problem(x: Tensor, one: Filter) -> ConvProblem:
 
 
 class Passes:
-    """The functions of `passes`; those that csrc/ has no kernels for are those of the module `others`, and, where
-    these are `compared`, those that it has slower ones for.
-    """
+    """The functions of `passes`; those that csrc/ has no kernels for are those of the module `others`."""
 
-    def __init__(self, others: ModuleType, compared: bool = False):
-        self.others, self.compared = others, compared
+    def __init__(self, others: ModuleType):
+        self.others = others
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.others, name)
@@ -66,7 +58,7 @@ class Passes:
     ) -> list[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
         """`passes.convs`."""
         found = None
-        if refuse(x, excite, filters, "forward" if self.compared else None) is None:
+        if refuse(x, excite, filters) is None:
             found = _forward(x, norm, filters[0], measured[0])
         return self.others.convs(x, norm, excite, filters, measured) if found is None else [found]
 
@@ -83,7 +75,7 @@ class Passes:
     ) -> ConvGradients:
         """`passes.convs_backward`."""
         found = None
-        if refuse(x, excite, filters, "backward" if self.compared else None) is None:
+        if refuse(x, excite, filters) is None:
             found = _backward(arriving[0], x, norm, filters[0], needs_x, needs_weights[0], through)
         if found is None:
             return self.others.convs_backward(arriving, x, norm, excite, filters, needs_x, needs_weights, through)

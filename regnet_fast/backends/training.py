@@ -6,18 +6,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import (
-    BACKENDS,
-    BackendError,
-    cpu_passes,
-    cuda,
-    cuda_passes,
-    forced_backend,
-    forced_backends,
-    forced_to_compare,
-    passes,
-    triton,
-)
+from . import BACKENDS, BackendError, cpu_passes, cuda, cuda_passes, forced_backend, forced_backends, passes, triton
 
 
 def refuse(x: Tensor) -> str | None:
@@ -50,4 +39,4 @@ def passes_for(x: Tensor) -> ModuleType | cuda_passes.Passes:
         from . import triton_passes as module
     if cuda.NAME not in names[: names.index(name) if name else 0]:
         return module
-    return cuda_passes.Passes(module, compared=name == triton.NAME and forced_to_compare())
+    return cuda_passes.Passes(module)
