@@ -2,7 +2,6 @@
 
     python -m bench.compilation                                 all architectures and dtypes
     python -m bench.compilation --arch 90 --dtype bfloat16      only these
-    python -m bench.compilation --write                         into docs/compilation.md, which has all
 
 Exit status 1 where a kernel does not compile, spills, needs more shared memory than there is, or multiplies without
 matrix instructions.
@@ -28,7 +27,7 @@ import torch
 
 from regnet_fast.backends.cuda_plans import PROCESSORS
 
-from . import cases, compilation_page
+from . import cases
 
 MODELS = (
     *("regnetx_002", "regnetx_016", "regnetx_032", "regnetx_080"),
@@ -361,7 +360,13 @@ def table(made: Sequence[Compiled]) -> str:
             f"| {min(registers)}-{max(registers)} | {min(shared):.0f}-{max(shared):.0f} "
             f"| {sum(one.spilled > 0 for one in same)} | {instructions} |"
         )
-    return compilation_page.COLUMNS + "\n".join(lines)
+    return _COLUMNS + "\n".join(lines)
+
+
+_COLUMNS = (
+    "| kernel | dtype | architecture | variants | tiles | registers | shared, KB | spills | multiplies with |\n"
+    "|---|---|---|---:|---:|---:|---:|---:|---|\n"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -372,7 +377,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=tuple(DTYPES))
     parser.add_argument("--model", nargs="+", default=MODELS)
     parser.add_argument("--kernel", nargs="+", default=("",), help="only kernels whose names begin so")
-    parser.add_argument("--write", action="store_true", help="the rows into docs/compilation.md, if none has a fault")
     options = parser.parse_args(arguments)
     chosen = jobs(options.model, options.arch, options.dtype)
     made = compile_all([job for job in chosen if job.kernel.startswith(tuple(options.kernel))])
@@ -382,14 +386,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{one.job.kernel}, sm_{one.job.arch}, {one.job.dtype}, {one.job.config}: {one.fault}", file=sys.stderr
             )
     print(table(made))
-    if any(one.fault for one in made):
-        return 1
-    if options.write:
-        import triton
-
-        page = compilation_page.PAGE
-        page.write_text(compilation_page.update(page.read_text(), triton.__version__, table(made)))
-    return 0
+    return 1 if any(one.fault for one in made) else 0
 
 
 if __name__ == "__main__":

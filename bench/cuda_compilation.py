@@ -2,10 +2,10 @@
 
     python -m bench.cuda_compilation                       all that models take, every width, all architectures
     python -m bench.cuda_compilation --model regnety_016 --arch 90 --batch 1 256        what some models take
-    python -m bench.cuda_compilation --write               into docs/cuda.md and bench/results/cuda-compilation.csv
+    python -m bench.cuda_compilation --csv kernels.csv     and a file with a row for each kernel
 
 What was compiled once is kept in .cache/cuda-compilation by all that it was made from: a run goes on where the last
-one ended, and after a change compiles what the change touches. --write writes all that is kept of everything.
+one ended, and after a change compiles what the change touches.
 
 Exit status 1 where a kernel does not compile, spills or uses local memory, needs more shared memory than there is,
 copies less than sixteen bytes at a time, or multiplies without matrix instructions.
@@ -28,7 +28,7 @@ from pathlib import Path
 from regnet_fast.backends import cuda_plans, store
 from regnet_fast.backends.cuda_plans import SHARED_BYTES, WIDEST, Launch
 
-from . import cuda_compilation_page, cuda_launches
+from . import cuda_compilation_summary, cuda_launches
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -285,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=tuple(cuda_plans.TYPES), default=tuple(cuda_plans.TYPES))
     parser.add_argument("--model", nargs="+", help="by default all, and every width that none has")
     parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
-    parser.add_argument("--write", action="store_true", help="all that was compiled, into the file and docs/cuda.md")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="a row for each kernel")
     options = parser.parse_args(arguments)
     kept, made, wrong = Kept(), [], 0
     found = jobs(options.model, options.arch, options.dtype, options.batch)
@@ -296,11 +296,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"sm_{one.job.arch}, {one.job.launch.kernel}: {one.fault}", file=sys.stderr, flush=True)
         if sys.stderr.isatty() and not len(made) % TOGETHER:
             print(f"\r{len(made)} of {len(found)}", end="", file=sys.stderr, flush=True)
-    print(cuda_compilation_page.summary([one.row() for one in made if not one.error]))
-    if options.write:
-        everything = jobs()
-        rows = [one.row() for one in map(Kept().get, everything) if one is not None]
-        cuda_compilation_page.write(rows, f"nvcc {release()}: {len(rows)} of {len(everything)} kernels.")
+    rows = [one.row() for one in made if not one.error]
+    print(f"nvcc {release()}: {len(rows)} of {len(found)} kernels\n\n{cuda_compilation_summary.summary(rows)}")
+    if options.csv and rows:
+        cuda_compilation_summary.write(options.csv, rows)
     return 1 if wrong else 0
 
 

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench import compilation, compilation_page
+from bench import compilation
 
 INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 DTYPES = ("bfloat16", "float16", "float32")
@@ -62,23 +62,3 @@ def test_every_operation_of_the_models_has_a_job():
     assert len(jobs) == len(set(jobs)) > 400
     widths = {dict(job.constants)["WIDTH"] for job in jobs if job.kernel == "implicit_gemm.kernel"}
     assert {4, 8, 16, 24, 48, 56, 64, 112, 120, 232} <= widths
-
-
-def test_the_page_keeps_the_rows_that_were_not_compiled_again():
-    def made(dtype, registers, spilled=0):
-        job = compilation.Job("norm_act.kernel", 90, dtype, 4, (), (), "64x64")
-        return compilation.table([compilation.Compiled(job, registers=registers, spilled=spilled)])
-
-    page = "# Title\n\nWords.\n\n"
-    for version, table in (
-        ("3.9.0", made("float32", 100)),
-        ("3.10.1", made("float32", 110)),
-        ("3.9.0", made("bfloat16", 120)),
-        ("3.9.0", made("float32", 130, spilled=8)),
-    ):
-        page = compilation_page.update(page, version, table)
-    words, newest, older = page.split("## ")
-    assert words == "# Title\n\nWords.\n\n" and newest.startswith("Triton 3.10.1\n\n1 variants, of which 0 spill.")
-    assert older.startswith("Triton 3.9.0\n\n2 variants, of which 1 spill.")
-    assert [row[0].split(" | ")[5] for row in compilation_page.rows(older).values()] == ["120-120", "130-130"]
-    assert compilation_page.update(page, "3.9.0", "") == page

@@ -2,13 +2,12 @@
 
 import dataclasses
 import itertools
-import re
 import shutil
 import subprocess
 
 import pytest
 
-from bench import cuda_compilation, cuda_compilation_page, cuda_launches
+from bench import cuda_compilation, cuda_compilation_summary, cuda_launches
 from regnet_fast.backends import cuda_nvrtc, cuda_plans
 from regnet_fast.backends.cuda_plans import PROCESSORS
 
@@ -27,7 +26,7 @@ def test_kernels_compile(arch):
     kinds: dict[str, list] = {}
     for job in jobs:
         row = cuda_compilation.Compiled(job, 1).row()
-        kinds.setdefault(cuda_compilation_page.kind(row)[0], []).append(job)
+        kinds.setdefault(cuda_compilation_summary.kind(row)[0], []).append(job)
     assert len(kinds) == 9
     chosen = [job for same in kinds.values() for job in dict.fromkeys((same[0], same[-1]))]
     made = list(cuda_compilation.compile_all(chosen, cuda_compilation.Kept()))
@@ -123,21 +122,16 @@ def test_the_content_of_a_source_has_its_headers(tmp_path, monkeypatch):
     assert cuda_compilation._content("a.cu") != before
 
 
-def test_the_page_is_of_the_rows():
-    """docs/cuda.md says what the file of all kernels does; a whole one has every width, stride and dtype."""
-    rows, page = cuda_compilation_page.read(), cuda_compilation_page.PAGE.read_text()
-    said, count, everything = re.search(r"^nvcc [\d.]+: (\d+) of (\d+) kernels\.$", page, re.MULTILINE).group(0, 1, 2)
-    assert cuda_compilation_page.filled(page, rows, said) == page
-    assert len({(row["architecture"], row["kernel"]) for row in rows}) == len(rows) == int(count)
-    if count == everything:
-        found = set()
-        for row in rows:
-            name, facts = row["kernel"].partition("<")[0], row["kernel"].partition("<")[2].split(", ")
-            if name.startswith("grouped_conv"):
-                found.add((name, row["architecture"], facts[0], int(facts[1]), int(facts[6])))
-        names = ("grouped_conv_forward", "grouped_conv_backward")
-        widths = range(8, cuda_plans.WIDEST + 1, 8)
-        assert found == set(itertools.product(names, PROCESSORS, cuda_plans.TYPES.values(), widths, (1, 2)))
+def test_every_width_stride_and_dtype_is_compiled():
+    found = set()
+    for job in cuda_compilation.jobs():
+        name, _, facts = job.launch.kernel.partition("<")
+        if name.startswith("grouped_conv"):
+            facts = facts.split(", ")
+            found.add((name, job.arch, facts[0], int(facts[1]), int(facts[6])))
+    names = ("grouped_conv_forward", "grouped_conv_backward")
+    widths = range(8, cuda_plans.WIDEST + 1, 8)
+    assert found == set(itertools.product(names, PROCESSORS, cuda_plans.TYPES.values(), widths, (1, 2)))
 
 
 def test_a_summary_shows_the_worst():
@@ -147,7 +141,7 @@ def test_a_summary_shows_the_worst():
 
     wide, narrow = (f"grouped_conv_forward<BFloat16, {width}, 1>" for width in (16, 8))
     rows = [row(wide, 80, 128, 0), row(wide, 80, 64, 8), row(narrow, 90, 32, 0)]
-    lines = cuda_compilation_page.summary(rows).splitlines()
+    lines = cuda_compilation_summary.summary(rows).splitlines()
     assert "| sm_80 | bfloat16 | 2 | 128 | 128 | 12 | 8 | 0 |" in lines
     assert "| sm_90 | bfloat16 | 1 | 32 | 32 | 75 | 0 | 0 |" in lines
     assert "| grouped_conv_forward&lt;BFloat16, 16, 1&gt; | sm_80 | 8 |" in lines

@@ -1,10 +1,8 @@
-"""The kernels of csrc/ as nvcc compiled them: all rows as a file, and the summary of them in docs/cuda.md."""
+"""The kernels of csrc/ as nvcc compiled them: a file with a row for each, and a summary."""
 
 from __future__ import annotations
 
 import csv
-import io
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -13,33 +11,15 @@ from regnet_fast.backends.cuda_plans import SHARED_BYTES, TYPES
 from . import markdown
 from .tables import ABSENT, Table
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "cuda.md"
-ROWS = ROOT / "bench" / "results" / "cuda-compilation.csv"
-_PLACE = re.compile(r"(?<=<!-- cuda-compilation -->\n).*(?=<!-- /cuda-compilation -->)", re.DOTALL)
-
 Row = dict[str, str | int]
 
 
-def read(path: Path = ROWS) -> list[Row]:
-    """The rows of the file."""
-    with path.open(newline="") as file:
-        return [{name: int(v) if v.isdigit() else v for name, v in row.items()} for row in csv.DictReader(file)]
-
-
-def write(rows: Sequence[Row], said: str) -> None:
-    """All rows into the file, and their summary into the page, behind what is said of them."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda row: (row["architecture"], kind(row), row["kernel"])))
-    ROWS.write_text(text.getvalue())
-    PAGE.write_text(filled(PAGE.read_text(), rows, said))
-
-
-def filled(page: str, rows: Sequence[Row], said: str) -> str:
-    """The page with the summary in its place."""
-    return _PLACE.sub(lambda _: f"{said}\n\n{summary(rows)}", page)
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """All rows into a file of comma-separated values."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: (row["architecture"], kind(row), row["kernel"])))
 
 
 def kind(row: Row) -> tuple[str, int]:
