@@ -13,6 +13,7 @@ constexpr DEVICE int odd_pitch(int chunks) { return (chunks | 1) * 16; }
 
 template <int ACTIVATION>
 DEVICE float activate(float x) {
+    static_assert(ACTIVATION == NONE || ACTIVATION == RELU || ACTIVATION == SILU, "no such activation");
     if constexpr (ACTIVATION == RELU) return x < 0.0f ? 0.0f : x;
     if constexpr (ACTIVATION == SILU) return x * sigmoid(x);
     return x;
@@ -38,6 +39,7 @@ struct Classes {
 
 template <int ACTIVATION>
 DEVICE float slope(float z) {
+    static_assert(ACTIVATION == NONE || ACTIVATION == RELU || ACTIVATION == SILU, "no such activation");
     if constexpr (ACTIVATION == RELU) return z > 0.0f ? 1.0f : 0.0f;
     if constexpr (ACTIVATION == SILU) {
         float s = sigmoid(z);

@@ -146,6 +146,8 @@ def before_activation(d, z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "silu":
         s = 1.0 / (1.0 + tl.exp(-z))
         d = d * (s * (1.0 + z * (1.0 - s)))
+    else:
+        tl.static_assert(ACTIVATION == "none", "an activation that the kernels do not have")
     return d
 
 

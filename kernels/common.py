@@ -101,6 +101,8 @@ def activate(x, ACTIVATION: tl.constexpr):
         x = tl.where(x < 0, 0.0, x)
     elif ACTIVATION == "silu":
         x = x / (1.0 + tl.exp(-x))
+    else:
+        tl.static_assert(ACTIVATION == "none", "an activation that the kernels do not have")
     return x
 
 

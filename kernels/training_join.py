@@ -156,6 +156,8 @@ def backward_kernel(
             z += _read(x1, factor1, norm1, place, ACTIVATION1, FACTOR1)
             z += _read(x2, factor2, norm2, place, ACTIVATION2, FACTOR2)
             d = before_activation(d, z, ACTIVATION)
+        else:
+            tl.static_assert(ACTIVATION == "none", "an activation that the kernels do not have")
         shared = d
         if out is not None:
             shared = store(out, d, place, UPCAST)

@@ -55,6 +55,7 @@ inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 template <int A>
 inline float activate(float z) {
+    static_assert(A == NONE || A == RELU || A == SILU, "no such activation");
     if (A == RELU) return z < 0.0f ? 0.0f : z;
     if (A == SILU) return z / (1.0f + exponential(-z));
     return z;
@@ -63,6 +64,7 @@ inline float activate(float z) {
 /// The gradient before an activation of z, from that behind it.
 template <int A>
 inline float through_activation(float z, float grad) {
+    static_assert(A == NONE || A == RELU || A == SILU, "no such activation");
     if (A == RELU) return z <= 0.0f ? 0.0f : grad;
     if (A == SILU) {
         const float s = sigmoid(z);

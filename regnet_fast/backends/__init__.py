@@ -17,7 +17,8 @@ from functools import lru_cache
 from types import ModuleType
 
 from . import aten, cuda, reference, triton
-from .problem import ACTIVATIONS, ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
+from .activations import ACTIVATIONS
+from .problem import ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
 
 __all__ = [
     "ACTIVATIONS",

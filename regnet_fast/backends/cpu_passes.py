@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import cpu_library, passes
+from .activations import ACTIVATIONS
 from .cpu_library import Term as RawTerm
 from .operands import Excite, Norm, Own, Sums, Term
 
@@ -24,8 +25,6 @@ _LAST = torch.channels_last
 _VECTOR = 16
 _ROW = 128
 """The floats of a processor's vector at most, and how many a row has at least."""
-
-ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2}
 
 
 def refuse(x: Tensor) -> str | None:
@@ -112,7 +111,7 @@ class Reader:
         self.x, self.norm, self.excite = x, norm, excite
         self.plain = norm is None and excite is None
         self.rows = None if self.plain else _norm_rows(norm, x.shape[1])
-        self.activation = ACTIVATIONS["none" if norm is None else norm.activation]
+        self.activation = ACTIVATIONS["none" if norm is None else norm.activation].code
         self.memory = _Memory()
 
     def read(self, part: slice) -> Tensor:
@@ -271,7 +270,7 @@ class _Terms:
         self.maps = [_laid_out(x) for x, _, _ in terms]
         self.rows = [None if norm is None else _norm_rows(norm, x.shape[1]) for x, norm, _ in terms]
         self.factors = [_vector(factor, len(x)) for x, _, factor in terms]
-        activations = [0 if norm is None else ACTIVATIONS[norm.activation] for _, norm, _ in terms]
+        activations = [0 if norm is None else ACTIVATIONS[norm.activation].code for _, norm, _ in terms]
         facts = zip(self.maps, self.rows, self.factors, activations, strict=True)
         self.array = (RawTerm * len(terms))(
             *(RawTerm(_at(x), _at(rows), _at(factor), activation) for x, rows, factor, activation in facts)
@@ -284,7 +283,7 @@ def join(terms: Sequence[Term], activation: str) -> Tensor:
         return passes.join(terms, activation)
     given = _Terms(terms)
     y = torch.empty_like(given.maps[0], memory_format=_LAST)
-    arguments = (given.array, len(terms), ACTIVATIONS[activation], _at(y), *_sizes(y))
+    arguments = (given.array, len(terms), ACTIVATIONS[activation].code, _at(y), *_sizes(y))
     cpu_library.library().join_terms(*arguments)
     return y
 
@@ -308,7 +307,7 @@ def join_backward(
         for need, (_, norm, _) in zip(needs, terms, strict=True)
     ]
     pointers = [(c_void_p * len(terms))(*map(_at, tensors)) for tensors in (results, sums)]
-    arguments = (_at(grad), _at(y), given.array, len(terms), ACTIVATIONS[activation], _at(summed), *pointers)
+    arguments = (_at(grad), _at(y), given.array, len(terms), ACTIVATIONS[activation].code, _at(summed), *pointers)
     cpu_library.library().join_gradients(*arguments, *_sizes(grad))
     found = zip(results, sums, shared, needs, strict=True)
     return [(summed if same and need else dx, _sums(s)) for dx, s, same, need in found]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from . import cuda_launch, cuda_plans
+from . import activations, cuda_launch, cuda_plans
 from .cuda_plans import DepthwiseConv, Launch
 from .cuda_plans import GroupedConv as Groups
 from .problem import ConvProblem, Problem, SqueezeExciteProblem
@@ -36,6 +36,9 @@ def refuse(problem: Problem) -> str | None:
 
 def refuse_conv(problem: ConvProblem) -> str | None:
     """Why there are no kernels for a grouped convolution on a device that nothing is said against, or None."""
+    reason = activations.refuse(problem.activation)
+    if reason is not None:
+        return reason
     if problem.gate or problem.residual:
         return f"a grouped convolution with a {'gate' if problem.gate else 'residual'}"
     if problem.out_channels != problem.input_shape[1]:
@@ -145,6 +148,7 @@ def _refuse_squeeze_excite(problem: SqueezeExciteProblem) -> str | None:
         return f"the gate is in {', '.join(cuda_plans.GATES)}, not in {problem.dtype}"
     sizes = problem.batch, problem.channels, problem.hidden
     reason = cuda_plans.refuse_squeeze_excite(*sizes, cuda_launch.target(problem.device))
+    reason = reason or activations.refuse(problem.activation)
     return reason or no_way([_gate_launch(problem, 1, problem.dtype)], problem.device)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .activations import ACTIVATIONS
 from .problem import ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -50,7 +51,7 @@ class FusedConv:
         y = F.conv2d(x, self.weight, self.bias, *self.geometry)
         if residual is not None:
             y = y.add_(residual)
-        return F.silu(y, inplace=True) if self.problem.activation == "silu" else y
+        return ACTIVATIONS[self.problem.activation].in_place(y)
 
 
 def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
@@ -69,9 +70,7 @@ def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> C
 
     def run(x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:
         y = torch.addcmul(shift, x, scale if gate is None else scale * gate[:, :, None, None])
-        if problem.activation == "relu":
-            return y.relu_()
-        return F.silu(y, inplace=True) if problem.activation == "silu" else y
+        return ACTIVATIONS[problem.activation].in_place(y)
 
     run.label = "torch addcmul"
     return run

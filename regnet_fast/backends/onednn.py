@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from . import winograd
+from .activations import ACTIVATIONS
 from .problem import ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
-
-_POST_OP = {"none": "none", "relu": "relu", "silu": "swish"}
-_IN_PLACE = {"none": lambda x: x, "relu": torch.relu_, "silu": lambda x: torch.nn.functional.silu(x, inplace=True)}
 
 
 def refuse(problem: Problem) -> str | None:
@@ -117,13 +115,15 @@ class DirectConv(Convolution):
             self.weight = weight.contiguous(memory_format=torch.channels_last)
         wide = bias is not None and not p.residual  # with a residual the call insists on one dtype
         self.bias = bias.contiguous() if wide else None if bias is None else bias.to(p.dtype).contiguous()
-        self.attr = _POST_OP[p.activation]
-        self.silu_after = p.residual and p.activation == "silu"  # no pair of post-ops that torch's call takes
+        attr, scalars, algorithm = ACTIVATIONS[p.activation].post_op
+        # Behind a sum torch's call takes no other post-op than ReLU.
+        self.after = ACTIVATIONS[p.activation].in_place if p.residual and attr not in ("none", "relu") else None
         # The call that leaves the residual alone raises for bfloat16 + ReLU in groups, and in torch 2.11 for an output
         # of one pixel or one channel; the call that overwrites it does not.
         self.copies_residual = p.groups > 1 or p.out_channels == 1
-        unary = None if self.attr == "none" else self.attr
-        self.plain = (self.weight, self.bias, *self.geometry, "none" if self.silu_after else self.attr, [], "")
+        unary = None if attr == "none" else attr
+        epilogue = ("none", [], "") if self.after else (attr, list(scalars), algorithm)
+        self.plain = (self.weight, self.bias, *self.geometry, *epilogue)
         self.added = (self.weight, self.bias, *self.geometry, "add", None, unary, [], "")
         self.conv = torch.ops.mkldnn._convolution_pointwise.default
         self.conv_add = torch.ops.mkldnn._convolution_pointwise.binary
@@ -136,8 +136,8 @@ class DirectConv(Convolution):
             x = apply_gate(x, gate, consume)
         if residual is None:
             return self.conv(x, *self.plain)
-        if self.silu_after:
-            return torch.nn.functional.silu(self.conv(x, *self.plain).add_(residual), inplace=True)
+        if self.after:
+            return self.after(self.conv(x, *self.plain).add_(residual))
         if into_residual:
             return self.conv_add_(residual, x, *self.added)
         if self.copies_residual or residual.shape[2:] == (1, 1):
@@ -156,7 +156,7 @@ class MatmulConv(Convolution):
     def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None, packed: bool = True):
         self.weight = weight.flatten(1).t()
         self.bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(problem.dtype)
-        self.activate = _IN_PLACE[problem.activation]
+        self.activate = ACTIVATIONS[problem.activation].in_place
 
     def __call__(
         self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool
@@ -210,7 +210,7 @@ class SqueezeExcite:
         self.fc1 = fc1_weight.t()  # not copied: as fast, and the sums of one row of means are 2 to 3 times more exact
         self.fc2 = fc2_weight.t()
         self.bias1, self.bias2 = fc1_bias, fc2_bias
-        self.activate = _IN_PLACE[problem.activation]
+        self.activate = ACTIVATIONS[problem.activation].in_place
 
     def __call__(self, means: Tensor) -> Tensor:
         hidden = self.activate(torch.addmm(self.bias1, means, self.fc1))
@@ -229,7 +229,7 @@ class AffineNormAct:
 
     def __init__(self, problem: NormActProblem, scale: Tensor, shift: Tensor):
         self.scale, self.shift = scale.reshape(1, -1, 1, 1), shift.reshape(1, -1, 1, 1)
-        self.activate = _IN_PLACE[problem.activation]
+        self.activate = ACTIVATIONS[problem.activation].in_place
 
     def __call__(self, x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:
         scale = self.scale if gate is None else self.scale * gate[:, :, None, None]

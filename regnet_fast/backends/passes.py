@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .activations import ACTIVATIONS
 from .operands import Arriving, ConvGradients, Excite, Filter, Norm, Own, Sums, Term
 
 _PART_BYTES = 4e6
@@ -86,9 +87,8 @@ def normalised(x: Tensor, norm: Norm) -> Tensor:
 
 def _activated(z: Tensor, activation: str, keep: bool = False) -> Tensor:
     """The activation of z, in z's memory unless it is to be kept."""
-    if activation == "relu":
-        return torch.relu_(z)
-    return z if activation == "none" else F.silu(z, inplace=not keep)
+    one = ACTIVATIONS[activation]
+    return one.function(z) if keep and not one.from_output else one.in_place(z)
 
 
 def _inactivated(grad: Tensor, z: Tensor, a: Tensor, activation: str, out: Tensor) -> None:
@@ -97,6 +97,8 @@ def _inactivated(grad: Tensor, z: Tensor, a: Tensor, activation: str, out: Tenso
         torch.ops.aten.threshold_backward.grad_input(grad, a, 0, grad_input=out)
     elif activation == "silu":
         torch.ops.aten.silu_backward.grad_input(grad, z, grad_input=out)
+    elif activation != "none":
+        out.copy_(ACTIVATIONS[activation].gradient(grad, z))
     elif out is not grad:
         out.copy_(grad)
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-ACTIVATIONS = ("none", "relu", "silu")
-
 
 @dataclass(frozen=True)
 class ConvProblem:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activations import ACTIVATIONS
 from .problem import ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
 
 NAME = "reference"
@@ -20,12 +21,8 @@ def refuse(problem: Problem) -> str | None:
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """`relu(x)`, `silu(x)` or x itself."""
-    if activation == "relu":
-        return F.relu(x)
-    if activation == "silu":
-        return F.silu(x)
-    return x
+    """The activation of x by name."""
+    return ACTIVATIONS[activation].function(x)
 
 
 def conv(

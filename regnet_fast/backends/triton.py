@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from . import activations
 from .deferred import Deferred, computed
 from .problem import ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
 
@@ -29,6 +30,9 @@ def refuse(problem: Problem) -> str | None:
         return reason
     if problem.dtype not in _DTYPES:
         return f"the kernels compute in float32, float16 and bfloat16, not in {problem.dtype}"
+    reason = activations.refuse(problem.activation)
+    if reason is not None:
+        return reason
     if isinstance(problem, ConvProblem):
         return _refuse_conv(problem)
     if isinstance(problem, NormActProblem) and problem.input_shape[0] * _area(problem.input_shape) > _MOST:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activations import ACTIVATIONS
 from .problem import ConvProblem
 
 
@@ -67,9 +68,7 @@ class Transformed:
                 self.weight, *self.geometry, list(self.packed_for(problem))
             )
         self.bias = bias
-        self.activate = {"none": lambda y: y, "relu": torch.relu_, "silu": lambda y: F.silu(y, inplace=True)}[
-            problem.activation
-        ]
+        self.activate = ACTIVATIONS[problem.activation].in_place
 
     @staticmethod
     def packed_for(problem: ConvProblem) -> tuple[int, ...]:

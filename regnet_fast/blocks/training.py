@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..backends import forced_backend
+from ..backends import ACTIVATIONS, forced_backend
 from ..backends.reference import activate, channel_means
 from ..backends.training import refuse
 from ..ops import training as ops
@@ -196,6 +196,9 @@ def check(form: forms.Form) -> None:
     if isinstance(form, forms.Single) and form.unit.norm is None:
         raise Refused("there is no norm to fuse with")
     for unit in form.units().values():
+        activation = getattr(unit, "activation", "none")
+        if ACTIVATIONS[activation].code is None:
+            raise Refused(f"{unit.path} has the activation {activation}, which the passes of training do not have")
         if isinstance(unit, ConvUnit):
             if unit.then is not None:
                 raise Refused(f"{unit.path} is followed by {type(unit.then).__name__}")

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ..blocks.units import ConvUnit, Refused, SqueezeExciteUnit
 
-ACTIVATIONS: dict[type[nn.Module], str] = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu"}
+
+def _leaky_relu(module: nn.LeakyReLU) -> str:
+    if module.negative_slope != 0.01:
+        raise Refused(f"a LeakyReLU of slope {module.negative_slope} has no fused form, only one of 0.01")
+    return "leaky_relu"
+
+
+ACTIVATIONS: dict[type[nn.Module], str | Callable[[nn.Module], str]] = {
+    nn.Identity: "none",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.LeakyReLU: _leaky_relu,
+    nn.GELU: lambda module: {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate],
+    nn.Hardswish: "hardswish",
+    nn.Hardsigmoid: "hardsigmoid",
+    nn.Sigmoid: "sigmoid",
+}
+"""The name of each class of activations, or what reads it off a module."""
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
@@ -16,12 +36,14 @@ def class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def activation(path: str, module: nn.Module, known: dict[type[nn.Module], str] = ACTIVATIONS) -> str:
-    """The name of an activation. Raises `Refused` for one that has no fused form."""
-    name = known.get(type(module))
+def activation(path: str, module: nn.Module, more: dict[type[nn.Module], str] | None = None) -> str:
+    """The name of an activation, of those that every host has or of `more`. Raises `Refused` for one that has no fused
+    form.
+    """
+    name = (ACTIVATIONS | (more or {})).get(type(module))
     if name is None:
         raise Refused(f"{path} is {type(module).__name__}, which has no fused form")
-    return name
+    return name if isinstance(name, str) else name(module)
 
 
 def check_conv(path: str, conv: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Conv2d,)) -> None:

@@ -26,7 +26,7 @@ from timm.layers import (
 from timm.layers import (
     ConvNormAct as TimmConvNormAct,
 )
-from timm.layers.activations import Sigmoid, Swish
+from timm.layers.activations import GELU, GELUTanh, HardSigmoid, HardSwish, Sigmoid, Swish
 from timm.layers.adaptive_avgmax_pool import FastAdaptiveAvgPool
 from timm.layers.drop import DropBlock2d
 from timm.models import byobnet, register_notrace_module, regnet, resnetv2
@@ -50,7 +50,14 @@ from . import modules
 FAMILIES = ("regnetx_", "regnety_", "regnetv_", "regnetz_", "repvgg_", "resnetv2_")
 """Architectures whose models `create_model` rebuilds, by the beginning of their names."""
 
-_ACTIVATIONS = {**modules.ACTIVATIONS, Swish: "silu"}
+_ACTIVATIONS = {
+    Swish: "silu",
+    GELU: "gelu",
+    GELUTanh: "gelu_tanh",
+    HardSwish: "hardswish",
+    HardSigmoid: "hardsigmoid",
+    Sigmoid: "sigmoid",
+}
 _CONVS = (nn.Conv2d, StdConv2d)
 _FORWARD_INTERMEDIATES = resnetv2.ResNetV2.forward_intermediates.__code__
 _NORM_ACTS = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)

@@ -13,7 +13,7 @@ from ..blocks.units import ConvUnit, Refused, SqueezeExciteUnit
 from . import modules
 from .modules import conv_norm, squeeze_excite
 
-_ACTIVATIONS = {**modules.ACTIVATIONS, ACT2CLS["silu"]: "silu", ACT2CLS["linear"]: "none"}
+_ACTIVATIONS = {ACT2CLS["silu"]: "silu", ACT2CLS["linear"]: "none", ACT2CLS["gelu"]: "gelu"}
 
 
 def _activation(path: str, module: nn.Module) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..backends import ConvProblem, aten, forced_backend, select
+from ..backends import ACTIVATIONS, ConvProblem, aten, forced_backend, select
 from ..backends.deferred import Deferred, computed
 from . import checks
 from .fold import BatchNorm, fold_to
@@ -303,7 +303,7 @@ def run_operator(
 
 
 def activation_gradient(dy: Tensor, y: Tensor, before: Tensor | None, activation: str) -> Tensor:
-    """dL/dz for `y = activation(z)`: from y for ReLU, from z (`before`) for SiLU."""
+    """dL/dz for `y = activation(z)`: from y for ReLU, from z (`before`) where `needs_input`."""
     if activation == "relu":
         return torch.where(y <= 0, torch.zeros_like(dy), dy)  # NaN lets it pass, as in torch
     if activation == "silu":
@@ -311,7 +311,12 @@ def activation_gradient(dy: Tensor, y: Tensor, before: Tensor | None, activation
             return torch.ops.aten.silu_backward(dy, before)
         s = torch.sigmoid(before)
         return dy * (s * (1 + before * (1 - s)))
-    return dy
+    return dy if activation == "none" else ACTIVATIONS[activation].gradient(dy, before)
+
+
+def needs_input(activation: str) -> bool:
+    """Whether an activation's gradient takes its input, not its result."""
+    return not ACTIVATIONS[activation].from_output
 
 
 def conv_gradients(
@@ -329,10 +334,12 @@ def conv_gradients(
     activation: str,
     needs: dict[str, bool],
 ) -> dict[str, Tensor | None]:
-    """Gradients of `y = activation(conv(x * gate) + bias + residual)` by name; SiLU's input is computed again."""
+    """Gradients of `y = activation(conv(x * gate) + bias + residual)` by name. Where the activation's gradient takes
+    its input, that is computed again.
+    """
     gated = x if gate is None else x * gate[:, :, None, None]
     before = None
-    if activation == "silu":
+    if needs_input(activation):
         before = torch.nn.functional.conv2d(gated, weight, bias, stride, padding, dilation, groups)
         before = before if residual is None else before + residual
     dz = activation_gradient(dy, y, before, activation)

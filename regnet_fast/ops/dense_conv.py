@@ -39,7 +39,7 @@ def dense_conv(
         stride: one integer or two.
         padding: one integer or two.
         dilation: one integer or two.
-        activation: "none", "relu" or "silu".
+        activation: a name of `ACTIVATIONS`, such as "none", "relu" or "silu".
         residual: (N, K, H', W'), added before the activation.
 
     Returns (N, K, H', W') in channels_last, in x's dtype. Differentiable in every tensor. Raises ValueError and

@@ -39,7 +39,7 @@ def grouped_conv(
         norm: an evaluation-mode BatchNorm over K channels, folded in float64.
         stride: one integer or two.
         dilation: one integer or two.
-        activation: "none", "relu" or "silu".
+        activation: a name of `ACTIVATIONS`, such as "none", "relu" or "silu".
         means: also return the per-image channel means of the output.
 
     Returns (N, K, H', W') in channels_last, in x's dtype; with `means` also (N, K) means, float32 or wider.

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backends import NormActProblem, forced_backend, select
 from ..backends.deferred import Deferred
 from .checks import check_activation, check_input, check_vectors
-from .convolution import activation_gradient, channels_last, with_run, without_autocast
+from .convolution import activation_gradient, channels_last, needs_input, with_run, without_autocast
 from .fold import BatchNorm
 
 
@@ -27,7 +27,7 @@ def norm_act(
     Args:
         x: (N, C, H, W), any memory format.
         norm: a `BatchNorm` over C channels, or its (scale, shift), each (C,).
-        activation: "none", "relu" or "silu".
+        activation: a name of `ACTIVATIONS`, such as "none", "relu" or "silu".
         gate: (N, C), a factor for each image and channel.
 
     Returns a tensor like x in channels_last. Differentiable in every tensor. Raises ValueError and TypeError for
@@ -96,7 +96,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dy):
     x, scale, shift, gate, y = ctx.saved_tensors
     column = scale[None] if gate is None else scale * gate
-    before = x * column[:, :, None, None] + shift[:, None, None] if ctx.activation == "silu" else None
+    before = x * column[:, :, None, None] + shift[:, None, None] if needs_input(ctx.activation) else None
     dz = activation_gradient(dy, y, before, ctx.activation)
     d_column = (dz * x).sum((2, 3))
     d_scale = d_column.sum(0) if gate is None else (d_column * gate).sum(0)

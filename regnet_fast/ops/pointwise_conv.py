@@ -35,7 +35,7 @@ def pointwise_conv(
         bias: (K,).
         norm: an evaluation-mode BatchNorm over K channels, folded in float64.
         stride: one integer or two.
-        activation: "none", "relu" or "silu".
+        activation: a name of `ACTIVATIONS`, such as "none", "relu" or "silu".
         gate: (N, C), a factor for each image and input channel (squeeze-excite).
         residual: (N, K, H', W'), added before the activation.
 

@@ -35,7 +35,7 @@ def squeeze_excite(
         means: (N, C), float32 as `grouped_conv(..., means=True)` gives them; any floating dtype is taken.
         fc1_weight: (R, C), or (R, C, 1, 1) as timm keeps it. fc1_bias: (R,).
         fc2_weight: (C, R), or (C, R, 1, 1). fc2_bias: (C,).
-        activation: between the two, "none", "relu" or "silu".
+        activation: between the two, a name of `ACTIVATIONS`, such as "relu" or "silu".
 
     Returns (N, C) in the dtype of the means; the weights are converted to it. Differentiable in every tensor. Raises
     ValueError and TypeError for arguments that do not fit together.
