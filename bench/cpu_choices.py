@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import regnet_fast
-from regnet_fast.backends import ConvProblem, NormActProblem, cpu_passes, passes
+from regnet_fast.backends import ConvProblem, Geometry, NormActProblem, cpu_passes, passes
 from regnet_fast.backends.onednn import (
     AffineNormAct,
     DepthwiseNormAct,
@@ -73,21 +73,8 @@ def winograd() -> None:
     ]
     for batch in (1, 8):
         for channels, size in shapes:
-            problem = ConvProblem(
-                "dense_conv",
-                (batch, channels, size, size),
-                channels,
-                (3, 3),
-                (1, 1),
-                (1, 1),
-                (1, 1),
-                1,
-                "relu",
-                False,
-                False,
-                torch.float32,
-                "cpu",
-            )
+            facts = "relu", False, False, torch.float32, "cpu"
+            problem = ConvProblem((batch, channels, size, size), channels, (3, 3), Geometry(padding=(1, 1)), *facts)
             x, weight, bias = (
                 nhwc(batch, channels, size, size),
                 torch.randn(channels, channels, 3, 3) * 0.02,
@@ -116,21 +103,8 @@ def pointwise() -> None:
     shapes += [(1, 336, 336, 14), (1, 368, 368, 7), (1, 888, 888, 7), (8, 24, 24, 56), (8, 152, 152, 14)]
     for batch, channels, out_channels, size in shapes:
         shape = (batch, channels, size, size)
-        problem = ConvProblem(
-            "pointwise_conv",
-            shape,
-            out_channels,
-            (1, 1),
-            (1, 1),
-            (0, 0),
-            (1, 1),
-            1,
-            "relu",
-            False,
-            False,
-            torch.float32,
-            "cpu",
-        )
+        facts = "relu", False, False, torch.float32, "cpu"
+        problem = ConvProblem(shape, out_channels, (1, 1), Geometry(), *facts)
         x, weight, bias = nhwc(*shape), torch.randn(out_channels, channels, 1, 1) * 0.1, torch.randn(out_channels)
         direct, product = DirectConv(problem, weight, bias), MatmulConv(problem, weight, bias)
         arguments = (x, None, None, False, False)

@@ -89,7 +89,7 @@ class FusedConv(nn.Module):
         return self.call(x, self.packed)
 
     def explain(self, x: Tensor) -> tuple[Problem, str]:
-        return self.packed.explain(x, None, None)
+        return self.packed.here().explain(x)
 
 
 class HostSqueezeExcite(nn.Module):

@@ -12,14 +12,19 @@ from torch import Tensor, nn
 
 from .backends import ConvProblem, Problem, cuda_launch, select, triton
 from .blocks.fused import Fused, Plan, listening
-from .blocks.units import LinearUnit, PackedConvThenNorm, Unit
+from .blocks.units import LinearUnit, PackedConvThenNorm, PackedUnit, Unit
 from .counting import KernelCounter
-from .functional import PackedConv
 from .hosts.registry import candidates
 from .kernels import tables
 from .models import why_not
+from .ops.norm_act import PackedNormAct
+from .ops.packed import Packed
+from .ops.squeeze_excite import PackedSqueezeExcite
 from .recording import Kernel
 from .roofline import Ceilings, Count, count, kernels, record
+
+_OPERANDS = {PackedUnit: 3, PackedNormAct: 2, PackedSqueezeExcite: 1}
+"""How many operands a problem is posed by: x, gate and residual; x and gate; means."""
 
 _SILENT = (nn.Identity, nn.Dropout, nn.Flatten)
 
@@ -222,8 +227,9 @@ def _tensor_bytes(*tensors: Any) -> int:
 
 def _shape(problem: Problem) -> str:
     if isinstance(problem, ConvProblem):
-        kernel = _size(problem.kernel) + (f"/{problem.stride[0]}" if problem.stride != (1, 1) else "")
-        groups = f" g{problem.groups}" if problem.groups > 1 else ""
+        stride, _, _, groups = problem.geometry
+        kernel = _size(problem.kernel) + (f"/{stride[0]}" if stride != (1, 1) else "")
+        groups = f" g{groups}" if groups > 1 else ""
         return f"{_size(problem.input_shape)} -> {_size(problem.output_shape)}, {kernel}{groups}"
     if problem.op == "squeeze_excite":
         return f"{problem.batch}x{problem.channels} -> {problem.hidden} -> {problem.channels}"
@@ -252,7 +258,7 @@ class _Recorded:
     def beside(self, other: _Recorded, x: Tensor) -> tuple[Tensor, Tensor] | None:
         tuned: list[bool] = []
         with tables.listening(lambda choice: tuned.append(choice.tuned)):
-            both = self.packed.beside(other.packed, x) if isinstance(self.packed, PackedConv) else None
+            both = self.packed.beside(other.packed, x)
         if both is not None:
             rows = [unit._rows((x,), {}, None, any(tuned))[0] for unit in (self, other)]
             launched = self.counter.take(self.layer, sum(row.flops for row in rows))
@@ -268,10 +274,10 @@ class _Recorded:
             shape = f"{_size(args[0].shape)} -> {features}"
             size = _tensor_bytes(*args, *self.unit.linear.parameters(), y)
             return [Row(self.layer, "linear", shape, "torch", "torch linear", "", 2 * args[0].numel() * features, size)]
-        if not hasattr(packed, "explain"):
+        if not isinstance(packed, Packed):
             return [_host_row(self.layer, packed.norm, (args[0],), y, _norm_reason(packed.norm))]
-        residual = None if norm is not None else kwargs.get("residual", args[2] if len(args) > 2 else None)
-        problem, label = packed.explain(args[0], None if len(args) < 2 else args[1], residual)
+        count = 2 if norm is not None else _OPERANDS[type(packed)]  # the host's norm stands before the residual
+        problem, label = packed.explain(*args[:count])
         label += ", tuned" if tuned else ""
         selection = select(problem)
         reason = "; ".join(f"{name}: {why}" for name, why in selection.refused.items())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import backends
-from .backends import ConvProblem, cpu_library, cuda_extension, cuda_launch, cuda_nvrtc
+from .backends import ConvProblem, Geometry, cpu_library, cuda_extension, cuda_launch, cuda_nvrtc
 from .kernels import tables
 
 if TYPE_CHECKING:
@@ -103,30 +103,17 @@ def devices() -> list[dict[str, Any]]:
 
 def probe(device: str, dtype: str) -> ConvProblem:
     """A small grouped convolution, the operation that every RegNet needs, to ask backends about."""
-    return ConvProblem(
-        "grouped_conv",
-        (1, 64, 14, 14),
-        64,
-        (3, 3),
-        (1, 1),
-        (1, 1),
-        (1, 1),
-        8,
-        "relu",
-        False,
-        False,
-        getattr(torch, dtype),
-        device,
-    )
+    facts = "relu", False, False, getattr(torch, dtype), device
+    return ConvProblem((1, 64, 14, 14), 64, (3, 3), Geometry(padding=(1, 1), groups=8), *facts)
 
 
 def support() -> list[dict[str, Any]]:
     """One row for each device, backend and dtype: whether the backend serves `probe`, and why not."""
     rows = []
     for device in devices():
-        for backend, module in backends.BACKENDS.items():
+        for backend in backends.BACKENDS:
             for dtype in DTYPES:
-                reason = module.refuse(probe(device["device"], dtype))
+                reason = backends.refuse(backend, probe(device["device"], dtype))
                 rows.append(
                     {
                         "device": device["device"],

@@ -194,7 +194,7 @@ class Conv:
         return eager_conv(x, weight, bias, gate, residual, *self.geometry(), activation)
 
     def reference64(self, x, weight, bias=None, gate=None, residual=None, activation="none"):
-        return reference.conv(*map(double, (x, weight, bias, gate, residual)), *self.geometry(), activation)
+        return reference.conv(*map(double, (x, weight, bias, gate, residual)), self.geometry(), activation)
 
 
 def pointwise(n, c, k, h, w, stride=1):

@@ -11,7 +11,17 @@ from torch.nn import functional as F
 
 import regnet_fast
 from regnet_fast import functional as R
-from regnet_fast.backends import ACTIVATIONS, BackendError, ConvProblem, activations, backend, cuda, onednn, triton
+from regnet_fast.backends import (
+    ACTIVATIONS,
+    BackendError,
+    ConvProblem,
+    Geometry,
+    activations,
+    backend,
+    cuda,
+    onednn,
+    triton,
+)
 
 DEFINITIONS = {
     "none": lambda z: z,
@@ -154,21 +164,8 @@ def test_a_slope_that_is_not_the_table_s_is_refused_and_seen_when_it_changes():
 def test_the_kernels_refuse_what_they_do_not_have(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name, one in ACTIVATIONS.items():
-        problem = ConvProblem(
-            "grouped_conv",
-            (1, 16, 8, 8),
-            16,
-            (3, 3),
-            (1, 1),
-            (1, 1),
-            (1, 1),
-            2,
-            name,
-            False,
-            False,
-            torch.float32,
-            "cpu",
-        )
+        geometry = Geometry(padding=(1, 1), groups=2)
+        problem = ConvProblem((1, 16, 8, 8), 16, (3, 3), geometry, name, False, False, torch.float32, "cpu")
         assert onednn.refuse(problem) is None
         expected = None if one.code is not None else f"the kernels have no {name}"
         assert activations.refuse(name) == expected
@@ -183,9 +180,8 @@ def test_an_unknown_one_raises(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match=r"unknown activation 'mish'; choose one of none, relu, silu"):
         R.pack_conv(torch.zeros(3, 3, 3, 3), activation="mish")
-    problem = ConvProblem(
-        "dense_conv", (1, 4, 8, 8), 4, (3, 3), (1, 1), (1, 1), (1, 1), 1, "mish", False, False, torch.float32, "cpu"
-    )
+    facts = "mish", False, False, torch.float32, "cpu"
+    problem = ConvProblem((1, 4, 8, 8), 4, (3, 3), Geometry(padding=(1, 1)), *facts)
     with pytest.raises(KeyError, match="mish"):
         onednn.prepare_conv(problem, torch.randn(4, 4, 3, 3), None)
     with pytest.raises(KeyError, match="mish"):

@@ -13,6 +13,7 @@ import torch
 from helpers import assert_close_to_reference
 from torch.nn import functional as F
 
+import regnet_fast
 import regnet_fast.functional as R
 from regnet_fast import backends
 from regnet_fast.backends import (
@@ -20,27 +21,26 @@ from regnet_fast.backends import (
     BACKENDS,
     BackendError,
     ConvProblem,
+    Geometry,
     NormActProblem,
     Selection,
     SqueezeExciteProblem,
-    aten,
     backend,
     cuda,
+    cudnn,
     forced_backend,
+    library,
     onednn,
     reference,
     select,
     triton,
     winograd,
 )
-from regnet_fast.backends.problem import Problem
-from regnet_fast.ops.convolution import _SHAPES_KEPT, _SHARED_KEPT
-from regnet_fast.ops.norm_act import PackedNormAct
-from regnet_fast.ops.squeeze_excite import PackedSqueezeExcite
+from regnet_fast.backends.problem import Call, Problem
+from regnet_fast.ops.convolution import _SHARED_KEPT
+from regnet_fast.ops.packed import _KEPT, Packed
 
-CONV = ConvProblem(
-    "dense_conv", (2, 8, 14, 14), 16, (3, 3), (1, 1), (1, 1), (1, 1), 1, "relu", False, False, torch.float32, "cpu"
-)
+CONV = ConvProblem((2, 8, 14, 14), 16, (3, 3), Geometry(padding=(1, 1)), "relu", False, False, torch.float32, "cpu")
 PROBLEMS: list[Problem] = [
     CONV,
     SqueezeExciteProblem(2, 8, 4, "relu", torch.float32, "cpu"),
@@ -69,15 +69,16 @@ def runs_of(packed) -> list[str]:
 
 
 def test_the_libraries_are_asked_before_the_reference():
-    assert list(BACKENDS.items()) == [*(("aten", aten), ("triton", triton), ("cuda", cuda), ("reference", reference))]
-    assert all(name == module.NAME for name, module in BACKENDS.items())
+    assert BACKENDS == ("aten", "triton", "cuda", "reference")
+    assert [library(name, "cuda:1") for name in BACKENDS] == [cudnn, triton, cuda, reference]
+    assert library("aten", "cpu") is onednn and library("aten", "xpu") is None
 
 
 @needs_onednn
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.op)
 def test_auto_takes_the_first_that_serves(problem):
     chosen = select(problem)
-    assert (chosen.name, chosen.module, chosen.refused) == ("aten", aten, {})
+    assert (chosen.name, chosen.module, chosen.refused) == ("aten", onednn, {})
 
 
 REFUSALS = {
@@ -129,7 +130,7 @@ def test_a_switched_off_library_is_refused():
 
 
 def test_nobody_serving_is_an_error(monkeypatch):
-    for module in BACKENDS.values():
+    for module in (onednn, triton, cuda, reference):
         monkeypatch.setattr(module, "refuse", lambda problem: "on strike")
     with pytest.raises(BackendError, match=r"dense_conv: no backend can serve .*on strike"):
         select(CONV)
@@ -165,7 +166,7 @@ def test_several_forced_backends_are_asked_in_their_order():
         chosen = select(CONV)
         assert chosen.name == "aten" and list(chosen.refused) == ["triton"]
     with backend("aten,reference"):
-        assert select(CONV) == Selection("aten")
+        assert select(CONV) == Selection("aten", onednn)
         assert select(dataclasses.replace(CONV, dtype=torch.float64)).name == "reference"
     words = r"'aten,cuda' was.*aten: .*; cuda: .*can: reference\."
     with backend("aten,cuda"), pytest.raises(BackendError, match=words):
@@ -261,11 +262,13 @@ def test_the_environment_forces_a_new_process():
 
 
 def break_last_column(run):
-    def broken(x, gate, residual, *flags):
-        y = run(x, gate, residual, *flags)
+    def broken(*arguments):
+        y = run(*arguments)
         y[..., -1] *= 1.01
         return y
 
+    broken = Call(broken, "broken")
+    broken.shape = None
     return broken
 
 
@@ -286,9 +289,9 @@ def test_a_wrong_kernel_is_caught(monkeypatch):
 
 
 def test_a_problem_knows_its_output_and_its_work():
-    geometry = ((3, 5), (2, 1), (1, 2), (1, 2), 2)
-    p = ConvProblem("dense_conv", (2, 6, 13, 7), 10, *geometry, "none", True, True, torch.bfloat16, "cpu")
-    y = F.conv2d(torch.randn(p.input_shape), torch.randn(10, 3, 3, 5), None, p.stride, p.padding, p.dilation, p.groups)
+    geometry = Geometry((2, 1), (1, 2), (1, 2), 2)
+    p = ConvProblem((2, 6, 13, 7), 10, (3, 5), geometry, "none", True, True, torch.bfloat16, "cpu")
+    y = F.conv2d(torch.randn(p.input_shape), torch.randn(10, 3, 3, 5), None, *geometry)
     assert p.output_shape == tuple(y.shape)
     assert p.flops == 2 * y.numel() * 3 * 3 * 5
     assert p.bytes == 2 * (2 * 6 * 13 * 7 + 2 * y.numel() + 10 * 3 * 3 * 5 + 10 + 2 * 6)
@@ -300,20 +303,19 @@ def test_a_problem_knows_its_output_and_its_work():
 @needs_onednn
 def test_a_force_reaches_weights_that_are_already_packed():
     """They kept the backend of their first call, so that a forced comparison compared a backend with itself."""
-    x, means = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last), torch.randn(2, 8)
-    conv = R.pack_conv(torch.randn(8, 8, 1, 1))
-    norm = PackedNormAct(torch.randn(8), torch.randn(8), "relu")
-    gate = PackedSqueezeExcite(torch.randn(4, 8), torch.randn(4), torch.randn(8, 4), torch.randn(8), "relu")
-    for packed, argument in ((conv, x), (norm, x), (gate, means)):
-        packed(argument)
-        with backend("reference"):
-            packed(argument)
-            assert runs_of(packed)[-1] == reference.LABEL
-        with backend("aten"):
-            packed(argument)
-            assert runs_of(packed)[-1] != reference.LABEL
+    x = torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last)
+    conv = R.pack_conv(torch.randn(8, 32, 1, 1))
+    block = regnet_fast.create_model("regnety_002", pretrained=False).eval().s1.b1
+    for name in ("auto", "reference", "aten", "reference", "auto"):
+        with torch.no_grad(), backend(name):
+            R.pointwise_conv(x, conv)
+            block(x)
+            units = [unit for unit in vars(block.plan(x).form).values() if isinstance(unit, Packed)]
+            labels = {label for packed in (conv.here(), *units) for label in runs_of(packed)}
+        assert len(units) == 5 and (labels == {reference.LABEL}) == (name == "reference")
+        assert name == "reference" or reference.LABEL not in labels
     with backend("aten"), torch.backends.mkldnn.flags(enabled=False), pytest.raises(BackendError):
-        conv(torch.randn(1, 8, 4, 4))
+        R.pointwise_conv(torch.randn(1, 32, 4, 4), conv)
 
 
 @needs_onednn
@@ -329,14 +331,14 @@ def test_labels_say_what_runs():
         assert runs_of(packed) == [label]
 
 
-@pytest.mark.parametrize(("force", "most"), [("reference", _SHAPES_KEPT), ("auto", _SHARED_KEPT)])
+@pytest.mark.parametrize(("force", "most"), [("reference", _KEPT), ("auto", _SHARED_KEPT)])
 def test_only_the_last_shapes_are_kept(force, most):
     packed = R.pack_conv(torch.randn(5, 3, 1, 1))
     shapes = [(1, 3, h, w) for h in range(1, 8) for w in range(1, 8)]
     with backend(force):
         for shape in shapes:
             R.pointwise_conv(torch.randn(shape), packed)
-    assert [tuple(key[0]) for key in packed._runs] == shapes[-most:]
+        assert [tuple(key[0]) for key in packed.here()._runs] == shapes[-most:]
     x = torch.randn(shapes[0])  # one that was dropped
     with backend("reference"):
         expected = R.pointwise_conv(x, packed.weight)
@@ -345,8 +347,8 @@ def test_only_the_last_shapes_are_kept(force, most):
 
 def test_weights_are_packed_once(monkeypatch):
     calls = []
-    prepare = aten.prepare_conv
-    monkeypatch.setattr(aten, "prepare_conv", lambda *a: calls.append(a[0].input_shape) or prepare(*a))
+    prepare = onednn.prepare_conv
+    monkeypatch.setattr(onednn, "prepare_conv", lambda *a: calls.append(a[0].input_shape) or prepare(*a))
     packed = R.pack_conv(torch.randn(5, 3, 1, 1))
     with backend("aten"):
         for n in (1, 2, 1, 2, 1):
@@ -488,7 +490,7 @@ def test_two_kinds_of_gpu_in_one_machine(monkeypatch):
 # Winograd
 
 WINOGRAD = ConvProblem(
-    "dense_conv", (4, 256, 14, 14), 256, (3, 3), (1, 1), (1, 1), (1, 1), 1, "relu", False, True, torch.float32, "cpu"
+    (4, 256, 14, 14), 256, (3, 3), Geometry(padding=(1, 1)), "relu", False, True, torch.float32, "cpu"
 )
 
 
@@ -514,9 +516,9 @@ def test_winograd(batch, size, activation):
         y = run(x, None, r, False, False)
         assert y.shape == residual.shape and y.is_contiguous(memory_format=torch.channels_last)
         assert all(map(torch.equal, before, (x, weight, residual)))
-        eager = reference.conv(x, weight, bias, None, r, (1, 1), (1, 1), (1, 1), 1, activation)
+        eager = reference.conv(x, weight, bias, None, r, problem.geometry, activation)
         wide = [None if t is None else t.double() for t in (x, weight, bias, None, r)]
-        ref = reference.conv(*wide, (1, 1), (1, 1), (1, 1), 1, activation)
+        ref = reference.conv(*wide, problem.geometry, activation)
         assert_close_to_reference(y, eager, ref, f"winograd {batch} {size} {activation} residual={r is not None}")
 
 
@@ -561,10 +563,10 @@ SLOWER = {
     "little work": {"input_shape": (1, 256, 14, 14)},
     "large image": {"input_shape": (1, 256, 14, 34)},
     "another kernel": {"kernel": (5, 5)},
-    "stride": {"stride": (2, 2)},
-    "no padding": {"padding": (0, 0)},
-    "dilation": {"dilation": (2, 2), "padding": (2, 2)},
-    "groups": {"groups": 2},
+    "stride": {"geometry": Geometry((2, 2), (1, 1))},
+    "no padding": {"geometry": Geometry()},
+    "dilation": {"geometry": Geometry((1, 1), (2, 2), (2, 2))},
+    "groups": {"geometry": Geometry(padding=(1, 1), groups=2)},
     "gate": {"gate": True},
 }
 

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from regnet_fast import classify, cli, compare, info, verify
-from regnet_fast.backends import aten, triton
+from regnet_fast.backends import onednn, triton
 from regnet_fast.cli import app
 
 MODEL, OTHER = "resnetv2_18", "resnet10t"  # one of our families, and one that is not
@@ -32,20 +32,22 @@ def run_json(*arguments, status=0):
 @pytest.fixture
 def wrong_operation(monkeypatch):
     """Every convolution of the backend computes its last column wrong."""
-    prepare = aten.prepare_conv
+    prepare = onednn.prepare_conv
 
     def prepare_wrong(*arguments):
         conv = prepare(*arguments)
 
-        def wrong(*operands):
-            y = conv(*operands)
-            y[..., -1] *= 1.01
-            return y
+        class Wrong(onednn.Convolution):
+            label = "wrong"
 
-        wrong.label = "wrong"
-        return wrong
+            def __call__(self, *operands):
+                y = conv(*operands)
+                y[..., -1] *= 1.01
+                return y
 
-    monkeypatch.setattr(aten, "prepare_conv", prepare_wrong)
+        return Wrong()
+
+    monkeypatch.setattr(onednn, "prepare_conv", prepare_wrong)
 
 
 @pytest.fixture

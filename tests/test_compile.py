@@ -12,11 +12,11 @@ LONG = ("regnetx_002", "regnetz_005", "resnetv2_18")
 MODELS = ["regnety_002", "regnetv_040", "repvgg_a0", *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)]
 OPERATORS = {
     "regnetx_002": {"pointwise_conv", "grouped_conv", "dense_conv"},
-    "regnety_002": {"pointwise_conv", "grouped_conv", "dense_conv", "squeeze_excite"},
-    "regnetz_005": {"pointwise_conv", "grouped_conv", "dense_conv", "squeeze_excite"},
-    "regnetv_040": {"pointwise_conv", "grouped_conv", "squeeze_excite", "norm_act"},
-    "repvgg_a0": {"dense_conv"},
-    "resnetv2_18": {"dense_conv", "pointwise_conv", "norm_act"},
+    "regnety_002": {"conv", "squeeze_excite"},
+    "regnetz_005": {"conv", "squeeze_excite"},
+    "regnetv_040": {"conv", "squeeze_excite", "norm_act"},
+    "repvgg_a0": {"conv"},
+    "resnetv2_18": {"conv", "norm_act"},
 }
 
 

@@ -21,9 +21,9 @@ from regnet_fast import info
 from regnet_fast.backends import (
     BackendError,
     ConvProblem,
+    Geometry,
     NormActProblem,
     SqueezeExciteProblem,
-    aten,
     backend,
     cuda,
     cuda_extension,
@@ -31,6 +31,7 @@ from regnet_fast.backends import (
     cuda_nvrtc,
     cuda_plans,
     cuda_sources,
+    onednn,
     reference,
     select,
     store,
@@ -38,7 +39,7 @@ from regnet_fast.backends import (
 from regnet_fast.backends.cuda_plans import Target
 
 PROBLEM = ConvProblem(
-    *("grouped_conv", (2, 48, 9, 7), 48, (3, 3), (1, 1), (1, 1), (1, 1), 2, "relu", False, False),
+    *((2, 48, 9, 7), 48, (3, 3), Geometry(padding=(1, 1), groups=2), "relu", False, False),
     *(torch.bfloat16, "cuda:0"),
 )
 ON_CPU = dataclasses.replace(PROBLEM, device="cpu")
@@ -305,7 +306,7 @@ def test_gpus_that_it_does_not_serve(monkeypatch, available, capability, reason)
 
 
 def test_auto_leaves_it_aside_and_says_why(simulated, monkeypatch):
-    monkeypatch.setattr(aten, "refuse", lambda problem: "not today")
+    monkeypatch.setattr(onednn, "refuse", lambda problem: "not today")
     chosen = select(ON_CPU)
     assert chosen.name == "reference" and "have not been measured" in chosen.refused["cuda"]
 

@@ -82,7 +82,7 @@ def test_conv_in_every_layout(conv, name, dtype):
 @pytest.mark.parametrize("conv", BY_OP.values(), ids=lambda c: c.op)
 def test_conv_with_every_epilogue(conv, name, dtype):
     with force_or_skip(name, dtype):
-        for bias, gate, residual, activation in itertools.product(*[(False, True)] * 3, ACTIVATIONS):
+        for bias, gate, residual, activation in itertools.product(*[(False, True)] * 3, ("none", "relu", "silu")):
             if (gate and conv.op != "pointwise_conv") or (residual and conv.op == "grouped_conv"):
                 continue
             t = conv.operands(dtype, bias, gate, residual)

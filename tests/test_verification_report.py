@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from regnet_fast import verification_report, verify
-from regnet_fast.backends import aten
+from regnet_fast.backends import onednn
 from regnet_fast.cli import app
 
 MODEL, OTHER = "resnetv2_18", "resnet10t"
@@ -22,21 +22,23 @@ def run(*arguments):
 @pytest.fixture
 def wrong_layer(monkeypatch):
     """The convolutions of 256 channels, which begin in the third stage, compute one value wrong."""
-    prepare = aten.prepare_conv
+    prepare = onednn.prepare_conv
 
     def prepare_wrong(*arguments):
         conv = prepare(*arguments)
 
-        def wrong(*operands):
-            y = conv(*operands)
-            if y.shape[1] == 256:
-                y[1, 7, 1, 0] += 0.5
-            return y
+        class Wrong(onednn.Convolution):
+            label = "wrong"
 
-        wrong.label = "wrong"
-        return wrong
+            def __call__(self, *operands):
+                y = conv(*operands)
+                if y.shape[1] == 256:
+                    y[1, 7, 1, 0] += 0.5
+                return y
 
-    monkeypatch.setattr(aten, "prepare_conv", prepare_wrong)
+        return Wrong()
+
+    monkeypatch.setattr(onednn, "prepare_conv", prepare_wrong)
 
 
 class Page(HTMLParser):

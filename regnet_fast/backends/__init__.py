@@ -1,9 +1,9 @@
 """The backends, and the one place where a backend is chosen.
 
-A backend is a module with `NAME`, `refuse(problem) -> str | None` (why it cannot serve, in words for the user) and one
-`prepare_*` function per kind of problem, which takes folded weights and returns a callable bound to them. One that has
-`NOT_BY_ITSELF`, a reason, serves only where it is forced. `refuse_training(x)`, where there is one, says why it has no
-kernels for a training step over maps like x.
+A backend is a module with `refuse(problem) -> str | None` (why it cannot serve, in words for the user) and one
+`prepare_*` function per kind of problem, which takes folded weights and returns a `Run` bound to them. One that has
+`NOT_BY_ITSELF`, a reason, serves only where it is forced. The name `aten` stands for the framework's own library for a
+device: oneDNN on a CPU, cuDNN on a GPU.
 """
 
 from __future__ import annotations
@@ -16,27 +16,49 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
 
-from . import aten, cuda, reference, triton
+from . import cuda, cudnn, onednn, reference, triton
 from .activations import ACTIVATIONS
-from .problem import ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
+from .problem import ConvProblem, Deferred, Geometry, NormActProblem, Problem, Run, SqueezeExciteProblem, computed
 
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
     "BackendError",
     "ConvProblem",
+    "Deferred",
+    "Geometry",
     "NormActProblem",
     "Problem",
+    "Run",
     "Selection",
     "SqueezeExciteProblem",
     "backend",
+    "computed",
     "forced_backend",
     "forced_backends",
+    "library",
+    "refuse",
     "select",
 ]
 
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (aten, triton, cuda, reference)}
-"""Every backend by name, in the order in which `auto` asks them."""
+BACKENDS = ("aten", "triton", "cuda", "reference")
+"""The names of all backends, in the order in which `auto` asks them."""
+
+_MODULES = {"triton": triton, "cuda": cuda, "reference": reference}
+_ATEN = {"cpu": onednn, "cuda": cudnn}
+
+
+def library(name: str, device: str) -> ModuleType | None:
+    """The module behind a backend's name on a device; None where the framework has no library for the device."""
+    return _ATEN.get(device.partition(":")[0]) if name == "aten" else _MODULES[name]
+
+
+def refuse(name: str, problem: Problem) -> str | None:
+    """Why a backend cannot serve a problem, or None."""
+    module = library(name, problem.device)
+    if module is None:
+        return f"the framework has no fused convolution calls for the device {problem.device!r}"
+    return module.refuse(problem)
 
 
 class BackendError(RuntimeError):
@@ -48,11 +70,8 @@ class Selection:
     """The backend that serves a problem, and why each one asked before it does not."""
 
     name: str
+    module: ModuleType
     refused: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def module(self) -> ModuleType:
-        return BACKENDS[self.name]
 
 
 _forced: ContextVar[str | None] = ContextVar("regnet_fast_backend", default=None)
@@ -111,14 +130,14 @@ def select(problem: Problem) -> Selection:
     """
     forced, refused = forced_backends(), {}
     for name in forced or BACKENDS:
-        reason = BACKENDS[name].refuse(problem)
+        reason, module = refuse(name, problem), library(name, problem.device)
         if reason is None and not forced:
-            reason = getattr(BACKENDS[name], "NOT_BY_ITSELF", None)
+            reason = getattr(module, "NOT_BY_ITSELF", None)
         if reason is None:
-            return Selection(name, refused)
+            return Selection(name, module, refused)
         refused[name] = reason
     if forced:
-        others = [name for name in BACKENDS if name not in forced and BACKENDS[name].refuse(problem) is None]
+        others = [name for name in BACKENDS if name not in forced and refuse(name, problem) is None]
         reasons = refused[forced[0]] if len(forced) == 1 else "; ".join(f"{name}: {r}" for name, r in refused.items())
         raise BackendError(
             f"{problem.op}: the backend {forced_backend()!r} was asked for and cannot serve: {reasons}. "

@@ -5,7 +5,7 @@ Nothing of CUDA is touched, and nothing compiled, before it is asked to serve on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,10 +13,9 @@ from torch import Tensor
 from . import activations, cuda_launch, cuda_plans
 from .cuda_plans import DepthwiseConv, Launch
 from .cuda_plans import GroupedConv as Groups
-from .problem import ConvProblem, Problem, SqueezeExciteProblem
+from .problem import ConvProblem, Problem, Run, SqueezeExciteProblem
 from .triton import current
 
-NAME = "cuda"
 LABEL = "CUDA C++"
 NOT_BY_ITSELF = "the CUDA C++ kernels have not been measured on a GPU yet, so that they run only where they are forced"
 """Why `auto` leaves a backend aside that could serve."""
@@ -29,7 +28,7 @@ def refuse(problem: Problem) -> str | None:
         return reason
     if isinstance(problem, SqueezeExciteProblem):
         return _refuse_squeeze_excite(problem)
-    if not isinstance(problem, ConvProblem) or (problem.groups == 1 and problem.op != "grouped_conv"):
+    if not isinstance(problem, ConvProblem) or problem.geometry.groups == 1:
         return "csrc/ has kernels for grouped convolutions and squeeze-excite alone"
     return refuse_conv(problem) or no_way((_launch(problem, means) for means in (False, True)), problem.device)
 
@@ -43,10 +42,11 @@ def refuse_conv(problem: ConvProblem) -> str | None:
         return f"a grouped convolution with a {'gate' if problem.gate else 'residual'}"
     if problem.out_channels != problem.input_shape[1]:
         return f"{problem.input_shape[1]} channels in and {problem.out_channels} out: only as many out as in"
-    if problem.stride[0] != problem.stride[1]:
-        return f"two different strides, {problem.stride}"
-    geometry = {"kernel": problem.kernel, "padding": problem.padding, "dilation": problem.dilation}
-    refuse_plan = cuda_plans.refuse_depthwise if is_depthwise(problem) else cuda_plans.refuse
+    stride, padding, dilation, _ = problem.geometry
+    if stride[0] != stride[1]:
+        return f"two different strides, {stride}"
+    geometry = {"kernel": problem.kernel, "padding": padding, "dilation": dilation}
+    refuse_plan = cuda_plans.refuse_depthwise if problem.depthwise else cuda_plans.refuse
     return refuse_plan(plan_of(problem), arch=cuda_launch.target(problem.device).arch, **geometry)
 
 
@@ -60,18 +60,13 @@ def refuse_training(x: Tensor) -> str:
     return "csrc/ has the grouped convolutions of a training step alone: name what computes the rest, as 'cuda,triton'"
 
 
-def is_depthwise(problem: ConvProblem) -> bool:
-    """Whether each channel is a group of its own."""
-    return problem.groups > 1 and problem.groups == problem.input_shape[1]
-
-
 def plan_of(problem: ConvProblem) -> Groups | DepthwiseConv:
     """A convolution as the plans take it."""
     images, channels, height, columns = problem.input_shape
-    facts = problem.stride[0], _plain(problem.dtype)
-    if is_depthwise(problem):
+    groups, facts = problem.geometry.groups, (problem.geometry.stride[0], _plain(problem.dtype))
+    if problem.depthwise:
         return DepthwiseConv(images, height, columns, channels, *facts)
-    return Groups(images, height, columns, problem.groups, channels // problem.groups, *facts)
+    return Groups(images, height, columns, groups, channels // groups, *facts)
 
 
 def _plain(dtype: torch.dtype) -> str:
@@ -79,7 +74,7 @@ def _plain(dtype: torch.dtype) -> str:
 
 
 def _launch(problem: ConvProblem, means: bool) -> Launch:
-    if is_depthwise(problem):
+    if problem.depthwise:
         return cuda_plans.depthwise_conv_forward(plan_of(problem), problem.activation, means)
     target = cuda_launch.target(problem.device)
     return cuda_plans.grouped_conv_forward(plan_of(problem), problem.activation, means, target)
@@ -87,16 +82,13 @@ def _launch(problem: ConvProblem, means: bool) -> Launch:
 
 def packed_weight(problem: ConvProblem, weight: Tensor) -> Tensor:
     """(K, C / groups, 3, 3) as the kernels read it, tap by tap: (K, 9 * C / groups), or (9, K) of a depthwise one."""
-    if is_depthwise(problem):
+    if problem.depthwise:
         return weight.flatten(1).t().contiguous()
     return weight.permute(0, 2, 3, 1).flatten(1).contiguous()
 
 
-class GroupedConv:
-    """A grouped 3x3 convolution bound to its weights: `run(x, gate, residual, consume, into_residual)`.
-
-    The gate and the residual are None.
-    """
+class GroupedConv(Run):
+    """A grouped 3x3 convolution bound to its weights; it takes no gate and no residual."""
 
     def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
         self.problem, self.weight = problem, aligned(packed_weight(problem, weight))
@@ -117,7 +109,7 @@ class GroupedConv:
         return self._run(x, False)[0]
 
     def with_parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The result, and (N, T, K) float32 parts whose sum over T are its channel means."""
+        """`Run.with_parts`."""
         return self._run(x, True)
 
     def _run(self, x: Tensor, means: bool) -> tuple[Tensor, Tensor | None]:
@@ -135,8 +127,8 @@ def aligned(t: Tensor) -> Tensor:
     return t.clone() if t.data_ptr() % cuda_launch.ALIGNMENT else t
 
 
-def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
-    """The convolution bound to its packed weights: `run(x, gate, residual, consume, into_residual)`.
+def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Run:
+    """The convolution bound to its packed weights.
 
     The first run raises `cuda_nvrtc.CompileError` where the kernel has to be compiled and cannot.
     """
@@ -157,8 +149,8 @@ def _gate_launch(problem: SqueezeExciteProblem, tiles: int, dtype: torch.dtype) 
     return cuda_plans.squeeze_excite(*sizes, _plain(dtype), problem.activation, target)
 
 
-class SqueezeExcite:
-    """The gate bound to its weights: `run(means)`, or `run.from_parts(parts, dtype)`."""
+class SqueezeExcite(Run):
+    """The gate bound to its weights."""
 
     def __init__(self, problem: SqueezeExciteProblem, *weights: Tensor):
         self.problem, self.weights = problem, [aligned(t.float().contiguous()) for t in weights]
@@ -169,7 +161,7 @@ class SqueezeExcite:
         return self.from_parts(means[:, None], means.dtype)
 
     def from_parts(self, parts: Tensor, dtype: torch.dtype) -> Tensor:
-        """The gate in a dtype, from (N, T, C) parts whose sum over T are the means."""
+        """`Run.from_parts`."""
         key = (parts.shape[1], dtype)
         kernel = self._kernels.get(key)
         if kernel is None:
@@ -183,6 +175,4 @@ class SqueezeExcite:
         return gate
 
 
-def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> Callable[[Tensor], Tensor]:
-    """The gate bound to its weights: `run(means)`."""
-    return SqueezeExcite(problem, *weights)
+prepare_squeeze_excite = SqueezeExcite

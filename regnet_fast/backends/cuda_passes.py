@@ -18,7 +18,7 @@ from torch import Tensor
 from . import cuda, cuda_launch, cuda_plans
 from .cuda_plans import Launch, Target
 from .operands import Arriving, ConvGradients, Excite, Filter, Norm, Sums
-from .problem import ConvProblem
+from .problem import ConvProblem, Geometry
 from .triton import current
 
 _LAST = torch.channels_last
@@ -32,16 +32,15 @@ def refuse(x: Tensor, excite: Excite | None, filters: Sequence[Filter]) -> str |
         return "convolutions that read their map together"
     problem = _problem(x, filters[0])
     reason = cuda_launch.refuse_device(problem.device)
-    if reason is None and problem.groups == 1:
+    if reason is None and problem.geometry.groups == 1:
         return "csrc/ has grouped convolutions alone"
     return reason or cuda.refuse_conv(problem)
 
 
 def _problem(x: Tensor, one: Filter) -> ConvProblem:
-    weight, (stride, padding, dilation, groups) = one
-    geometry = (tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups)
-    sizes = ("grouped_conv", tuple(x.shape), weight.shape[0])
-    return ConvProblem(*sizes, *geometry, "none", False, False, x.dtype, str(x.device))
+    weight, geometry = one
+    sizes = (tuple(x.shape), weight.shape[0], tuple(weight.shape[2:]), Geometry(*geometry))
+    return ConvProblem(*sizes, "none", False, False, x.dtype, str(x.device))
 
 
 class Passes:
@@ -93,7 +92,7 @@ def _forward_launches(problem: ConvProblem, target: Target, read: str | None, mo
 @functools.lru_cache(maxsize=1024)
 def _backward_launches(problem: ConvProblem, target: Target, switches: tuple) -> tuple[Launch, ...]:
     plan, options = cuda.plan_of(problem), dict(switches, target=target)
-    if cuda.is_depthwise(problem):
+    if problem.depthwise:
         return cuda_plans.depthwise_conv_backward(plan, **options)
     return cuda_plans.grouped_conv_backward(plan, **options)
 
@@ -115,7 +114,7 @@ def _forward(
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None] | None:
     """The raw result and its statistics; None where there are no kernels, or no way to them."""
     problem, read = _problem(x, one), None if norm is None else norm.activation
-    if cuda.is_depthwise(problem):
+    if problem.depthwise:
         return None
     launches = _forward_launches(problem, cuda_launch.target(problem.device), read, measured)
     if cuda.no_way(launches, problem.device) is not None:
@@ -162,7 +161,7 @@ def _backward(
 
 def _by_input(problem: ConvProblem, weight: Tensor) -> Tensor:
     """The weight with a row for each input channel, tap by tap; (9, channels) of a depthwise convolution."""
-    if cuda.is_depthwise(problem):
+    if problem.depthwise:
         return cuda.packed_weight(problem, weight)
     rows, width = weight.shape[:2]
     return weight.reshape(-1, width, width, 9).permute(0, 2, 3, 1).reshape(rows, -1)
@@ -170,6 +169,6 @@ def _by_input(problem: ConvProblem, weight: Tensor) -> Tensor:
 
 def _as_weight(problem: ConvProblem, dweight: Tensor, weight: Tensor) -> Tensor:
     """The gradient of a weight from (K, 9, C / groups) sums, or (9, K) of a depthwise convolution."""
-    if cuda.is_depthwise(problem):
+    if problem.depthwise:
         return dweight.t().reshape(weight.shape).to(weight.dtype)
     return dweight.view(-1, 3, 3, weight.shape[1]).permute(0, 3, 1, 2).to(weight.dtype)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from .activations import ACTIVATIONS
-from .problem import ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
+from .problem import Call, ConvProblem, NormActProblem, Problem, Run
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,10 +24,8 @@ def refuse(problem: Problem) -> str | None:
     return None
 
 
-class FusedConv:
-    """cuDNN's convolution + bias [+ residual] + ReLU; other activations follow in place: `run(x, gate, residual,
-    consume, into_residual)`.
-    """
+class FusedConv(Run):
+    """cuDNN's convolution + bias [+ residual] + ReLU; other activations follow in place."""
 
     label = "cuDNN"
 
@@ -37,7 +33,8 @@ class FusedConv:
         self.problem = problem
         self.weight = weight.contiguous(memory_format=torch.channels_last)
         self.bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(problem.dtype)
-        self.geometry = (list(problem.stride), list(problem.padding), list(problem.dilation), problem.groups)
+        stride, padding, dilation, groups = problem.geometry
+        self.geometry = (list(stride), list(padding), list(dilation), groups)
 
     def __call__(
         self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool
@@ -54,23 +51,20 @@ class FusedConv:
         return ACTIVATIONS[self.problem.activation].in_place(y)
 
 
-def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
-    """The convolution bound to its weights: `run(x, gate, residual, consume, into_residual)`."""
+def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Run:
+    """The convolution bound to its weights."""
     return FusedConv(problem, weight, bias)
 
 
-def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> Callable[[Tensor], Tensor]:
-    """The gate bound to its float32 weights: `run(means)`."""
-    return reference.prepare_squeeze_excite(problem, *weights)
+prepare_squeeze_excite = reference.prepare_squeeze_excite
 
 
-def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Callable[..., Tensor]:
-    """The affine map and activation bound to scale and shift: `run(x, gate, consume)`."""
+def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Run:
+    """The affine map and activation bound to scale and shift."""
     scale, shift = (t.to(problem.dtype).reshape(1, -1, 1, 1) for t in (scale, shift))
 
     def run(x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:
         y = torch.addcmul(shift, x, scale if gate is None else scale * gate[:, :, None, None])
         return ACTIVATIONS[problem.activation].in_place(y)
 
-    run.label = "torch addcmul"
-    return run
+    return Call(run, "torch addcmul")

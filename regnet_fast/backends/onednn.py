@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from . import winograd
 from .activations import ACTIVATIONS
-from .problem import ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
+from .problem import ConvProblem, Geometry, NormActProblem, Problem, Run, SqueezeExciteProblem
 
 
 def refuse(problem: Problem) -> str | None:
@@ -25,18 +24,13 @@ def refuse(problem: Problem) -> str | None:
         return "this build of torch has no oneDNN"
     if not torch._C._get_mkldnn_enabled():
         return "oneDNN is switched off (torch.backends.mkldnn)"
-    if problem.dtype == torch.bfloat16:
-        return (
-            None
-            if torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            else "this CPU has no bfloat16 instructions that oneDNN uses"
-        )
-    if problem.dtype == torch.float16:
-        return (
-            None
-            if torch.ops.mkldnn._is_mkldnn_fp16_supported()
-            else "this CPU has no float16 instructions that oneDNN uses"
-        )
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }.get(problem.dtype)
+    if supported is not None:
+        name = str(problem.dtype).removeprefix("torch.")
+        return None if supported() else f"this CPU has no {name} instructions that oneDNN uses"
     if problem.dtype != torch.float32:
         return f"oneDNN computes in float32, bfloat16 and float16, not in {problem.dtype}"
     return None
@@ -48,7 +42,7 @@ def apply_gate(x: Tensor, gate: Tensor, consume: bool) -> Tensor:
     return x.mul_(gate) if consume else x * gate
 
 
-class Convolution:
+class Convolution(Run):
     """A convolution bound to its weights, which are packed for one input shape, or serve every shape.
 
     Attributes: `weight`; `shape` and `geometry` (padding, stride, dilation, groups) of the convolution that it is
@@ -97,7 +91,7 @@ def _layout(packed: Tensor) -> tuple | None:
 
 
 class DirectConv(Convolution):
-    """oneDNN's convolution with packed weights: `run(x, gate, residual, consume, into_residual)`.
+    """oneDNN's convolution with packed weights.
 
     The weights are packed for one input shape, for which oneDNN chooses the blocking; given another blocking it lays
     them out again in each call, which may be very slow. The bias may be float32 beside weights of another dtype: it is
@@ -107,7 +101,8 @@ class DirectConv(Convolution):
     def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None, packed: bool = True):
         self.label = "oneDNN" if packed else "oneDNN, weights not packed"
         p = problem
-        self.geometry = (list(p.padding), list(p.stride), list(p.dilation), p.groups)
+        stride, padding, dilation, groups = p.geometry
+        self.geometry = (list(padding), list(stride), list(dilation), groups)
         if packed:
             self.shape = weight.shape
             self.weight = _packed(weight, self.geometry, p.input_shape)
@@ -120,7 +115,7 @@ class DirectConv(Convolution):
         self.after = ACTIVATIONS[p.activation].in_place if p.residual and attr not in ("none", "relu") else None
         # The call that leaves the residual alone raises for bfloat16 + ReLU in groups, and in torch 2.11 for an output
         # of one pixel or one channel; the call that overwrites it does not.
-        self.copies_residual = p.groups > 1 or p.out_channels == 1
+        self.copies_residual = groups > 1 or p.out_channels == 1
         unary = None if attr == "none" else attr
         epilogue = ("none", [], "") if self.after else (attr, list(scalars), algorithm)
         self.plain = (self.weight, self.bias, *self.geometry, *epilogue)
@@ -146,7 +141,7 @@ class DirectConv(Convolution):
 
 
 class MatmulConv(Convolution):
-    """A small 1x1 convolution as torch's matrix product: `run(x, gate, residual, consume, into_residual)`.
+    """A small 1x1 convolution as torch's matrix product.
 
     A call of oneDNN's convolution costs more, which the smallest layers at batch 1 feel (docs/cpu.md).
     """
@@ -179,7 +174,7 @@ def matmul_faster(problem: ConvProblem) -> bool:
     return (
         p.op == "pointwise_conv"
         and p.dtype == torch.float32
-        and p.stride == (1, 1)
+        and p.geometry.stride == (1, 1)
         and max(p.input_shape[1], p.out_channels) <= 320
         and p.flops <= 5e6
     )
@@ -192,15 +187,13 @@ def way(problem: ConvProblem) -> type[Convolution]:
     return MatmulConv if matmul_faster(problem) else DirectConv
 
 
-def prepare_conv(
-    problem: ConvProblem, weight: Tensor, bias: Tensor | None, packed: bool = True
-) -> Callable[..., Tensor]:
-    """The convolution bound to its weights, packed or not: `run(x, gate, residual, consume, into_residual)`."""
+def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None, packed: bool = True) -> Convolution:
+    """The convolution bound to its weights, packed or not."""
     return way(problem)(problem, weight, bias, packed)
 
 
-class SqueezeExcite:
-    """The gate from the means in three matrix calls, in float32 whatever the model's dtype: `run(means)`."""
+class SqueezeExcite(Run):
+    """The gate from the means in three matrix calls, in float32 whatever the model's dtype."""
 
     label = "torch addmm, float32"
 
@@ -217,13 +210,11 @@ class SqueezeExcite:
         return torch.addmm(self.bias2, hidden, self.fc2).sigmoid_()
 
 
-def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> Callable[[Tensor], Tensor]:
-    """The gate bound to its float32 weights: `run(means)`."""
-    return SqueezeExcite(problem, *weights)
+prepare_squeeze_excite = SqueezeExcite
 
 
-class AffineNormAct:
-    """Scale, shift and activation as one `addcmul` and an activation in place: `run(x, gate, consume)`."""
+class AffineNormAct(Run):
+    """Scale, shift and activation as one `addcmul` and an activation in place."""
 
     label = "torch addcmul"
 
@@ -236,7 +227,7 @@ class AffineNormAct:
         return self.activate(torch.addcmul(self.shift, x, scale, out=x if consume else None))
 
 
-class DepthwiseNormAct:
+class DepthwiseNormAct(Run):
     """Scale, shift and activation as a depthwise 1x1 convolution with post-ops: one pass where torch makes several.
 
     In bfloat16 it is faster than `addcmul` and an activation (docs/cpu.md).
@@ -244,21 +235,8 @@ class DepthwiseNormAct:
 
     def __init__(self, problem: NormActProblem, scale: Tensor, shift: Tensor):
         channels = problem.input_shape[1]
-        conv = ConvProblem(
-            "norm_act",
-            problem.input_shape,
-            channels,
-            (1, 1),
-            (1, 1),
-            (0, 0),
-            (1, 1),
-            channels,
-            problem.activation,
-            False,
-            False,
-            problem.dtype,
-            problem.device,
-        )
+        facts = problem.activation, problem.gate, False, problem.dtype, problem.device
+        conv = ConvProblem(problem.input_shape, channels, (1, 1), Geometry(groups=channels), *facts)
         self.conv = DirectConv(conv, scale.to(problem.dtype).reshape(-1, 1, 1, 1), shift)
         self.label = "oneDNN depthwise"
 
@@ -266,6 +244,6 @@ class DepthwiseNormAct:
         return self.conv(x, gate, None, consume, False)
 
 
-def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Callable[..., Tensor]:
-    """The affine map and activation bound to scale and shift: `run(x, gate, consume)`."""
+def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Run:
+    """The affine map and activation bound to scale and shift."""
     return (AffineNormAct if problem.dtype == torch.float32 else DepthwiseNormAct)(problem, scale, shift)

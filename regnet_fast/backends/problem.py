@@ -1,28 +1,55 @@
-"""What an operation is asked to do: the facts a backend decides on."""
+"""What an operation is asked to do, the facts a backend decides on; and what a backend makes of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+
+class Geometry(NamedTuple):
+    """How a convolution's kernel moves over its input; pairs are rows and columns."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the result."""
+        axes = zip(size, kernel, *self[:3], strict=True)
+        height, width = ((n + 2 * pad - dilation * (k - 1) - 1) // step + 1 for n, k, step, pad, dilation in axes)
+        return height, width
+
+    def pointwise(self, kernel: Sequence[int]) -> bool:
+        """Whether it is a matrix product over pixels: `pointwise_conv`."""
+        return tuple(kernel) == (1, 1) and self.padding == (0, 0) and self.groups == 1
+
+    def same3x3(self, kernel: Sequence[int]) -> bool:
+        """Whether it is a 3x3 convolution that keeps the size but for its stride, as `grouped_conv` is."""
+        return tuple(kernel) == (3, 3) and self.padding == self.dilation
+
+    def op(self, kernel: Sequence[int], residual: bool = False) -> str:
+        """The narrowest public operation that serves a convolution."""
+        if self.pointwise(kernel):
+            return "pointwise_conv"
+        return "grouped_conv" if self.groups > 1 and not residual and self.same3x3(kernel) else "dense_conv"
 
 
 @dataclass(frozen=True)
 class ConvProblem:
     """One convolution with its epilogue: `activation(conv(x * gate) + bias + residual)`.
 
-    `op` names the public operation it belongs to (`pointwise_conv`, `grouped_conv` or `dense_conv`); `input_shape` is
-    (N, C, H, W) whatever the memory format. `device` is a device's name, such as "cpu" or "cuda:1".
+    `input_shape` is (N, C, H, W) whatever the memory format. `device` is a device's name, such as "cpu" or "cuda:1".
     """
 
-    op: str
     input_shape: tuple[int, int, int, int]
     out_channels: int
     kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
+    geometry: Geometry
     activation: str
     gate: bool
     residual: bool
@@ -30,27 +57,32 @@ class ConvProblem:
     device: str
 
     @property
+    def op(self) -> str:
+        """The public operation: `pointwise_conv`, `grouped_conv` or `dense_conv`."""
+        return self.geometry.op(self.kernel, self.residual)
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each channel of the input is a group of its own."""
+        return self.geometry.groups > 1 and self.geometry.groups == self.input_shape[1]
+
+    @property
     def output_shape(self) -> tuple[int, int, int, int]:
-        size = [
-            (self.input_shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1)
-            // self.stride[i]
-            + 1
-            for i in range(2)
-        ]
-        return (self.input_shape[0], self.out_channels, size[0], size[1])
+        size = self.geometry.output_size(self.input_shape[2:], self.kernel)
+        return (self.input_shape[0], self.out_channels, *size)
 
     @property
     def flops(self) -> int:
         """Multiplications and additions, two per multiply-accumulate."""
         n, k, h, w = self.output_shape
-        return 2 * n * k * h * w * (self.input_shape[1] // self.groups) * self.kernel[0] * self.kernel[1]
+        return 2 * n * k * h * w * (self.input_shape[1] // self.geometry.groups) * self.kernel[0] * self.kernel[1]
 
     @property
     def bytes(self) -> int:
         """Bytes of a perfect execution: input, weights and residual read once, output written once."""
         n, c, h, w = self.input_shape
         on, k, oh, ow = self.output_shape
-        weights = k * (c // self.groups) * self.kernel[0] * self.kernel[1] + k
+        weights = k * (c // self.geometry.groups) * self.kernel[0] * self.kernel[1] + k
         elements = (
             n * c * h * w + on * k * oh * ow * (2 if self.residual else 1) + weights + (n * c if self.gate else 0)
         )
@@ -101,3 +133,66 @@ class NormActProblem:
 
 
 Problem = ConvProblem | SqueezeExciteProblem | NormActProblem
+
+
+class Run:
+    """A problem's weights bound to a backend: what its `prepare_conv`, `prepare_squeeze_excite` and `prepare_norm_act`
+    return. A subclass defines `__call__` and, where it can more, some of the others:
+
+    - a convolution is `run(x, gate, residual, consume, into_residual)`: `consume` allows it to overwrite x,
+      `into_residual` to write its result there. It is packed for one input shape, or serves every shape;
+    - squeeze-excite is `run(means)`, and a scale, shift and activation `run(x, gate, consume)`.
+
+    Attributes:
+        label: what serves, in words for `explain`.
+        takes_deferred: x and the residual may be `Deferred`.
+        any_layout: x may be contiguous instead of channels_last.
+        affine: scale, shift and activation of a `Deferred` map, where convolutions can compute it as they read x.
+        with_parts: `run.with_parts(x)` is the result, and (N, T, K) float32 parts whose sum over T are its means.
+        beside: `run.beside(other, x)` is this result and that of another run of the class from one read of x, or None.
+        from_parts: `run.from_parts(parts, dtype)` is the gate from (N, T, C) parts whose sum over T are the means.
+    """
+
+    label: str
+    takes_deferred: bool = False
+    any_layout: bool = False
+    affine: tuple[Tensor, Tensor, str] | None = None
+    with_parts: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    beside: Callable[..., tuple[Tensor, Tensor] | None] | None = None
+    from_parts: Callable[[Tensor, torch.dtype], Tensor] | None = None
+
+
+class Call(Run):
+    """A run that is nothing but a function."""
+
+    def __init__(self, call: Callable[..., Tensor], label: str):
+        self.call, self.label = call, label
+
+    def __call__(self, *arguments) -> Tensor:
+        return self.call(*arguments)
+
+
+class Deferred:
+    """`activation(x * scale * gate + shift)`, not computed yet: its readers compute it as they read x.
+
+    Args:
+        run: the affine map bound to its scale, shift and activation, `run.affine`.
+        x: (N, C, H, W), channels_last. gate: (N, C) or None.
+    """
+
+    def __init__(self, run: Run, x: Tensor, gate: Tensor | None):
+        self.run, self.x, self.gate = run, x, gate
+        self.shape: torch.Size = x.shape
+        self.dtype, self.device = x.dtype, x.device
+        self._value: Tensor | None = None
+
+    def value(self) -> Tensor:
+        """The map itself, for readers that cannot normalise; computed once."""
+        if self._value is None:
+            self._value = self.run(self.x, self.gate, False)
+        return self._value
+
+
+def computed(x: Tensor | Deferred) -> Tensor:
+    """x itself, or the value of a deferred one."""
+    return x.value() if x.__class__ is Deferred else x

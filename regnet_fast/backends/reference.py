@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .problem import ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
+from .problem import Call, ConvProblem, Geometry, NormActProblem, Problem, Run, SqueezeExciteProblem
 
-NAME = "reference"
 LABEL = "plain torch"
 
 
@@ -31,19 +28,14 @@ def conv(
     bias: Tensor | None,
     gate: Tensor | None,
     residual: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
+    geometry: Geometry,
     activation: str,
 ) -> Tensor:
-    """`activation(conv2d(x * gate, weight, bias) + residual)` with a (N, C) gate."""
+    """`activation(conv2d(x * gate, weight, bias, *geometry) + residual)` with a (N, C) gate."""
     if gate is not None:
         x = x * gate[:, :, None, None]
-    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    if residual is not None:
-        y = y + residual
-    return activate(y, activation)
+    y = F.conv2d(x, weight, bias, *geometry)
+    return activate(y if residual is None else y + residual, activation)
 
 
 def channel_means(x: Tensor) -> Tensor:
@@ -73,43 +65,21 @@ def norm_act(x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None, activ
     return activate(x * scale.reshape(-1, x.shape[1], 1, 1) + shift[:, None, None], activation).to(dtype)
 
 
-def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
-    """The convolution bound to its folded weights: `run(x, gate, residual, consume, into_residual)`."""
+def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Run:
+    """The convolution bound to its folded weights."""
     bias = None if bias is None else bias.to(problem.dtype)
 
     def run(x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool) -> Tensor:
-        return conv(
-            x,
-            weight,
-            bias,
-            gate,
-            residual,
-            problem.stride,
-            problem.padding,
-            problem.dilation,
-            problem.groups,
-            problem.activation,
-        )
+        return conv(x, weight, bias, gate, residual, problem.geometry, problem.activation)
 
-    run.label = LABEL
-    return run
+    return Call(run, LABEL)
 
 
-def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> Callable[[Tensor], Tensor]:
-    """The gate bound to its float32 weights: `run(means)`."""
-
-    def run(means: Tensor) -> Tensor:
-        return squeeze_excite(means, *weights, problem.activation)
-
-    run.label = LABEL
-    return run
+def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> Run:
+    """The gate bound to its float32 weights."""
+    return Call(lambda means: squeeze_excite(means, *weights, problem.activation), LABEL)
 
 
-def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Callable[..., Tensor]:
-    """The affine map and activation bound to scale and shift: `run(x, gate, consume)`."""
-
-    def run(x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:
-        return norm_act(x, scale, shift, gate, problem.activation)
-
-    run.label = LABEL
-    return run
+def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Run:
+    """The affine map and activation bound to scale and shift."""
+    return Call(lambda x, gate, consume: norm_act(x, scale, shift, gate, problem.activation), LABEL)

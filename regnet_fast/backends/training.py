@@ -6,7 +6,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import BACKENDS, BackendError, cpu_passes, cuda, cuda_passes, forced_backend, forced_backends, passes, triton
+from . import BackendError, cpu_passes, cuda_passes, forced_backend, forced_backends, library, passes
 
 
 def refuse(x: Tensor) -> str | None:
@@ -16,7 +16,7 @@ def refuse(x: Tensor) -> str | None:
 
 
 def _refused(name: str, x: Tensor) -> str | None:
-    refuse_training = getattr(BACKENDS[name], "refuse_training", None)
+    refuse_training = getattr(library(name, str(x.device)), "refuse_training", None)
     return None if refuse_training is None else refuse_training(x)
 
 
@@ -35,8 +35,8 @@ def passes_for(x: Tensor) -> ModuleType | cuda_passes.Passes:
         return passes if cpu_passes.refuse(x) else cpu_passes
     name = next((name for name in names if not _refused(name, x)), None)
     module = passes
-    if name == triton.NAME:
+    if name == "triton":
         from . import triton_passes as module
-    if cuda.NAME not in names[: names.index(name) if name else 0]:
+    if "cuda" not in names[: names.index(name) if name else 0]:
         return module
     return cuda_passes.Passes(module)

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from . import activations
-from .deferred import Deferred, computed
-from .problem import ConvProblem, NormActProblem, Problem, SqueezeExciteProblem
+from .problem import ConvProblem, Deferred, NormActProblem, Problem, Run, SqueezeExciteProblem, computed
 
-NAME = "triton"
 LABEL = "Triton"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST = 2**31 - 2**16  # of what kernels count in 32 bits, with room for the last tile
@@ -87,12 +85,13 @@ def _refuse_conv(problem: ConvProblem) -> str | None:
         return "an image of too many elements to count in 32 bits"
     if n * max(h * w, _area(problem.output_shape)) > _MOST:
         return "too many pixels to count in 32 bits"
-    if problem.op == "pointwise_conv":
-        return None if problem.stride[0] == problem.stride[1] else "a 1x1 convolution with two different strides"
+    (down, across), _, _, groups = problem.geometry
+    if problem.geometry.pointwise(problem.kernel):
+        return None if down == across else "a 1x1 convolution with two different strides"
     if problem.gate:
         return "only 1x1 convolutions take a gate on their input"
-    width, out_width = c // problem.groups, problem.out_channels // problem.groups
-    if problem.groups > 1 and not _depthwise(problem) and (width % 4 or out_width % 4):
+    width, out_width = c // groups, problem.out_channels // groups
+    if groups > 1 and not _depthwise(problem) and (width % 4 or out_width % 4):
         return f"groups of {width} and {out_width} channels: rows of a group would not be aligned"
     if _depthwise(problem) and problem.residual:
         return "a depthwise convolution with a residual"
@@ -100,7 +99,7 @@ def _refuse_conv(problem: ConvProblem) -> str | None:
 
 
 def _depthwise(problem: ConvProblem) -> bool:
-    return problem.groups > 1 and problem.groups == problem.input_shape[1] == problem.out_channels
+    return problem.depthwise and problem.out_channels == problem.input_shape[1]
 
 
 def current(x: Tensor) -> AbstractContextManager:
@@ -108,11 +107,8 @@ def current(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-class PointwiseConv:
-    """A 1x1 convolution bound to its weights: `run(x, gate, residual, consume, into_residual)`.
-
-    It normalises a deferred x and a deferred residual as it reads them.
-    """
+class PointwiseConv(Run):
+    """A 1x1 convolution bound to its weights; it normalises a deferred x and residual as it reads them."""
 
     label = LABEL
     takes_deferred = True
@@ -123,7 +119,7 @@ class PointwiseConv:
         self.launch = pointwise_conv
         self.weight = weight.flatten(1).contiguous()
         self.bias = None if bias is None else bias.float()
-        self.stride, self.activation = problem.stride[0], problem.activation
+        self.stride, self.activation = problem.geometry.stride[0], problem.activation
 
     def __call__(
         self,
@@ -146,7 +142,7 @@ class PointwiseConv:
             return self.launch(x, self.weight, self.bias, gate, residual, **options)
 
     def beside(self, other: PointwiseConv, x: Tensor | Deferred) -> tuple[Tensor, Tensor] | None:
-        """This result and the other's, from one read of x; None where there is no kernel for the two."""
+        """`Run.beside`; None where there is no kernel for the two."""
         if self.stride != 1 or other.activation != "none":
             return None
         from ..kernels.pointwise_pair import pointwise_pair
@@ -161,18 +157,15 @@ class PointwiseConv:
             return pointwise_pair(x, self.weight, self.bias, other.weight, other.bias, **options)
 
 
-class GroupedConv:
-    """Any other convolution bound to its weights: `run(x, gate, residual, consume, into_residual)`; gate is None.
-
-    Attributes: `any_layout`, whether x may be contiguous instead of channels_last.
-    """
+class GroupedConv(Run):
+    """Any other convolution bound to its weights; it takes no gate."""
 
     label = LABEL
 
     def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
-        self.geometry = (problem.kernel, problem.stride, problem.padding, problem.dilation)
+        self.geometry = (problem.kernel, *problem.geometry[:3])
         self.bias = None if bias is None else bias.float()
-        self.groups, self.activation = problem.groups, problem.activation
+        self.groups, self.activation = problem.geometry.groups, problem.activation
         self.depthwise = _depthwise(problem)
         self.any_layout = not self.depthwise
         if self.depthwise:
@@ -191,7 +184,7 @@ class GroupedConv:
         return self._run(x, residual, False)[0]
 
     def with_parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The result, and (N, T, K) float32 parts whose sum over T are its channel means."""
+        """`Run.with_parts`."""
         return self._run(x, None, True)
 
     def _run(self, x: Tensor, residual: Tensor | None, means: bool) -> tuple[Tensor, Tensor | None]:
@@ -201,13 +194,13 @@ class GroupedConv:
             return self.launch(x, self.weight, self.bias, residual, *self.geometry, self.groups, self.activation, means)
 
 
-def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
-    """The convolution bound to its weights: `run(x, gate, residual, consume, into_residual)`."""
-    return (PointwiseConv if problem.op == "pointwise_conv" else GroupedConv)(problem, weight, bias)
+def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Run:
+    """The convolution bound to its weights."""
+    return (PointwiseConv if problem.geometry.pointwise(problem.kernel) else GroupedConv)(problem, weight, bias)
 
 
-class SqueezeExcite:
-    """The gate bound to its float32 weights: `run(parts, dtype)`, for the means or for parts of them."""
+class SqueezeExcite(Run):
+    """The gate bound to its float32 weights."""
 
     label = LABEL
 
@@ -221,21 +214,16 @@ class SqueezeExcite:
         return self.from_parts(means[:, None], means.dtype)
 
     def from_parts(self, parts: Tensor, dtype: torch.dtype) -> Tensor:
-        """The gate in a dtype, from (N, T, C) parts whose sum over T are the means."""
+        """`Run.from_parts`."""
         with current(parts):
             return self.launch(parts.float().contiguous(), *self.weights, activation=self.activation, dtype=dtype)
 
 
-def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> Callable[[Tensor], Tensor]:
-    """The gate bound to its float32 weights: `run(means)`."""
-    return SqueezeExcite(problem, *weights)
+prepare_squeeze_excite = SqueezeExcite
 
 
-class NormAct:
-    """The affine map and activation bound to scale and shift: `run(x, gate, consume)`.
-
-    Attributes: `affine`, scale, shift and activation, with which convolutions compute it as they read x.
-    """
+class NormAct(Run):
+    """The affine map and activation bound to scale and shift."""
 
     label = LABEL
 
@@ -252,6 +240,4 @@ class NormAct:
             return self.launch(x, scale, shift, gate, activation=activation)
 
 
-def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Callable[..., Tensor]:
-    """The affine map and activation bound to scale and shift: `run(x, gate, consume)`."""
-    return NormAct(problem, scale, shift)
+prepare_norm_act = NormAct

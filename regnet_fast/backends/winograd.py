@@ -26,13 +26,7 @@ def faster(problem: ConvProblem) -> bool:
     """
     p = problem
     n, c, h, w = p.input_shape
-    if (
-        p.dtype != torch.float32
-        or p.kernel != (3, 3)
-        or p.groups != 1
-        or p.gate
-        or (p.stride, p.padding, p.dilation) != ((1, 1), (1, 1), (1, 1))
-    ):
+    if p.dtype != torch.float32 or p.kernel != (3, 3) or p.geometry != ((1, 1), (1, 1), (1, 1), 1) or p.gate:
         return False
     tiles = n * ((h + 1) // 2) * ((w + 1) // 2)
     least = 1e7 if h % 2 == w % 2 == 0 else 4e7  # an odd size leaves part of its last tiles unused
@@ -51,9 +45,7 @@ def transformed_weights(weight: Tensor) -> Tensor:
 
 
 class Transformed:
-    """The convolution bound to transformed and packed weights: `run(x, gate, residual, consume, into_residual)`;
-    gate is None.
-    """
+    """The convolution bound to transformed and packed weights; it takes no gate."""
 
     label = "Winograd F(2x2, 3x3) over oneDNN"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..backends import forced_backend
 from ..ops.convolution import autocast_enabled
-from .fused import Fused, Plan, recorder
+from .fused import Fused, Plan, recorder, unfit
 from .watch import only_forwards, transformed
 
 _BYTES_PER_THREAD = 5e6
@@ -34,22 +34,25 @@ class Chain:
 
     def links(self) -> Iterable[nn.Module]:
         """The blocks in the order of their calls: a Sequential calls one that stands in it twice for each place."""
-        return self if isinstance(self, nn.Sequential) else self.children()
+        if isinstance(self, nn.Sequential):
+            return self
+        return [child for child in dict.fromkeys(self._modules.values()) if child is not None]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or type(x) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled() or type(x) is not Tensor:
             return super().forward(x)
         if transformed() is not None:
             return super().forward(x)
-        plans = self._plans(x)
+        links = list(self.links())
+        plans = self._plans(links, x)
         if plans is None:
-            return self._one_by_one(x)
+            return self._one_by_one(links, x)
         count = parts(plans[0], x)
         if count == 1:
-            return self._run(plans, x)
+            return self._run(links, plans, x)
         y, end = None, 0
         for part in x.tensor_split(count):
-            part = self._run(plans, part)
+            part = self._run(links, plans, part)
             start, end = end, end + part.shape[0]
             if y is None:
                 layout = torch.channels_last if part.dim() == 4 else torch.contiguous_format  # a head ends in logits
@@ -58,12 +61,13 @@ class Chain:
             y[start:end] = part
         return y
 
-    def _plans(self, x: Tensor) -> list[Plan] | None:
+    @staticmethod
+    def _plans(links: list[nn.Module], x: Tensor) -> list[Plan] | None:
         """The current plan of every child; None where not all of them run fused and unobserved."""
-        if autocast_enabled("cpu" if x.is_cpu else x.device.type):
+        if unfit(x) is not None or autocast_enabled("cpu" if x.is_cpu else x.device.type):
             return None
         plans = []
-        for child in self.links():
+        for child in links:
             if not isinstance(child, Fused) or not only_forwards(child):
                 return None
             plan = child.plan(x)
@@ -74,11 +78,12 @@ class Chain:
             plan.calls += 1
         return plans or None
 
-    def _run(self, plans: list[Plan], x: Tensor) -> Tensor:
+    @staticmethod
+    def _run(links: list[nn.Module], plans: list[Plan], x: Tensor) -> Tensor:
         """One pass through all blocks."""
         listen, dtype, own = recorder.get(), x.dtype, False
         x = x.contiguous(memory_format=torch.channels_last)
-        for child, plan in zip(self.links(), plans, strict=True):
+        for child, plan in zip(links, plans, strict=True):
             if plan.in_channels not in (None, x.shape[1]) or x.dtype != dtype:
                 x, own = child.step(x, own)
                 continue
@@ -87,9 +92,10 @@ class Chain:
             x, own = plan.form.run(x, own), True
         return x
 
-    def _one_by_one(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def _one_by_one(links: list[nn.Module], x: Tensor) -> Tensor:
         own = False
-        for child in self.links():
+        for child in links:
             if isinstance(child, Fused) and only_forwards(child):
                 x, own = child.step(x, own)
             else:

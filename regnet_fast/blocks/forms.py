@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..backends.deferred import Deferred, computed
+from ..backends import Deferred, computed
 from ..ops.convolution import pixel_means
 from .units import ConvUnit, GateUnit, HostNormUnit, LinearUnit, NormActUnit, Refused, SqueezeExciteUnit, Unit
 
@@ -78,7 +78,7 @@ class Form:
         area, widest = height * width, channels * height * width
         for unit in self.units().values():
             if isinstance(unit, ConvUnit):
-                down, across = unit.geometry()[0]
+                down, across = unit.conv.stride
                 area //= down * across
                 widest = max(widest, unit.conv.weight.shape[0] * area)
         return widest
@@ -113,11 +113,8 @@ def _with_shortcut(
     conv1: Callable, shortcut: Callable | None, pool: nn.Module | None, x: Tensor | Deferred
 ) -> tuple[Tensor, Tensor | None]:
     """conv1's result, and the shortcut's where the backend computes both from one read of x."""
-    if shortcut is not None and pool is None and hasattr(conv1, "beside"):
-        both = conv1.beside(shortcut, x)
-        if both is not None:
-            return both
-    return conv1(x), None
+    both = conv1.beside(shortcut, x) if shortcut is not None and pool is None else None
+    return (conv1(x), None) if both is None else both
 
 
 @dataclass(eq=False)

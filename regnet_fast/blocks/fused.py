@@ -11,12 +11,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..backends import BackendError, forced_backend
+from ..ops.packed import Packed
 from . import training
 from .forms import Form
 from .substitution import with_tensors
@@ -59,7 +61,6 @@ class Plan(Watch):
         self.refusal: str | None = self.blind
         self.unbound: Form | None = None
         self.in_channels: int | None = None
-        self._form: Form | None = None
         if self.refusal is not None:
             return
         try:
@@ -74,13 +75,11 @@ class Plan(Watch):
         """Whether everything that the plan rests on is as it was; a frozen plan is not looked at."""
         return self.frozen or super().current()
 
-    @property
+    @cached_property
     def form(self) -> Form:
         """The form bound to packed weights."""
-        if self._form is None:
-            with torch.inference_mode(False), torch.no_grad():
-                self._form = self.unbound.bind(lambda unit: unit.pack(self.dtype))
-        return self._form
+        with torch.inference_mode(False), torch.no_grad():
+            return self.unbound.bind(lambda unit: unit.pack(self.dtype))
 
     def waits(self) -> bool:
         """Whether weights that are other ones in every call, as computed ones are, are left to the host: packing them
@@ -91,7 +90,7 @@ class Plan(Watch):
     def pin(self) -> tuple:
         """What keeps the memory of the packed weights in use now from being freed, as long as it is held."""
         units = [getattr(unit, "conv", unit) for unit in vars(self.form).values()]
-        return self, [unit.pin() for unit in units if hasattr(unit, "pin")]
+        return self, [unit.pin() for unit in units if isinstance(unit, Packed)]
 
 
 class Trained(Structure):
@@ -131,6 +130,19 @@ def _check_tensors(form: Form, tensors: list[Tensor], dtype: torch.dtype) -> Non
     wrong = [unit for unit in form.units().values() if isinstance(unit, (ConvUnit, LinearUnit)) and unit.dtype != dtype]
     if wrong and not torch.is_autocast_enabled(tensors[0].device.type):
         raise Refused(f"{wrong[0].path} has {wrong[0].dtype} weights and the input is {dtype}")
+
+
+def unfit(x: Tensor) -> str | None:
+    """Why a call cannot be fused, from what is known without looking at the weights."""
+    if type(x) not in PLAIN:
+        return f"the input is a {type(x).__name__}, not a plain tensor"
+    if x.is_meta:
+        return "meta tensors have no values to compute with"
+    if x.dim() != 4 or x.numel() == 0:
+        return f"an input of shape {tuple(x.shape)} is left to the host"
+    if x.dtype not in _DTYPES:
+        return f"{x.dtype} is computed by the host's own forward"
+    return transformed()
 
 
 def _device_type(x: Tensor) -> str:
@@ -177,7 +189,7 @@ class Fused:
         """
         if self.training:
             return self._trained(x) if self.trains else super().forward(x), False
-        reason = self._unfit(x)
+        reason = unfit(x)
         plan = None
         if reason is None:
             plan, x, reason = self._plan(x)
@@ -205,7 +217,7 @@ class Fused:
 
     def _trained(self, x: Tensor) -> Tensor:
         """The output in training mode."""
-        reason, form, lost = self._unfit(x), None, False
+        reason, form, lost = unfit(x), None, False
         if reason is None and forced_backend() == "reference":
             return super().forward(x)
         if reason is None:
@@ -223,18 +235,6 @@ class Fused:
         if reason is not None:
             return self._by_host(x, f"in training mode {reason}", lost_speed=lost)
         return training.run(form, x)
-
-    def _unfit(self, x: Tensor) -> str | None:
-        """Why this call cannot be fused, from what is known without looking at the weights."""
-        if type(x) is not Tensor and type(x) is not nn.Parameter:
-            return f"the input is a {type(x).__name__}, not a plain tensor"
-        if x.is_meta:
-            return "meta tensors have no values to compute with"
-        if x.dim() != 4 or x.numel() == 0:
-            return f"an input of shape {tuple(x.shape)} is left to the host"
-        if x.dtype not in _DTYPES:
-            return f"{x.dtype} is computed by the host's own forward"
-        return transformed()
 
     def _plan(self, x: Tensor) -> tuple[Plan | None, Tensor, str | None]:
         """The current plan for an input, and the input in the plan's dtype; or the reason why there is none."""
@@ -266,8 +266,10 @@ class Fused:
         return plan
 
     def plan(self, x: Tensor) -> Plan | None:
-        """The current plan for inputs like x of any shape, without autocast; None where a step would not use one."""
-        if self.training or self._unfit(x) is not None:
+        """The current plan for inputs like x, of which `unfit` says nothing, without autocast; None where a step would
+        not use one.
+        """
+        if self.training:
             return None
         plan = self._current(x.dtype)
         if plan.refusal is not None or plan.waits() or (plan.tensors and plan.tensors[0].device != x.device):

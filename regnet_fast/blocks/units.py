@@ -13,22 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends.deferred import computed
+from ..backends import Geometry, computed
 from ..backends.reference import activate, channel_means
-from ..functional import (
-    BatchNorm,
-    PackedConv,
-    conv_op,
-    dense_conv,
-    fold,
-    grouped_conv,
-    norm_act,
-    pointwise_conv,
-    squeeze_excite,
-)
-from ..ops.convolution import pixel_means
-from ..ops.norm_act import PackedNormAct
-from ..ops.squeeze_excite import PackedSqueezeExcite
+from ..ops.conv import conv
+from ..ops.convolution import PackedConv, pixel_means
+from ..ops.fold import BatchNorm, fold
+from ..ops.norm_act import PackedNormAct, norm_act
+from ..ops.squeeze_excite import PackedSqueezeExcite, squeeze_excite
 
 
 class Refused(Exception):
@@ -62,6 +53,10 @@ class Unit:
     def out_channels(self) -> int | None:
         """Channels of its result."""
         return self.in_channels
+
+    def beside(self, other: Callable, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`self(x)` and `other(x)` where both are computed from one read of x, else None."""
+        return None
 
     def check(self) -> None:
         """Raise `Refused` where the shapes of its weights do not fit each other."""
@@ -109,7 +104,7 @@ class ConvUnit(Unit):
 
     @property
     def in_channels(self) -> int:
-        return self.conv.weight.shape[1] * self.geometry()[3]
+        return self.conv.weight.shape[1] * self.conv.groups
 
     @property
     def out_channels(self) -> int:
@@ -117,19 +112,14 @@ class ConvUnit(Unit):
 
     def check(self) -> None:
         super().check()
-        shape, groups = tuple(self.conv.weight.shape), self.geometry()[3]
-        if len(shape) != 4 or shape[0] % groups or shape[2:] != self.conv.kernel_size:
+        shape = tuple(self.conv.weight.shape)
+        if len(shape) != 4 or shape[0] % self.conv.groups or shape[2:] != self.conv.kernel_size:
             raise Refused(f"{self.path} has a weight of shape {shape}")
         _check_vectors(self.path, shape[0], self.conv.bias)
 
-    def geometry(self) -> tuple:
-        """Stride, padding, dilation and groups."""
-        return self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups
-
-    def op(self, residual: bool = False) -> str:
-        """The operation that serves this convolution."""
-        _, padding, dilation, groups = self.geometry()
-        return conv_op(self.conv.kernel_size, padding, dilation, groups, residual)
+    def geometry(self) -> Geometry:
+        conv = self.conv
+        return Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def __call__(
         self,
@@ -142,33 +132,11 @@ class ConvUnit(Unit):
         into_residual: bool = False,
     ):
         weight, bias = (None if t is None else t.to(self.dtype) for t in self.weights())
-        stride, padding, dilation, groups = self.geometry()
-        fused, after = (residual, self.activation) if self.then is None else (None, "none")
-        op = self.op(fused is not None)
-        if op == "pointwise_conv":
-            y = pointwise_conv(x, weight, bias, stride=stride, activation=after, gate=gate, residual=fused)
-        elif op == "grouped_conv":
-            with_means = means and self.then is None
-            y = grouped_conv(
-                x, weight, bias, groups=groups, stride=stride, dilation=dilation, activation=after, means=with_means
-            )
-            if with_means:
-                return y
-        else:
-            y = dense_conv(
-                x,
-                weight,
-                bias,
-                stride=stride,
-                padding=padding,
-                dilation=dilation,
-                groups=groups,
-                activation=after,
-                residual=fused,
-            )
-        if self.then is not None:
-            y = self.then(y)
-            y = activate(y if residual is None else y + residual, self.activation)
+        if self.then is None:
+            y, found = conv(x, weight, bias, self.geometry(), self.activation, None, gate, residual, means)
+            return (y, found) if means else y
+        y = self.then(conv(x, weight, bias, self.geometry(), gate=gate)[0])
+        y = activate(y if residual is None else y + residual, self.activation)
         return (y, channel_means(y)) if means else y
 
     def pack(self, dtype: torch.dtype) -> Callable:
@@ -181,10 +149,7 @@ class PackedUnit(PackedConv):
 
     def __init__(self, unit: ConvUnit, dtype: torch.dtype):
         shape = torch.empty(unit.conv.weight.shape, dtype=dtype, device="meta")
-        stride, padding, dilation, groups = unit.geometry()
-        activation = unit.activation if unit.then is None else "none"
-        geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
-        super().__init__(unit.op(), shape, None, **geometry, activation=activation)
+        super().__init__(shape, None, unit.geometry(), unit.activation if unit.then is None else "none")
         self.unit, self.dtype = unit, dtype
 
     @torch.no_grad()
@@ -199,6 +164,9 @@ class PackedConvThenNorm:
     def __init__(self, conv: PackedConv, norm: nn.Module, activation: str):
         self.conv, self.norm, self.activation = conv, norm, activation
         self.laid_out = conv.laid_out
+
+    def beside(self, other: Callable, x: Tensor) -> None:
+        """Never, since the norm reads the convolution's result."""
 
     def __call__(
         self,

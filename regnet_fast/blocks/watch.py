@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
-from operator import is_, itemgetter
+from itertools import chain
+from operator import attrgetter, is_, itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ _CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 PLAIN = (Tensor, nn.Parameter)
 _COUNTER = "num_batches_tracked"
 
+# Read of every module or tensor in each call of a model: without a Python function for each.
+_CLASS, _MODE = attrgetter("__class__"), itemgetter("training")
+_VERSION, _POINTER, _STRIDE = attrgetter("_version"), methodcaller("data_ptr"), methodcaller("stride")
+
 
 class Structure:
     """What a module is but for its tensors: the structure below it, the settings of its layers, hooks, training flags.
@@ -36,9 +41,8 @@ class Structure:
         self._modules = list(module.modules())
         self._states = [m.__dict__ for m in self._modules]
         self._children = [state["_modules"] for state in self._states if state["_modules"]]
-        self._settings = [
-            (state, itemgetter(*names)) for state in self._states if (names := [n for n in _CONFIG if n in state])
-        ]
+        named = [(state, names) for state in self._states if (names := [n for n in _CONFIG if n in state])]
+        self._configured, self._settings = [state for state, _ in named], [itemgetter(*names) for _, names in named]
         self._tables = [table for m in self._modules for table in (m._parameters, m._buffers) if table]
         self._loose = [
             (state, name) for state in self._states for name, value in [*state.items()] if isinstance(value, Tensor)
@@ -56,17 +60,17 @@ class Structure:
         replaced method. The module's own attributes hold what was derived from it and are not counted.
         """
         return (
-            [m.__class__ for m in self._modules],
-            [state["training"] for state in self._states],
+            [*map(_CLASS, self._modules)],
+            [*map(_MODE, self._states)],
             [*map(len, self._states[1:])],
-            [get(state) for state, get in self._settings],
+            [*map(itemgetter.__call__, self._settings, self._configured)],
         )
 
     def _read_tensors(self) -> list[Tensor | None]:
         """Every tensor that the forwards below read as an attribute of a module: Parameters, buffers, and those that
         stand in a module's `__dict__` in their place, as replicas and computed weights do.
         """
-        held = [t for table in self._tables for t in table.values()]
+        held = [*chain.from_iterable(map(dict.values, self._tables))]
         return held + [state.get(name) for state, name in self._loose] if self._loose else held
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -129,18 +133,17 @@ class Watch(Structure):
 
     def _read_memory(self) -> tuple[list, list, list]:
         tensors = self.tensors
-        return [t._version for t in tensors], [t.data_ptr() for t in tensors], [t.stride() for t in self._matrices]
+        return [*map(_VERSION, tensors)], [*map(_POINTER, tensors)], [*map(_STRIDE, self._matrices)]
 
     def current(self) -> bool:
-        return not self.stepped and super().current() and self.tensors_current()
-
-    def tensors_current(self) -> bool:
-        """Whether every tensor is the one that it was, unchanged as far as torch counts changes."""
+        """Whether everything is as it was, and every tensor unchanged as far as torch counts changes."""
+        if self.stepped or not super().current():
+            return False
         held = self._read_tensors()
         return (
             len(held) == len(self._held)
             and all(map(is_, held, self._held))
-            and [t._version for t in self.tensors] == self._versions
+            and [*map(_VERSION, self.tensors)] == self._versions
             and self.memory_current()
         )
 
@@ -149,8 +152,8 @@ class Watch(Structure):
         element of the largest matrix, which most writes through `.data` to all weights change.
         """
         return (
-            [t.data_ptr() for t in self.tensors] == self._pointers
-            and [t.stride() for t in self._matrices] == self._strides
+            [*map(_POINTER, self.tensors)] == self._pointers
+            and [*map(_STRIDE, self._matrices)] == self._strides
             and (self._probe is None or self._probe.item() == self._probed)
         )
 
@@ -210,11 +213,14 @@ def hooked(module: nn.Module) -> bool:
 
 def only_forwards(module: nn.Module) -> bool:
     """Whether `module(x)` is its class's `forward(x)` and nothing else: no hook, no replaced forward, not compiled."""
-    return (
-        not hooked(module)
-        and "forward" not in module.__dict__
-        and module._compiled_call_impl is None
-        and type(module).__call__ is _CALL
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
+        or type(module).__call__ is not _CALL
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import ACTIVATIONS
+from ..backends import ACTIVATIONS, Geometry
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -62,11 +62,6 @@ def check_activation(op: str, activation: str) -> None:
         raise ValueError(f"{op}: unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
 
 
-def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Outputs along one axis of a convolution."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
 def check_not_given(op: str, **given: bool) -> None:
     """Raise ValueError for arguments given beside packed weights, which would be ignored."""
     names = [name for name, present in given.items() if present]
@@ -93,13 +88,11 @@ def check_operands(
     bias: Tensor | None,
     gate: Tensor | None,
     residual: Tensor | None,
-    stride,
-    padding,
-    dilation,
-    groups: int,
+    geometry: Geometry,
     activation: str,
 ) -> None:
     """Raise ValueError or TypeError unless all operands of a convolution fit together."""
+    stride, padding, dilation, groups = geometry
     check_activation(op, activation)
     check_input(op, x, weight.shape[1] * groups, weight, bias, gate, residual)
     if min(x.shape[1:]) < 1:
@@ -108,7 +101,7 @@ def check_operands(
         raise ValueError(
             f"{op}: stride {stride} and dilation {dilation} must be positive, padding {padding} not negative"
         )
-    size = tuple(output_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in range(2))
+    size = geometry.output_size(x.shape[2:], weight.shape[2:])
     if min(size) < 1:
         raise ValueError(
             f"{op}: an image of {tuple(x.shape[2:])} is too small for a kernel of {tuple(weight.shape[2:])}"

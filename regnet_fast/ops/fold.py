@@ -21,6 +21,10 @@ class BatchNorm:
     bias: Tensor | None = None
     eps: float = 1e-5
 
+    def vectors(self) -> tuple[Tensor | None, ...]:
+        """All that is of shape (C,)."""
+        return self.mean, self.var, self.weight, self.bias
+
     def scale_shift(self) -> tuple[Tensor, Tensor]:
         """The affine map in float64: `scale = weight / sqrt(var + eps)`, `shift = bias - mean * scale`.
         Differentiable.

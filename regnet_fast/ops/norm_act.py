@@ -5,16 +5,14 @@ y = activation(x * scale * gate + shift)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from ..backends import NormActProblem, forced_backend, select
-from ..backends.deferred import Deferred
+from ..backends import Deferred, NormActProblem, Run, select
 from .checks import check_activation, check_input, check_vectors
-from .convolution import activation_gradient, channels_last, needs_input, with_run, without_autocast
+from .convolution import activation_gradient, channels_last, needs_input, without_autocast
 from .fold import BatchNorm
+from .packed import Packed
 
 
 def norm_act(
@@ -31,12 +29,11 @@ def norm_act(
         gate: (N, C), a factor for each image and channel.
 
     Returns a tensor like x in channels_last. Differentiable in every tensor. Raises ValueError and TypeError for
-    arguments
-    that do not fit together, and BackendError where a forced backend cannot serve.
+    arguments that do not fit together, and BackendError where a forced backend cannot serve.
     """
     check_activation("norm_act", activation)
     check_input("norm_act", x, x.shape[min(1, x.dim() - 1)], gate)
-    vectors = (norm.mean, norm.var, norm.weight, norm.bias) if isinstance(norm, BatchNorm) else norm
+    vectors = norm.vectors() if isinstance(norm, BatchNorm) else norm
     check_vectors("norm_act", x, x.shape[1], *vectors)
     scale, shift = norm.scale_shift() if isinstance(norm, BatchNorm) else norm
     scale, shift = scale.to(x.dtype), shift.to(x.dtype)
@@ -45,34 +42,30 @@ def norm_act(
     return torch.ops.regnet_fast.norm_act(x, scale, shift, gate, activation)
 
 
-class PackedNormAct:
-    """Scale, shift and activation packed by the chosen backend on first use for each input shape: `packed(x, gate)`.
+class PackedNormAct(Packed):
+    """Scale, shift and activation, packed: `packed(x, gate)`.
 
     `consume` allows the backend to overwrite x, `defer` to leave the map to the convolutions that read it.
     """
 
     def __init__(self, scale: Tensor, shift: Tensor, activation: str):
+        super().__init__()
         self.scale, self.shift, self.activation = scale, shift, activation
-        self._runs: dict[tuple, Callable] = {}
 
-    def problem(self, x: Tensor, gate: bool) -> NormActProblem:
-        """The problem that this map poses for an input."""
-        return NormActProblem(tuple(x.shape), self.activation, gate, x.dtype, str(x.device))
+    def key(self, x: Tensor, gate: Tensor | None = None) -> tuple:
+        return x.shape, gate is None
 
-    def explain(self, x: Tensor, gate: Tensor | None = None, *_: object) -> tuple[NormActProblem, str]:
-        """The problem that the last such call posed, and what served it."""
-        return self.problem(x, gate is not None), self._runs[x.shape, gate is None, forced_backend()].label
+    def problem(self, x: Tensor, gate: Tensor | None = None) -> NormActProblem:
+        return NormActProblem(tuple(x.shape), self.activation, gate is not None, x.dtype, str(x.device))
+
+    def bind(self, problem: NormActProblem) -> Run:
+        return select(problem).module.prepare_norm_act(problem, self.scale, self.shift)
 
     def __call__(
         self, x: Tensor, gate: Tensor | None = None, *, consume: bool = False, defer: bool = False
     ) -> Tensor | Deferred:
-        key = (x.shape, gate is None, forced_backend())
-        run = self._runs.get(key)
-        if run is None:
-            problem = self.problem(x, gate is not None)
-            run = select(problem).module.prepare_norm_act(problem, self.scale, self.shift)
-            self._runs = with_run(self._runs, key, run)
-        return Deferred(run, x, gate) if defer and hasattr(run, "affine") else run(x, gate, consume)
+        run = self.run_for(x, gate)
+        return Deferred(run, x, gate) if defer and run.affine is not None else run(x, gate, consume)
 
 
 @torch.library.custom_op("regnet_fast::norm_act", mutates_args=())

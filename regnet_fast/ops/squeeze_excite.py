@@ -7,15 +7,14 @@ Source: J. Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, arXiv 1709.0
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from ..backends import SqueezeExciteProblem, forced_backend, select
+from ..backends import Run, SqueezeExciteProblem, select
 from ..backends.reference import activate
 from .checks import FLOATS, check_activation, check_operand
-from .convolution import activation_gradient, with_run, without_autocast
+from .convolution import activation_gradient, without_autocast
+from .packed import Packed
 
 
 def squeeze_excite(
@@ -67,36 +66,31 @@ def squeeze_excite(
     return torch.ops.regnet_fast.squeeze_excite(means, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
 
 
-class PackedSqueezeExcite:
-    """Squeeze-excite with its float32 weights packed by the chosen backend: `gate = packed(means, dtype)`, from (N, C)
-    means or from (N, T, C) parts whose sum over T they are.
+class PackedSqueezeExcite(Packed):
+    """Squeeze-excite with its float32 weights packed: `gate = packed(means, dtype)`, from (N, C) means or from
+    (N, T, C) parts whose sum over T they are.
     """
 
     def __init__(self, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, activation: str):
+        super().__init__()
         self.weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         self.activation = activation
-        self._runs: dict[tuple, Callable] = {}
+
+    def key(self, means: Tensor) -> tuple:
+        return (means.shape[0],)
 
     def problem(self, means: Tensor) -> SqueezeExciteProblem:
-        """The problem that these weights pose for some means."""
-        return SqueezeExciteProblem(
-            means.shape[0], means.shape[-1], self.weights[0].shape[0], self.activation, means.dtype, str(means.device)
-        )
+        hidden, facts = self.weights[0].shape[0], (self.activation, means.dtype, str(means.device))
+        return SqueezeExciteProblem(means.shape[0], means.shape[-1], hidden, *facts)
 
-    def explain(self, means: Tensor, *_: object) -> tuple[SqueezeExciteProblem, str]:
-        """The problem that the last such call posed, and what served it."""
-        return self.problem(means), self._runs[means.shape[0], forced_backend()].label
+    def bind(self, problem: SqueezeExciteProblem) -> Run:
+        return select(problem).module.prepare_squeeze_excite(problem, *self.weights)
 
     def __call__(self, means: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The gate in `dtype`, by default that of the means."""
-        key = (means.shape[0], forced_backend())
-        run = self._runs.get(key)
-        if run is None:
-            problem = self.problem(means)
-            run = select(problem).module.prepare_squeeze_excite(problem, *self.weights)
-            self._runs = with_run(self._runs, key, run)
+        run = self._runs.get((means.shape[0],)) or self.run_for(means)
         if means.dim() == 3:
-            if hasattr(run, "from_parts"):
+            if run.from_parts is not None:
                 return run.from_parts(means, dtype or means.dtype)
             means = means.sum(1)
         gate = run(means)

@@ -6,7 +6,7 @@ consequence runs on the GPU.
 
 import torch
 
-from regnet_fast.backends import ConvProblem, SqueezeExciteProblem, cuda, cuda_passes, passes
+from regnet_fast.backends import ConvProblem, Geometry, SqueezeExciteProblem, cuda, cuda_passes, passes
 from regnet_fast.backends.operands import Arriving, Filter, Norm, Own, Sums
 
 CASES = [(24, 3, 1, torch.bfloat16), (16, 5, 2, torch.float16), (232, 1, 2, torch.bfloat16), (1, 40, 1, torch.float16)]
@@ -24,9 +24,8 @@ def launch_all(device: str) -> None:
             return (t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t).to(device)
 
         x, weight = of(2, channels, *size, dtype=dtype), of(channels, width, 3, 3, dtype=dtype).div_(width)
-        geometry = ((stride, stride), (1, 1), (1, 1), groups)
-        sizes = ("grouped_conv", tuple(x.shape), channels, (3, 3))
-        problem = ConvProblem(*sizes, *geometry, "silu", False, False, dtype, device)
+        geometry = Geometry((stride, stride), (1, 1), (1, 1), groups)
+        problem = ConvProblem(tuple(x.shape), channels, (3, 3), geometry, "silu", False, False, dtype, device)
         y, parts = cuda.prepare_conv(problem, weight, of(channels)).with_parts(x)
         weights = of(8, channels, dtype=dtype), of(8), of(channels, 8, dtype=dtype), of(channels)
         excite = SqueezeExciteProblem(2, channels, 8, "relu", dtype, device)

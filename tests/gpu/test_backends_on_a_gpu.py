@@ -21,7 +21,7 @@ MODELS = ("regnetx_002", "regnety_002", "regnetz_005", "regnetv_040", "repvgg_a0
 @pytest.mark.parametrize("model", MODELS)
 def test_model(model, backend, dtype):
     """`cuda` has grouped convolutions alone; the other layers are cuDNN's."""
-    reason = backends.BACKENDS[backend.partition(",")[0]].refuse(info.probe(DEVICE, dtype))
+    reason = backends.refuse(backend.partition(",")[0], info.probe(DEVICE, dtype))
     if reason:
         pytest.skip(reason)
     with backends.backend(backend):

@@ -5,7 +5,7 @@ import torch
 from helpers import assert_close_to_reference
 from test_cuda_training import GRADIENTS, Conv, check_forward, check_gradients, check_step, network
 
-from regnet_fast.backends import ConvProblem, cuda, cuda_extension, cuda_launch, cuda_nvrtc
+from regnet_fast.backends import ConvProblem, Geometry, cuda, cuda_extension, cuda_launch, cuda_nvrtc
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16)
@@ -26,8 +26,8 @@ def way(request, monkeypatch):
 
 def prepared(shape, stride, dtype, activation="silu"):
     n, h, w, groups, width = shape
-    sizes = ((n, groups * width, h, w), groups * width, (3, 3), (stride, stride), (1, 1), (1, 1))
-    problem = ConvProblem("grouped_conv", *sizes, groups, activation, False, False, dtype, "cuda:0")
+    sizes = ((n, groups * width, h, w), groups * width, (3, 3), Geometry((stride, stride), (1, 1), (1, 1), groups))
+    problem = ConvProblem(*sizes, activation, False, False, dtype, "cuda:0")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(problem.input_shape, generator=generator).to("cuda:0", dtype)
     weight = torch.randn(groups * width, width, 3, 3, generator=generator).div(3 * width**0.5).to("cuda:0", dtype)
