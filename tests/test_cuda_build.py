@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import regnet_fast
-from bench import cuda_launches
+from csrc.extension import cuda_launches
 from regnet_fast.backends import backend, cuda_extension, cuda_launch, cuda_plans, cuda_sources, store
 from regnet_fast.backends.cuda_plans import PROCESSORS, TYPES, Target
 
@@ -213,7 +213,7 @@ def test_what_cannot_be_compiled_is_said(tmp_path, arch, model, words):
 # Builds without a compiler: what setup.py does with what CMake makes
 
 FILES = ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
-FOLDERS = ("bench", "csrc", "kernels", "regnet_fast")
+FOLDERS = ("csrc", "kernels", "regnet_fast")
 FAKE_CMAKE = """#!{python}
 import json, pathlib, sys
 build = pathlib.Path(sys.argv[sys.argv.index("-B") + 1] if "-B" in sys.argv else sys.argv[2])

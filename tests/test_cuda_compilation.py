@@ -7,7 +7,8 @@ import subprocess
 
 import pytest
 
-from bench import cuda_compilation, cuda_compilation_summary, cuda_launches
+from bench import cuda_compilation, cuda_compilation_summary
+from csrc.extension import cuda_launches
 from regnet_fast.backends import cuda_nvrtc, cuda_plans
 from regnet_fast.backends.cuda_plans import PROCESSORS
 

@@ -1,13 +1,14 @@
 """Writes the sources of the extension module: `python csrc/extension/instantiate.py FOLDER ARCH...`.
 
-The kernels are those of the launches in bench/cuda_launches.py: all that the default plans take for some models, in
-inference and in training, and every depthwise one. Kernels of one source, dtype and group width share a translation
-unit; `kernels.cpp` is the table of all. REGNET_FAST_CUDA_MODELS and REGNET_FAST_CUDA_BATCHES name other models and
-batches than bench/cases.py does. Needs the standard library alone.
+The kernels are those of cuda_launches.py: all that the default plans take for some models, in inference and in
+training, and every depthwise one. Kernels of one source, dtype and group width share a translation unit; `kernels.cpp`
+is the table of all. REGNET_FAST_CUDA_MODELS and REGNET_FAST_CUDA_BATCHES name other models and batches than shapes.py
+does. Needs the standard library alone.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
@@ -39,14 +40,11 @@ Kernels all_kernels() {{
 
 
 def launches_module() -> ModuleType:
-    """bench.cuda_launches, with regnet_fast as a plain folder of modules: the package itself needs torch."""
-    for name in ("regnet_fast", "regnet_fast.backends"):
+    """csrc.extension.cuda_launches, with each package as a plain folder of modules: regnet_fast itself needs torch."""
+    for name in ("regnet_fast", "regnet_fast.backends", "csrc", "csrc.extension"):
         package = sys.modules[name] = ModuleType(name)
         package.__path__ = [str(ROOT.joinpath(*name.split(".")))]
-    sys.path.insert(0, str(ROOT))
-    from bench import cuda_launches
-
-    return cuda_launches
+    return importlib.import_module("csrc.extension.cuda_launches")
 
 
 def units(arches: list[int], models: list[str], batches: list[int]) -> dict[str, tuple[str, list[str]]]:
@@ -88,9 +86,9 @@ def write_sources(out: Path, found: dict[str, tuple[str, list[str]]]) -> None:
 
 def main(folder: str, *arches: str) -> None:
     """Write the sources that the environment asks for."""
-    cases = launches_module().cases
-    models = os.environ.get("REGNET_FAST_CUDA_MODELS", "").split() or list(cases.DEFAULT_MODELS)
-    batches = os.environ.get("REGNET_FAST_CUDA_BATCHES", "").split() or cases.DEFAULT_BATCHES["cuda"]
+    shapes = launches_module().shapes
+    models = os.environ.get("REGNET_FAST_CUDA_MODELS", "").split() or list(shapes.MODELS)
+    batches = os.environ.get("REGNET_FAST_CUDA_BATCHES", "").split() or shapes.BATCHES
     write_sources(Path(folder), units([int(arch) for arch in arches], models, [int(batch) for batch in batches]))
 
 

@@ -360,10 +360,10 @@ class RepVggBlock(Fused, byobnet.RepVggBlock):
         if (
             kxk.standardize
             or pointwise.standardize
-            or pointwise.geometry()[1] != (0, 0)
-            or kxk.geometry()[1] != padding
-            or pointwise.geometry()[0] != kxk.geometry()[0]
-            or pointwise.geometry()[3] != kxk.geometry()[3]
+            or pointwise.conv.padding != (0, 0)
+            or kxk.conv.padding != padding
+            or pointwise.conv.stride != kxk.conv.stride
+            or pointwise.conv.groups != kxk.conv.groups
         ):
             raise Refused("its branches do not have the same geometry")
         unit = RepVggUnit(

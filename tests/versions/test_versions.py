@@ -14,7 +14,8 @@ import torch
 from helpers import assert_close_to_reference, compare, randomize_bn
 
 import regnet_fast
-from bench import compilation, cuda_compilation, cuda_launches
+from bench import compilation, cuda_compilation
+from csrc.extension import cuda_launches
 from regnet_fast.backends import cuda_nvrtc
 
 FAMILIES = dict(regnetx_002=64, regnety_002=64, regnetz_005=64, regnetv_040=48, repvgg_a0=64, resnetv2_18=64)

@@ -1,7 +1,7 @@
 """Which kernels of csrc/ models take: the launches of the default plans, in inference and in training.
 
-The extension module is built of these (csrc/extension/instantiate.py), and bench/cuda_compilation.py compiles them to
-see what becomes of them. The standard library and `cuda_plans` are all that is imported: a build has no torch.
+The extension module is built of these (instantiate.py), and bench/cuda_compilation.py compiles them to see what becomes
+of them. The standard library and `cuda_plans` are all that is imported: a build has no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from regnet_fast.backends import cuda_plans
 from regnet_fast.backends.cuda_plans import PROCESSORS, DepthwiseConv, GroupedConv, Launch, Target
 
-from . import cases
+from . import shapes
 
 TRAINING = {"affine": 2, "norm": True, "sums": True}
 """What a training step asks of the gradients of a convolution that reads its map through a norm."""
@@ -50,10 +50,10 @@ def grouped_convs(models: Iterable[str] | None = None) -> list[Conv]:
 
 def _operations(op: str, models: Iterable[str] | None) -> Iterator[dict]:
     """The operations of a kind in some models, or in all. Raises ValueError for a model that there is not."""
-    asked, known = set(models or ()), set(cases.model_names())
+    asked, known = set(models or ()), set(shapes.model_names())
     if asked - known:
         raise ValueError(f"no model is called {min(asked - known)!r}")
-    for facts in cases.operations().values():
+    for facts in shapes.operations().values():
         if facts["op"] == op and (not asked or asked & facts["models"].keys()):
             yield facts
 
