@@ -2,7 +2,7 @@
 
     python -m bench.block_figure --write       draws it anew; without --write prints the numbers
 
-Eager's kernels are recorded on meta tensors (`regnet_fast.roofline`), ours are counted as they are launched, with the
+Eager's kernels are recorded on meta tensors (`bench.roofline`), ours are counted as they are launched, with the
 backend forced (`regnet_fast.counting`). Nothing is computed or timed, and no GPU is needed.
 """
 
@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 
 import regnet_fast
-from regnet_fast.recording import Kernel, record
-from regnet_fast.roofline import count, kernels
+from regnet_fast.counting import Kernel
 from regnet_fast.verify import host_model
 
 from .figures import INK, MUTED, PAPER, RULE
+from .roofline.model import count, kernels
+from .roofline.recording import record
 from .tables import number
 
 FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "block.svg"
@@ -49,7 +50,7 @@ def steps() -> list[Step]:
     firsts = [next(i for i, k in enumerate(eager) if _part(k.path) == _part(row.layer)) for row in rows]
     found = []
     for row, first, end in zip(rows, firsts, [*firsts[1:], len(eager)], strict=True):
-        (launch,) = row.launched
+        (launch,) = row.launches
         found.append(Step(launch, tuple(eager[first:end])))
     return found
 

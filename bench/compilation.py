@@ -23,11 +23,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from regnet_fast.backends.cuda_plans import PROCESSORS
 
-from . import cases
+from . import cases, training_jobs
+from .job import DTYPES, Job, make_job
 
 MODELS = (
     *("regnetx_002", "regnetx_016", "regnetx_032", "regnetx_080"),
@@ -39,25 +38,11 @@ NORMS = ("regnetv", "resnetv2", "repvgg_d2se")
 """Models with norms or gates that no convolution computes for every shape."""
 
 BATCHES = (1, 256)
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WITHOUT_PRODUCT = ("norm_act.", "depthwise_conv.", "channel_", "training_")
 DEPTHWISE = ((32, 56), (96, 28), (240, 14), (1024, 7))
 """Channels and output sizes of depthwise convolutions, which no model of the table has: of custom configurations."""
 
 INSTRUCTIONS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
-
-
-@dataclass(frozen=True)
-class Job:
-    """A kernel with all its compile-time arguments: what the compiler compiles once."""
-
-    kernel: str
-    arch: int
-    dtype: str
-    warps: int
-    arguments: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    config: str
 
 
 @dataclass(frozen=True)
@@ -91,8 +76,6 @@ class Compiled:
 
 def jobs(models: Sequence[str], archs: Sequence[int], dtypes: Sequence[str]) -> list[Job]:
     """Every kernel in its default configurations for every operation of some models, each once."""
-    from . import training_jobs
-
     operations = [found for found in cases.operations().values() if set(models) & found["models"].keys()]
     found: dict[Job, None] = {}
     for arch in archs:
@@ -263,33 +246,6 @@ _KINDS = {
     "dense_conv": _convolution,
     "squeeze_excite": _squeeze_excite,
 }
-_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-
-
-def make_job(
-    kernel: str,
-    config: Any,
-    arch: int,
-    dtype: str,
-    pointers: dict[str, str],
-    integers: Sequence[str],
-    constants: dict[str, Any],
-    floats: Sequence[str] = (),
-) -> Job:
-    """A job from the arguments by kind: the dtypes of pointers, integers, compile-time constants, floats."""
-    arguments = {**{name: f"*{_SHORT[kind]}" for name, kind in pointers.items()}, **dict.fromkeys(integers, "i32")}
-    arguments |= dict.fromkeys(floats, "fp32")
-    tiles = [str(value) for name, value in vars(config).items() if name.startswith("block_")]
-    stages = f", {config.stages} stages" if hasattr(config, "stages") else ""
-    return Job(
-        kernel,
-        arch,
-        dtype,
-        config.warps,
-        tuple(sorted(arguments.items())),
-        tuple(sorted(constants.items())),
-        "x".join(tiles) + stages,
-    )
 
 
 def compile_job(job: Job) -> Compiled:

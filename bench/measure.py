@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from regnet_fast.backends import forced_backend, select
-from regnet_fast.blocks.fused import listening
 from regnet_fast.compare import edges, find_fault
+from regnet_fast.observer import observing
 from regnet_fast.timing import (
     Announce,
     Timed,
@@ -28,6 +28,7 @@ from regnet_fast.timing import (
 from . import peers, record, spread, subjects
 from .cases import Case
 from .peers import OURS, Peer, Step
+from .roofline.model import work
 from .subjects import Subject
 
 
@@ -125,7 +126,7 @@ def _first(one: Timed, peer: Peer, subject: Subject) -> tuple[Any, list[str | No
     compiling = frozen_compilation(peer.channels_last and subject.device == "cuda")
     with compiling if peer.compile else nullcontext(), one.around():
         start = time.perf_counter()
-        with listening(lambda block, x, plan, reason: heard.update({id(block): reason})):
+        with observing(block=lambda block, x, plan, reason: heard.update({id(block): reason})):
             result = one.call()
         synchronize(subject.device)
         one.first_seconds = time.perf_counter() - start
@@ -209,10 +210,8 @@ def check_gradients(name: str, subject: Subject, images: int = 4) -> None:
 
 
 def _work(case: Case, subject: Subject) -> dict[str, Any]:
-    from regnet_fast import roofline
-
     dtype = subject.autocast or subject.inputs[0].dtype
-    return roofline.work(subject.base, tuple(subject.inputs[0].shape), dtype, train=subject.training)
+    return work(subject.base, tuple(subject.inputs[0].shape), dtype, train=subject.training)
 
 
 def _result(one: Timed, peer: Peer, subject: Subject) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Ours is counted from what runs (`regnet_fast.counting`): the rebuilt model's own
 launch heard with its tensors and then left out, so that neither a GPU nor time is needed. The launches of a forward do
 not depend on the batch, and their bytes grow evenly with it, so that two small batches tell those of a large one; its
 tiles, on which the size of the parts of channel means depends, are those for a batch that fills the machine. The other
-three are recorded on meta tensors (`regnet_fast.roofline`).
+three are recorded on meta tensors (`bench.roofline`).
 
 A kernel is beyond the ideal where the ideal has none at all for such an operation: whatever is no convolution, matrix
 product or pooling.
@@ -27,14 +27,14 @@ import torch
 from torch import nn
 
 import regnet_fast
+from regnet_fast.counting import Kernel
 from regnet_fast.explanation import Row
-from regnet_fast.recording import LIBRARY, record
-from regnet_fast.roofline import EXECUTIONS, Count, count, kernels, total
 from regnet_fast.verify import check_name, host_model
 
 from .compilation import MODELS
 from .markdown import render
-from .roofline import positive
+from .roofline.model import EXECUTIONS, Count, count, kernels
+from .roofline.recording import LIBRARY, record
 from .tables import ABSENT, Table, number
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels.md"
@@ -70,18 +70,18 @@ def _ours(model: nn.Module, images: int, size: int) -> dict[str, Count]:
     """What runs for so many images, and by name the kernels of it that are beyond the ideal."""
     with regnet_fast.backend("triton"):
         rows = regnet_fast.explain(regnet_fast.rebuild(model).model, (images, 3, size, size))
-    found = {"ours": total([row.ours for row in rows])}
+    found = {"ours": [kernel for row in rows for kernel in row.launches]}
     for row in rows:
-        for title, one in _beyond(row):
-            found[title] = total([found.get(title, Count(0, 0, 0)), one])
-    return found
+        for title, kernel in _beyond(row):
+            found.setdefault(title, []).append(kernel)
+    return {title: count(some) for title, some in found.items()}
 
 
-def _beyond(row: Row) -> Iterable[tuple[str, Count]]:
-    for kernel in row.launched or ():
+def _beyond(row: Row) -> Iterable[tuple[str, Kernel]]:
+    for kernel in () if row.operation == "host" else row.launches:
         module, _, of_triton = kernel.name.partition(".")
         if kernel.name not in LIBRARY and not (of_triton and row.operation.endswith("_conv")):
-            yield module, count([kernel])
+            yield module, kernel
 
 
 def _at(batch: int, few: Count, many: Count) -> Count:
@@ -122,8 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table, or write it. Exit status 2 for a request that cannot be served."""
     parser = argparse.ArgumentParser(prog="python -m bench.modelled", description="What a forward pass moves.")
     parser.add_argument("--model", nargs="+", default=MODELS)
-    parser.add_argument("--batch", type=positive(int), default=256, metavar="N", help="images [256]")
-    parser.add_argument("--size", type=positive(int), default=224, metavar="N", help="height and width [224]")
+    parser.add_argument("--batch", type=int, default=256, metavar="N", help="images [256]")
+    parser.add_argument("--size", type=int, default=224, metavar="N", help="height and width [224]")
     parser.add_argument("--write", action="store_true", help="into docs/kernels.md, instead of printing")
     options = parser.parse_args(arguments)
     os.environ["TRITON_INTERPRET"] = "1"  # no kernel runs, and without a GPU none could be compiled

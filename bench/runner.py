@@ -99,7 +99,7 @@ def run(
     """
     from tqdm import tqdm
 
-    from .roofline import measure_ceilings
+    from .roofline.ceilings import measure_ceilings
 
     begin = time.monotonic()
     deadline = None if budget_s is None else begin + budget_s

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from .compilation import DTYPES, PROCESSORS, Job, make_job
+from regnet_fast.backends.cuda_plans import PROCESSORS
+
+from .job import DTYPES, Job, make_job
 
 F32 = "float32"
 TERMS = 3

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from ..observer import observer
 from .tables import TooLargeError
 
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -64,34 +62,22 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
 
 
-_listener: ContextVar[Callable[..., bool] | None] = ContextVar("regnet_fast_launches", default=None)
-
-
-@contextmanager
-def listening(listen: Callable[..., bool]) -> Iterator[None]:
-    """Call `listen(kernel, arguments)` for each launch inside the `with` block, in this thread or task alone, with the
-    kernel's arguments by name; the kernel runs only where that returns True.
-    """
-    token = _listener.set(listen)
-    try:
-        yield
-    finally:
-        _listener.reset(token)
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """`kernel[grid](*arguments, **options)`, the one way in which kernels start.
 
     Raises TooLargeError, before anything runs, where the compiled kernel takes more shared memory, tensor memory or
     threads than the device has.
     """
-    listen = _listener.get()
-    if listen is None or listen(kernel, {**dict(zip(kernel.arg_names, arguments, strict=False)), **options}):
-        try:
-            kernel[grid](*arguments, **options)
-        except triton.OutOfResources as error:
-            text = f"it needs {error.required} of {error.name}, the device has {error.limit}"
-            raise TooLargeError(text) from None
+    told = observer.get()
+    if told is not None:
+        title = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+        if not told.launch(title, {**dict(zip(kernel.arg_names, arguments, strict=False)), **options}):
+            return
+    try:
+        kernel[grid](*arguments, **options)
+    except triton.OutOfResources as error:
+        text = f"it needs {error.required} of {error.name}, the device has {error.limit}"
+        raise TooLargeError(text) from None
 
 
 @triton.jit

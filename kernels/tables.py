@@ -22,8 +22,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,8 @@ from types import ModuleType
 from typing import Any, get_type_hints
 
 import torch
+
+from ..observer import observer
 
 KERNELS = (
     *("pointwise_conv", "pointwise_pair", "implicit_gemm", "depthwise_conv", "squeeze_excite", "norm_act"),
@@ -85,19 +86,6 @@ class Choice:
     run: Callable[[Any], Any]
 
 
-_listener: ContextVar[Callable[[Choice], object] | None] = ContextVar("regnet_fast_choices", default=None)
-
-
-@contextmanager
-def listening(listen: Callable[[Choice], object]) -> Iterator[None]:
-    """Call `listen(choice)` before each launch inside the `with` block, in this thread or task alone."""
-    token = _listener.set(listen)
-    try:
-        yield
-    finally:
-        _listener.reset(token)
-
-
 def choose(kernel: str, shape: Any, device: torch.device, config: Any, run: Callable[[Any], Any]) -> Any:
     """The configuration for a launch.
 
@@ -106,7 +94,7 @@ def choose(kernel: str, shape: Any, device: torch.device, config: Any, run: Call
         shape: its `Shape`.
         device: where it is launched.
         config: the given configuration, or None.
-        run: launches the same with a given configuration, for those who listen.
+        run: launches the same with a given configuration, for an observer.
 
     Raises ValueError where the configuration cannot serve. The caller is decorated with `fitting`.
     """
@@ -115,9 +103,9 @@ def choose(kernel: str, shape: Any, device: torch.device, config: Any, run: Call
         _choice.set(None)
         return config
     config, tuned = _chosen(kernel, shape, device)
-    listen = _listener.get()
-    if listen is not None:
-        listen(Choice(sys.modules[kernel], shape, config, tuned, run))
+    told = observer.get()
+    if told is not None:
+        told.choice(Choice(sys.modules[kernel], shape, config, tuned, run))
     _choice.set((kernel, shape, device, config))
     return config
 

@@ -13,22 +13,32 @@ The bytes of a kernel are those of the tensors that it reads and writes:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from torch import Tensor, strided
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from .backends.cuda_plans import Launch
-from .recording import Kernel, launches, name, operands
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "as_strided"}
+_UNREAD = {"max_pool2d_with_indices_backward": 1, "avg_pool2d_backward": 1, "zeros_like": 0, "ones_like": 0}
+"""By operation, the operand that is there for its shape alone."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What one kernel moves and computes, called by which module; `flops` counts two per multiply-accumulate."""
+
+    path: str
+    name: str
+    bytes: int
+    flops: int
 
 
 class KernelCounter(TorchDispatchMode):
-    """Collects the kernels that ATen runs while this mode is active, and the launches that `hear` and `hear_cuda` are
-    told.
-    """
+    """Collects the kernels that ATen runs while this mode is active, and the launches that `hear` is told."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,29 +49,49 @@ class KernelCounter(TorchDispatchMode):
         out = func(*args, **kwargs)
         if launches(func):
             results = (t for t in tree_leaves(out) if isinstance(t, Tensor))
-            self._kernels.append(Kernel("", name(func), _size((*operands(func, args, kwargs), *results)), 0))
+            size = _size((*operands(func, args, kwargs), *results))
+            formula = flop_registry.get(func._overloadpacket)
+            flops = 0 if formula is None else formula(*args, **kwargs, out_val=out)
+            self._kernels.append(Kernel("", name(func), size, flops))
         return out
 
-    def hear(self, kernel: Any, arguments: dict[str, Any]) -> bool:
+    def hear(self, name: str, arguments: dict[str, Any]) -> bool:
         """Collect a launch; False, so that the kernel does not run: its tensors tell what it moves."""
-        title = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
-        self._kernels.append(Kernel("", title, launch_bytes(arguments), 0))
+        self._kernels.append(Kernel("", name, launch_bytes(arguments), 0))
         return False
 
-    def hear_cuda(self, launch: Launch, tensors: dict[str, Tensor | None]) -> None:
-        """Collect a launch of csrc/, in the place of running it."""
-        title = f"{launch.source.partition('.')[0]}.{launch.kernel.partition('<')[0]}"
-        self._kernels.append(Kernel("", title, _size(t for t in tensors.values() if t is not None), 0))
-
-    def take(self, path: str = "", flops: int = 0) -> tuple[Kernel, ...]:
-        """The kernels since this was last asked, as those of a layer, whose operations the largest of them does."""
-        taken, self._kernels = self._kernels, []
+    def take(self, path: str = "", flops: int | None = None) -> tuple[Kernel, ...]:
+        """The kernels since this was last asked, as those of a layer; the largest of them does its operations, where
+        they are given.
+        """
+        taken, self._kernels = [replace(k, path=path) for k in self._kernels], []
+        if flops is None:
+            return tuple(taken)
         largest = max(range(len(taken)), key=lambda i: taken[i].bytes, default=None)
-        return tuple(replace(k, path=path, flops=flops if i == largest else 0) for i, k in enumerate(taken))
+        return tuple(replace(k, flops=flops if i == largest else 0) for i, k in enumerate(taken))
+
+
+def launches(func: Any) -> bool:
+    """Whether an ATen operator runs a kernel: it is no view, no allocation, and has a tensor as its result."""
+    if func.is_view or name(func) in _FREE:
+        return False
+    return any("Tensor" in str(result.type) for result in func._schema.returns)
+
+
+def operands(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors that an ATen operator reads, each once: none that is given for its shape, or as `out` to write."""
+    given = [a for i, a in enumerate(args) if _UNREAD.get(name(func)) != i]
+    given += [a for key, a in kwargs.items() if key != "out"]
+    return list({id(t): t for t in tree_leaves(given) if isinstance(t, Tensor)}.values())
+
+
+def name(func: Any) -> str:
+    """The name of an ATen operator, the same in place."""
+    return func._schema.name.partition("::")[2].rstrip("_")
 
 
 def launch_bytes(arguments: dict[str, Any]) -> int:
-    """What a Triton kernel moves, by its arguments."""
+    """What a kernel of Triton or csrc/ moves, by its arguments."""
     tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
     if arguments.get("STRIDE", 1) == 1:
         return _size(tensors.values())

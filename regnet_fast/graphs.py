@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .backends import forced_backend
-from .blocks.fused import FallbackWarning, Fused, recorder
+from .blocks.fused import FallbackWarning, Fused
 from .blocks.watch import Watch, hooked, transformed
+from .observer import observer
 
 _KEPT = 8
 """How many recorded calls a model keeps: the last ones used."""
@@ -132,7 +133,7 @@ class Graphs:
         if (
             torch.compiler.is_compiling()
             or model.training
-            or recorder.get() is not None
+            or observer.get() is not None
             or torch._C._get_tracing_state() is not None
         ):
             return model._call_impl(*args, **kwargs)

@@ -11,16 +11,13 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from . import backends
 from .backends import ConvProblem, Geometry, cpu_library, cuda_extension, cuda_launch, cuda_nvrtc
 from .kernels import tables
-
-if TYPE_CHECKING:
-    from .roofline import Ceilings
 
 DTYPES = ("float32", "bfloat16", "float16")
 BUSY = 0.5  # load average per core from which on times are called noisy
@@ -242,21 +239,20 @@ def _output(command: list[str]) -> str:
 
 
 def explain_model(
-    name: str, batch: int, size: int | None, dtype: torch.dtype, device: str, ceilings: Ceilings | None = None
+    name: str, batch: int, size: int | None, dtype: torch.dtype, device: str, train: bool = False
 ) -> dict[str, Any]:
-    """The layers of a model with their totals, as `regnet-fast explain` shows them; no layers outside our families.
+    """The layers of a model with their totals, as `regnet-fast explain` shows them, of a training step where `train`
+    says so; no layers outside our families.
 
     Raises UnknownModelError.
     """
     from .explanation import explain
-    from .roofline import total
     from .verify import host_model, input_size, rebuilt
 
     report = rebuilt(host_model(name).to(device, dtype))
     shape = (batch, *input_size(report.model, size))
-    rows = explain(report.model, shape, ceilings) if report.rebuilt or report.kept else []
+    rows = explain(report.model, shape, train) if report.rebuilt or report.kept else []
     served = Counter(row.backend for row in rows)
-    counts = {what: asdict(total([getattr(row, what) for row in rows])) for what in ("ours", "eager", "ideal")}
     return {
         "model": name,
         "input_shape": shape,
@@ -264,12 +260,12 @@ def explain_model(
         "device": device,
         "rebuilt": len(report.rebuilt),
         "kept": report.kept,
-        "ceilings": None if ceilings is None else asdict(ceilings),
-        "layers": [asdict(row) for row in rows],
+        "train": train,
+        "layers": [{**asdict(row), "bytes": row.bytes} for row in rows],
         "totals": {
             "flops": sum(row.flops for row in rows),
             "bytes": sum(row.bytes for row in rows),
+            "launches": sum(len(row.launches) for row in rows),
             "layers_by_backend": dict(served.most_common()),
-            **counts,
         },
     }

@@ -26,6 +26,7 @@ from . import info
 from .backends import backend, triton
 from .kernels import tables
 from .kernels.tables import Choice, Entry
+from .observer import observing
 from .timing import Announce, silent, synchronize
 from .verify import host_model, input_size, randomize_norms, rebuilt
 
@@ -147,7 +148,7 @@ def missing(model: nn.Module, x: Tensor, folder: Path, again: bool = False) -> l
 
 
 def _launch(model: nn.Module, x: Tensor, hear: Callable[[Choice], object]) -> None:
-    with backend("triton"), torch.no_grad(), tables.listening(hear):
+    with backend("triton"), torch.no_grad(), observing(choice=hear):
         model(x)
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import regnet_fast
-from regnet_fast.blocks.fused import FallbackWarning, listening
+from regnet_fast.blocks.fused import FallbackWarning
 from regnet_fast.judging import judge
+from regnet_fast.observer import observing
 from regnet_fast.verify import randomize_norms
 
 
@@ -40,7 +41,7 @@ def pair(name: str, **kwargs) -> tuple[nn.Module, nn.Module]:
 def reasons(model: nn.Module, x: torch.Tensor) -> set[str | None]:
     """Why each block of a model did or did not run fused (None: it did)."""
     heard = []
-    with listening(lambda block, x, plan, reason: heard.append(reason)), warnings.catch_warnings():
+    with observing(block=lambda block, x, plan, reason: heard.append(reason)), warnings.catch_warnings():
         warnings.simplefilter("ignore", FallbackWarning)
         model(x)
     assert heard
@@ -90,7 +91,7 @@ def compare(theirs: nn.Module, x: Tensor, what: str) -> None:
     ours = regnet_fast.rebuild(theirs)
     assert ours.rebuilt
     heard = []
-    with listening(lambda block, image, plan, reason: heard.append(reason)):
+    with observing(block=lambda block, image, plan, reason: heard.append(reason)):
         fused = outputs(theirs, x)
     assert heard and set(heard) == {None}, f"{what}: not fused: {set(heard)}"
     regnet_fast.restore(theirs)

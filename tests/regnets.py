@@ -16,7 +16,7 @@ from helpers import assert_close_to_reference, assert_same_step, randomize_bn, r
 from torch import Tensor, nn
 
 import regnet_fast
-from regnet_fast.blocks.fused import listening
+from regnet_fast.observer import observing
 
 LAST = torch.channels_last
 STEM, WIDTHS, DEPTHS, GROUP_WIDTH, CLASSES = 32, (16, 24, 32, 56), (1, 1, 2, 1), 8, 5
@@ -87,7 +87,7 @@ def assert_same_function(model: nn.Module, x: Tensor, outputs: Outputs, what: st
     assert report.rebuilt and not report.kept, str(report)
     heard = []
     with torch.no_grad():
-        with listening(lambda block, image, plan, reason: heard.append(reason)):
+        with observing(block=lambda block, image, plan, reason: heard.append(reason)):
             fused = outputs(model, x)
         assert len(heard) >= len(report.rebuilt) and set(heard) == {None}, f"{what}: not fused: {set(heard)}"
         eager = outputs(eager_form, x.contiguous(memory_format=LAST))

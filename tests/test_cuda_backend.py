@@ -37,6 +37,7 @@ from regnet_fast.backends import (
     store,
 )
 from regnet_fast.backends.cuda_plans import Target
+from regnet_fast.observer import observing
 
 PROBLEM = ConvProblem(
     *((2, 48, 9, 7), 48, (3, 3), Geometry(padding=(1, 1), groups=2), "relu", False, False),
@@ -203,13 +204,13 @@ def test_explain_says_what_runs():
         rows = {row.layer: row for row in regnet_fast.explain(ours, (2, 3, 32, 32))}
     row = rows["2.b1.conv2.conv"] if "2.b1.conv2.conv" in rows else rows["2.b1.conv2"]
     assert (row.backend, row.label, row.reason) == ("cuda", "CUDA C++, stand-in", "")
-    assert row.launched[0].name == "grouped_conv_forward.grouped_conv_forward"
+    assert row.launches[0].name == "grouped_conv_forward.grouped_conv_forward"
     weights = 56 * 8 * 9 * 2 + 56 * 4
     maps = 2 * 56 * (8 * 8 + 4 * 4) * 2
-    assert weights + maps <= row.launched[0].bytes <= weights + maps + 2 * 56 * 4 * 4
+    assert weights + maps <= row.launches[0].bytes <= weights + maps + 2 * 56 * 4 * 4
     gate = rows["2.b1.se"]
     assert (gate.backend, gate.label, gate.reason) == ("cuda", "CUDA C++, stand-in", "")
-    assert [kernel.name for kernel in gate.launched] == ["squeeze_excite.squeeze_excite"]
+    assert [kernel.name for kernel in gate.launches] == ["squeeze_excite.squeeze_excite"]
     other = rows["2.b1.conv1.conv"] if "2.b1.conv1.conv" in rows else rows["2.b1.conv1"]
     assert other.backend in ("aten", "reference") and "grouped convolutions and squeeze-excite alone" in other.reason
 
@@ -217,10 +218,10 @@ def test_explain_says_what_runs():
 def test_stand_ins_nest_and_end():
     assert cuda.refuse(ON_CPU) == "the CUDA C++ kernels run on an NVIDIA GPU"
     with cuda_launch.standing_in(simulate, Target(90, 3)):
-        with cuda_launch.standing_in(lambda launch, tensors: None):
+        with cuda_launch.standing_in(lambda launch, tensors: None, Target(80, 1)):
             assert cuda.refuse(ON_CPU) is None
         assert cuda.refuse(ON_CPU) is None
-    with cuda_launch.standing_in(simulate):  # somebody who counts makes no GPU
+    with observing(launch=lambda name, arguments: False):  # somebody who counts makes no GPU
         assert cuda.refuse(ON_CPU) == "the CUDA C++ kernels run on an NVIDIA GPU"
 
 

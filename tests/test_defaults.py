@@ -19,8 +19,8 @@ import regnet_fast
 from regnet_fast import functional
 from regnet_fast.backends import passes
 from regnet_fast.blocks import chain
-from regnet_fast.blocks.fused import listening
 from regnet_fast.classify import predict
+from regnet_fast.observer import observing
 from regnet_fast.validate import evaluate
 from regnet_fast.verify import randomize_norms, verify
 
@@ -151,7 +151,7 @@ def test_the_networks_are_cut_and_fused(monkeypatch):
     monkeypatch.setattr(passes, "_PART_BYTES", 60_000)
     monkeypatch.setattr(chain, "_BYTES_PER_THREAD", 60_000)
     model, x, heard = made("regnet_y"), torch.randn(6, 3, 64, 64), []
-    with listening(lambda block, image, plan, reason: heard.append((image.shape[0], reason))), torch.no_grad():
+    with observing(block=lambda block, image, plan, reason: heard.append((image.shape[0], reason))), torch.no_grad():
         model(x)
     assert {reason for _, reason in heard} == {None} and min(n for n, _ in heard) < 6
     assert len(passes.parts(torch.empty(6, 8, 32, 32))) > 1

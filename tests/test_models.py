@@ -14,7 +14,8 @@ from helpers import assert_close_to_reference, compare, randomize_bn
 from torch import nn
 
 import regnet_fast
-from regnet_fast.blocks.fused import FallbackWarning, Fused, listening
+from regnet_fast.blocks.fused import FallbackWarning, Fused
+from regnet_fast.observer import observing
 
 FAMILIES = ("regnetx_*", "regnety_*", "regnetv_*", "regnetz_*", "repvgg_*", "resnetv2_*")
 NAMES = [name for family in FAMILIES for name in timm.list_models(family)]
@@ -258,7 +259,7 @@ def test_repvgg_reparameterised_after_rebuilding():
         expected = theirs(x)
         deployed = timm.utils.reparameterize_model(ours)
         assert len(deployed.state_dict()) == 46
-        with listening(lambda block, image, plan, reason: heard.append(reason)):
+        with observing(block=lambda block, image, plan, reason: heard.append(reason)):
             heard = []
             torch.testing.assert_close(deployed(x), expected, rtol=1e-3, atol=1e-4)
         assert set(heard) == {None}
@@ -287,7 +288,7 @@ def test_model_surgery_of_timm(name):
     randomize_bn(theirs, 0)
     x = torch.randn(2, 3, 64, 64)
     heard = []
-    with torch.no_grad(), listening(lambda block, image, plan, reason: heard.append(reason)):
+    with torch.no_grad(), observing(block=lambda block, image, plan, reason: heard.append(reason)):
         expected = theirs(x)
         for surgery in (
             timm.layers.freeze_batch_norm_2d,

@@ -6,19 +6,21 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from timm.layers import BatchNormAct2d, SEModule, create_conv2d
-from timm.models.byobnet import LayerFn, RepVggBlock
+from timm.layers import BatchNormAct2d, create_conv2d
+from timm.models.byobnet import RepVggBlock
 from timm.models.regnet import Bottleneck
 from timm.models.resnetv2 import PreActBottleneck
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import regnet_fast
-from bench import roofline as command
-from regnet_fast.counting import KernelCounter
-from regnet_fast.roofline import EXECUTIONS, Ceilings, Kernel, count, kernels, record, work
+from bench.roofline import __main__ as command
+from bench.roofline.ceilings import measure_ceilings
+from bench.roofline.model import EXECUTIONS, Ceilings, Count, count, kernels, work
+from bench.roofline.recording import record
+from regnet_fast.counting import Kernel, KernelCounter
 
-BENCH = Path(command.__file__).parent
+BENCH = Path(command.__file__).parents[1]
 MODELS, DOCUMENT = BENCH / "data" / "models.tsv", BENCH.parent / "docs" / "roofline.md"
 SAMPLE = (
     "regnetv_040",
@@ -308,13 +310,18 @@ def test_time_is_the_longer_of_memory_and_arithmetic_with_a_launch_for_each_kern
     assert ceilings.seconds([Kernel("", "", 200, 1000), Kernel("", "", 100, 3000)]) == (2 + 0.5) + (3 + 0.5)
 
 
+def test_counts_are_sums():
+    assert count([Kernel("", "", 2, 1), Kernel("a", "b", 20, 10)]) == Count(flops=11, bytes=22, kernels=2)
+    assert count([]) == Count(0, 0, 0)
+
+
 def test_an_unknown_execution_is_refused():
     with pytest.raises(ValueError, match="'fused'; choose one of eager, compiled, ideal"):
         kernels(record(nn.ReLU(), (1, 3, 4, 4)), "fused")
 
 
 def test_ceilings_are_positive_and_plausible():
-    found = command.measure_ceilings("cpu", ["float32", "bfloat16"], quick=True)
+    found = measure_ceilings("cpu", ["float32", "bfloat16"], quick=True)
     assert set(found) == {"bytes_per_s", "launch_s", "flops_per_s"}
     assert 1e7 < found["bytes_per_s"] < 1e13
     assert 1e-8 < found["launch_s"] < 1e-2
@@ -378,54 +385,3 @@ def test_options_are_positive(option, capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main(["regnetx_002", option, "0"])
     assert "0 is not positive" in capsys.readouterr().err
-
-
-def test_explain_counts_every_launch_once():
-    model = regnet_fast.create_model("resnetv2_50d_gn")
-    rows = regnet_fast.explain(model, (1, 3, 64, 64))
-    recording = record(model, (1, 3, 64, 64))
-    for execution in ("eager", "ideal"):
-        whole, parts = count(kernels(recording, execution)), [getattr(row, execution) for row in rows]
-        for what in ("flops", "bytes", "kernels"):
-            assert sum(getattr(part, what) for part in parts) == getattr(whole, what)
-    units = {row.layer: row for row in rows}
-    conv = units["stages.0.blocks.0.conv2"]
-    assert conv.ours.kernels == 3  # the convolution, the norm in one pass, the activation
-    assert conv.eager.kernels == 4  # the norm in two
-    assert any("max_pool" in kernel.name for kernel in units["stem.conv3"].launched)  # a stem's own last layer
-
-
-def test_explain_counts_the_gate_behind_squeeze_excite():
-    model = regnet_fast.rebuild(nn.Sequential(RepVggBlock(16, 16, layers=LayerFn(attn=SEModule)))).model
-    rows = regnet_fast.explain(model, (1, 16, 8, 8))
-    assert [row.layer for row in rows] == ["0.conv_kxk", "0.attn", "0.act"]
-    kernels = [kernel.name for kernel in rows[-1].launched]
-    assert kernels == ["mul", "addcmul", "relu"]  # the gate by the scale, which is one; the map; the activation
-
-
-def test_explain_without_a_classifier():
-    rows = regnet_fast.explain(regnet_fast.create_model("regnetx_002", num_classes=0), (1, 3, 32, 32))
-    assert rows[-1].layer == "s4.b7.conv3.conv" and all(row.launched for row in rows)
-
-
-def test_explain_of_nothing():
-    assert regnet_fast.explain(nn.Identity(), (1, 3, 8, 8)) == []
-
-
-def test_explain_counts_what_the_host_computes():
-    rows = regnet_fast.explain(timm.create_model("resnet10t"), (1, 3, 64, 64))
-    assert sum(row.flops for row in rows) == work(meta_model("resnet10t"), (1, 3, 64, 64))["flops"]
-    assert all(row.ours == row.eager for row in rows)
-
-
-def test_explain_does_without_a_recording():
-    class Picky(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 1)
-
-        def forward(self, x):
-            return self.conv(x) if x.sum().item() else x
-
-    (row,) = regnet_fast.explain(Picky(), (1, 3, 8, 8))
-    assert row.layer == "conv" and row.ours is row.eager is row.ideal is None

@@ -1,7 +1,7 @@
 """How a plan of cuda_plans gets to a GPU: by the extension module where it has the kernel, else by NVRTC and cupy.
 
-Both launch the same kernel of the same sources on torch's current stream. `standing_in` puts something else in the
-place of both, such as the simulator of the tests, or somebody who counts.
+Both launch the same kernel of the same sources on torch's current stream. `standing_in` puts a machine in the place of
+both, such as the simulator of the tests.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..observer import observer
 from . import cuda_extension, cuda_nvrtc
 from .cuda_plans import SHARED_BYTES, Launch, Target
 
@@ -23,17 +24,16 @@ Run = Callable[[Launch, dict[str, Tensor | None]], object]
 ALIGNMENT = 16
 _ORDINARY_SHARED = 48 << 10  # a kernel has to ask for more
 
-_stand_in: ContextVar[tuple[Run, Target | None] | None] = ContextVar("regnet_fast_cuda_launches", default=None)
+_stand_in: ContextVar[tuple[Run, Target] | None] = ContextVar("regnet_fast_cuda_machine", default=None)
 
 
 @contextmanager
-def standing_in(run: Run, target: Target | None = None) -> Iterator[None]:
+def standing_in(run: Run, target: Target) -> Iterator[None]:
     """Call `run(launch, tensors)` instead of each launch inside the `with` block, in this thread or task alone.
 
-    With a target, it stands for that machine on every device, also where there is no GPU.
+    It stands for the target on every device, also where there is no GPU.
     """
-    outer = _stand_in.get()
-    token = _stand_in.set((run, target or (outer and outer[1])))
+    token = _stand_in.set((run, target))
     try:
         yield
     finally:
@@ -126,6 +126,11 @@ class Kernel:
         self._start: Callable[[list[int | float], int], None] | None = None
 
     def __call__(self, **tensors: Tensor | None) -> None:
+        told = observer.get()
+        if told is not None:
+            title = f"{self.launch.source.partition('.')[0]}.{self.launch.kernel.partition('<')[0]}"
+            if not told.launch(title, tensors):
+                return
         stand_in = _stand_in.get()
         if stand_in is not None:
             stand_in[0](self.launch, tensors)

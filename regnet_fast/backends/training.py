@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -40,3 +41,36 @@ def passes_for(x: Tensor) -> ModuleType | cuda_passes.Passes:
     if "cuda" not in names[: names.index(name) if name else 0]:
         return module
     return cuda_passes.Passes(module)
+
+
+class Served(NamedTuple):
+    """In words, what computes a block in a training step.
+
+    Attributes: `backend`; `forward` and `backward`, the libraries; `reason`, why faster passes do not serve, or "".
+    """
+
+    backend: str
+    forward: str
+    backward: str
+    reason: str
+
+
+def describe(x: Tensor, grouped: bool) -> Served:
+    """What `passes_for(x)` is. `grouped` says that the block has a grouped convolution."""
+    library = "cuDNN" if x.is_cuda else "oneDNN"
+    names = forced_backends()
+    refused = {name: reason for name in names if (reason := _refused(name, x)) is not None}
+    if not names:
+        reason = cpu_passes.refuse(x)
+        words = f"{library} convolutions, {'torch' if reason else 'csrc/cpu'} passes"
+        return Served("aten", words, words, reason or "")
+    serving = next(name for name in names if name not in refused)
+    forward = backward = f"{library} convolutions, torch passes"
+    if serving == triton.NAME:
+        forward = f"Triton passes, 1x1 and grouped convolutions; {library} others"
+        backward = f"Triton passes and grouped convolutions; {library} others"
+    if cuda.NAME in names[: names.index(serving)]:
+        serving = f"{cuda.NAME},{serving}"
+        if grouped:
+            forward, backward = (f"CUDA C++ grouped convolutions; else {words}" for words in (forward, backward))
+    return Served(serving, forward, backward, "; ".join(f"{n}: {why}" for n, why in refused.items() if n != cuda.NAME))

@@ -66,15 +66,6 @@ def _refuse_device(device: str) -> str | None:
     return None
 
 
-def listening(device: str, listen: Callable[..., bool]) -> AbstractContextManager:
-    """`kernels.common.listening(listen)`, or nothing where no kernel can be launched on such a device."""
-    if _refuse_device(device) is not None:
-        return nullcontext()
-    from ..kernels import common
-
-    return common.listening(listen)
-
-
 def _area(shape: tuple[int, int, int, int]) -> int:
     return shape[2] * shape[3]
 

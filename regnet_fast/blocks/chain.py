@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import forced_backend
+from ..observer import observer
 from ..ops.convolution import autocast_enabled
-from .fused import Fused, Plan, recorder, unfit
+from .fused import Fused, Plan, unfit
 from .watch import only_forwards, transformed
 
 _BYTES_PER_THREAD = 5e6
@@ -81,14 +82,14 @@ class Chain:
     @staticmethod
     def _run(links: list[nn.Module], plans: list[Plan], x: Tensor) -> Tensor:
         """One pass through all blocks."""
-        listen, dtype, own = recorder.get(), x.dtype, False
+        told, dtype, own = observer.get(), x.dtype, False
         x = x.contiguous(memory_format=torch.channels_last)
         for child, plan in zip(links, plans, strict=True):
             if plan.in_channels not in (None, x.shape[1]) or x.dtype != dtype:
                 x, own = child.step(x, own)
                 continue
-            if listen is not None:
-                listen(child, x, plan, None)
+            if told is not None:
+                told.block(child, x, plan, None)
             x, own = plan.form.run(x, own), True
         return x
 

@@ -8,9 +8,6 @@ fused path does not compute exactly the same function.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cached_property
 
 import torch
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..backends import BackendError, forced_backend
+from ..observer import observer
 from ..ops.packed import Packed
 from . import training
 from .forms import Form
@@ -35,9 +33,6 @@ _DERIVED = (_STATE, _TRAINED, _FROZEN, PIECES)
 
 _BRIEF = 2
 """After how many plans that were good for one call the weights are taken for ones that change in every call."""
-
-recorder: ContextVar[Callable | None] = ContextVar("regnet_fast_recorder", default=None)
-"""What `explain` listens with: called with each block, its reason or form, while it runs."""
 
 
 class FallbackWarning(UserWarning):
@@ -193,9 +188,9 @@ class Fused:
         plan = None
         if reason is None:
             plan, x, reason = self._plan(x)
-        listen = recorder.get()
-        if listen is not None:
-            listen(self, x, plan, reason)
+        told = observer.get()
+        if told is not None:
+            told.block(self, x, plan, reason)
         if reason is not None:
             return self._by_host(x, reason, lost_speed=plan is not None), False
         waits, plan.calls = plan.waits() and forced_backend() is None, plan.calls + 1
@@ -229,9 +224,9 @@ class Fused:
             form, reason, lost = found.form, found.refusal, found.lost
         if reason is None:
             reason = training.unfit(form, x)
-        listen = recorder.get()
-        if listen is not None:
-            listen(self, x, None, reason)
+        told = observer.get()
+        if told is not None:
+            told.block(self, x, None, reason)
         if reason is not None:
             return self._by_host(x, f"in training mode {reason}", lost_speed=lost)
         return training.run(form, x)
@@ -418,13 +413,3 @@ def as_host(block: Fused) -> nn.Module:
     plain = object.__new__(type(block).host)
     plain.__dict__ = block.__getstate__()
     return plain
-
-
-@contextmanager
-def listening(listen: Callable) -> Iterator[None]:
-    """Call `listen(block, x, plan, reason)` for every fused block that runs inside the `with` block."""
-    token = recorder.set(listen)
-    try:
-        yield
-    finally:
-        recorder.reset(token)

@@ -11,6 +11,7 @@ import triton
 
 from regnet_fast import kernels
 from regnet_fast.kernels import norm_act, pointwise_conv, squeeze_excite, tables
+from regnet_fast.observer import observing
 
 LIMIT = 99 << 10
 
@@ -21,7 +22,7 @@ class Compiler:
     """
 
     def __init__(self, kernel, needed):
-        self.kernel, self.needed, self.arg_names = kernel, needed, kernel.arg_names
+        self.kernel, self.needed, self.fn, self.arg_names = kernel, needed, kernel.fn, kernel.arg_names
         self.asked = []
 
     def __getitem__(self, grid):
@@ -111,7 +112,7 @@ def test_a_tables_choice_gives_way_to_the_heuristics(monkeypatch, tmp_path):
     tables.write(tmp_path / "test-gpu" / "squeeze_excite.json", squeeze_excite, {tables.key(shape): entry})
     stand_in(monkeypatch, squeeze_excite, "whole_kernel", tiles(14))
     heard = []
-    with tables.listening(heard.append), pytest.warns(tables.SmallerWarning):
+    with observing(choice=heard.append), pytest.warns(tables.SmallerWarning):
         gate(hidden=16)
     assert [(choice.config, choice.tuned) for choice in heard] == [(large, True), (usual, False)]
 

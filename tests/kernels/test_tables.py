@@ -12,7 +12,6 @@ import torch
 
 from regnet_fast.kernels import (
     channel_tiles,
-    common,
     depthwise_conv,
     grouped_input_gradient,
     grouped_weight_gradient,
@@ -24,6 +23,7 @@ from regnet_fast.kernels import (
     tables,
 )
 from regnet_fast.kernels.tables import Entry, TableError, TableWarning
+from regnet_fast.observer import observing
 
 GPU = "test-gpu"
 CONDITIONS = {"gpu": "Test GPU", "date": "2026-01-01"}
@@ -128,13 +128,13 @@ def launched(count=1000, **options) -> list[dict]:
     """The arguments of the kernels that a small 1x1 convolution starts; its result is right."""
     heard = []
 
-    def hear(kernel, arguments):
+    def hear(name, arguments):
         heard.append(arguments)
         return True
 
     x = torch.randn(1, 24, count, 1).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(8, 24)
-    with common.listening(hear):
+    with observing(launch=hear):
         y = pointwise_conv.pointwise_conv(x, weight, **options)
     torch.testing.assert_close(y, torch.nn.functional.conv2d(x, weight[:, :, None, None]), rtol=1e-4, atol=1e-4)
     return heard
@@ -162,7 +162,7 @@ def test_the_heuristic_serves_where_it_was_measured_to_be_the_fastest(folders):
     shape = small_shape(300)
     tables.write(folders[1] / "pointwise_conv.json", pointwise_conv, known(pointwise_conv, (small_shape(), None)))
     heard = []
-    with tables.listening(heard.append):
+    with observing(choice=heard.append):
         launched(300)
         launched(100)
     near, far = heard

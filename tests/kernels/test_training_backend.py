@@ -14,7 +14,7 @@ from torch import nn
 import regnet_fast
 from regnet_fast.backends import BackendError, backend, cuda_launch, passes, triton_passes
 from regnet_fast.backends.training import passes_for
-from regnet_fast.blocks.fused import listening
+from regnet_fast.observer import observing
 from regnet_fast.ops import training as ops
 
 pytestmark = pytest.mark.usefixtures("unchecked_integers")
@@ -74,7 +74,7 @@ def check(theirs: nn.Module, dtype: torch.dtype, x: torch.Tensor, forced: str = 
     x = x.contiguous(memory_format=torch.channels_last)
     # timm's own in NCHW: in channels_last oneDNN writes beyond its memory on some processors (docs/training.md)
     heard = set()
-    with listening(lambda block, x, plan, reason: heard.add(reason)):
+    with observing(block=lambda block, x, plan, reason: heard.add(reason)):
         found = [
             step(model.to(kind, memory_format=its), x.to(kind, memory_format=its), dy, forced)
             for model, kind, forced, its in (

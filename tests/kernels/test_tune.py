@@ -16,6 +16,7 @@ from regnet_fast.blocks.fused import Fused
 from regnet_fast.cli import app
 from regnet_fast.kernels import implicit_gemm, pointwise_conv, pointwise_pair, squeeze_excite, tables
 from regnet_fast.kernels.tables import TableError
+from regnet_fast.observer import observing
 from regnet_fast.verify import randomize_norms
 
 pytestmark = pytest.mark.usefixtures("unchecked_integers")
@@ -93,7 +94,7 @@ def table(kernel) -> dict:
 
 def test_every_launch_of_a_model_is_found_once(model, block, x):
     heard = []
-    with backend("triton"), torch.no_grad(), tables.listening(heard.append):
+    with backend("triton"), torch.no_grad(), observing(choice=heard.append):
         model.s3(torch.randn(1, 56, 4, 4))
     assert len(heard) == 4 + 3 * 4  # the blocks after the first have its conv3, and all else in common with each other
     assert len(tune.missing(model.s3, torch.randn(1, 56, 4, 4), folder())) == 4 + 3
@@ -114,7 +115,7 @@ def test_the_fastest_is_chosen_written_and_taken(block, x):
             assert entry.conditions["torch"] == torch.__version__ and entry.conditions["date"]
     assert all(result.gain == 2.0 and not result.skipped for result in results)
     heard = []
-    with backend("triton"), torch.no_grad(), tables.listening(heard.append):
+    with backend("triton"), torch.no_grad(), observing(choice=heard.append):
         block(x)
     assert [(choice.config, choice.tuned) for choice in heard] == [(FAST[choice.kernel], True) for choice in heard]
     assert len(heard) == 4

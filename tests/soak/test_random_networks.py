@@ -16,7 +16,8 @@ from training_blocks import state_of
 
 import regnet_fast
 from regnet_fast.blocks import fused
-from regnet_fast.blocks.fused import FallbackWarning, listening
+from regnet_fast.blocks.fused import FallbackWarning
+from regnet_fast.observer import observing
 
 pytestmark = [pytest.mark.usefixtures("two_threads"), pytest.mark.filterwarnings("ignore:.*invalid value")]
 
@@ -40,7 +41,7 @@ def called(tally, model, x):
         tally.count("blocks fused" if reason is None else "blocks left to timm")
 
     try:
-        with listening(heard), warnings.catch_warnings():
+        with observing(block=heard), warnings.catch_warnings():
             warnings.simplefilter("ignore", FallbackWarning)
             return model(x)
     except Exception as error:

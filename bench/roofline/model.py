@@ -5,7 +5,7 @@
               between them are fused, and a reduction ends a kernel for those that need its result
     ideal     convolutions, matrix products and pooling are the only kernels: what is pointwise rides in the epilogue of
               the kernel before it or the prologue of the one after, and so do sums over pixels, squeeze-excite and the
-              statistics of a norm (`regnet_fast.ideal`)
+              statistics of a norm (`bench.roofline.ideal`)
 
     seconds = sum over kernels of max(bytes / bandwidth, flops / peak) + launch
 
@@ -21,20 +21,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .ideal import ideal
-from .recording import LIBRARY, REDUCTIONS, Kernel, Op, Recording, Value, record
+from regnet_fast.counting import Kernel
 
-__all__ = ["EXECUTIONS", "Ceilings", "Count", "Kernel", "count", "kernels", "record", "total", "work"]
+from .ideal import ideal
+from .recording import LIBRARY, REDUCTIONS, Op, Recording, Value, record
 
 
 @dataclass(frozen=True)
 class Count:
-    """Sums over kernels, with their modelled time where a machine's ceilings are given."""
+    """Sums over kernels."""
 
     flops: int
     bytes: int
     kernels: int
-    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,17 +56,9 @@ def kernels(recording: Recording, execution: str) -> list[Kernel]:
     return EXECUTIONS[execution](recording)
 
 
-def count(some: Collection[Kernel], ceilings: Ceilings | None = None) -> Count:
+def count(some: Collection[Kernel]) -> Count:
     """The sums over some kernels."""
-    seconds = None if ceilings is None else ceilings.seconds(some)
-    return Count(sum(k.flops for k in some), sum(k.bytes for k in some), len(some), seconds)
-
-
-def total(counts: Collection[Count]) -> Count:
-    """The sum of some counts, with a time where all of them have one."""
-    flops, size, number = (sum(getattr(one, what) for one in counts) for what in ("flops", "bytes", "kernels"))
-    times = [one.seconds for one in counts]
-    return Count(flops, size, number, None if None in times else sum(times))
+    return Count(sum(k.flops for k in some), sum(k.bytes for k in some), len(some))
 
 
 def work(

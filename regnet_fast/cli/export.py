@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from .cli import FAILED, JsonOption, ModelArgument, SizeOption, _complain, _print_json, _reported_errors, app
-from .cli import _UsageError as UsageError
-from .terminal import line, progress
+from .app import JsonOption, ModelArgument, SizeOption, app
+from .errors import FAILED, UsageError, complain, reported_errors
+from .terminal import line, print_json, progress
 
 
 @app.command()
@@ -24,10 +24,10 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """A model as an ONNX file for any number of images, checked with ONNX Runtime."""
-    with _reported_errors(), progress() as announce:
-        from . import export as exporting
-        from .classify import load
-        from .verify import input_size
+    with reported_errors(), progress() as announce:
+        from .. import export as exporting
+        from ..classify import load
+        from ..verify import input_size
 
         try:
             exporting.check_request(file, opset or exporting.OPSET)
@@ -36,14 +36,14 @@ def export(
             announce(f"exporting {model} and running the file")
             found = exporting.onnx(network, file, input_size(network, size), opset or exporting.OPSET)
         except exporting.WrongFileError as error:
-            _complain(str(error))
+            complain(str(error))
             raise typer.Exit(FAILED) from None
         except exporting.ExportError as error:
             raise UsageError(str(error)) from None
         if checkpoint is None and not pretrained:
-            _complain("the weights are random, so what the file computes means nothing")
+            complain("the weights are random, so what the file computes means nothing")
     if as_json:
-        return _print_json(found.as_dict())
+        return print_json(found.as_dict())
     ends = (f"{name} {'x'.join(map(str, shape))}" for name, shape in {**found.inputs, **found.outputs}.items())
     line(f"{found.path}: {found.bytes / 1e6:.1f} MB, opset {found.opset}; {', '.join(ends)}")
     for check in found.checks:

@@ -17,17 +17,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .models import restore
+from regnet_fast.counting import launches, name, operands
+from regnet_fast.models import restore
 
 POOLS = {"max_pool2d_with_indices", "max_pool2d_with_indices_backward", "avg_pool2d", "avg_pool2d_backward"}
 LIBRARY = {"convolution", "dgrad", "wgrad", "mm", "addmm", "bmm"} | POOLS
 """Operations that a library serves, and that nothing is fused with."""
 REDUCTIONS = {"mean", "sum", "amax", "var", "var_mean", "std", "std_mean", "linalg_vector_norm"}
 REDUCTIONS |= {"norm statistics", "norm backward sums", "bias gradient"}
-
-_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
-_UNREAD = {"max_pool2d_with_indices_backward": 1, "avg_pool2d_backward": 1, "zeros_like": 0, "ones_like": 0}
-"""By operation, the operand that is there for its shape alone."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +61,6 @@ class Op:
     flops: int = 0
     backward: bool = False
     part: float = 1.0
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """What an execution makes of one or several operations: what it moves and computes, called by which module."""
-
-    path: str
-    name: str
-    bytes: int
-    flops: int
 
 
 @dataclass(frozen=True)
@@ -128,25 +115,6 @@ def record(
     kept = frozenset((*results, *recorder.values(state)))
     branched = tuple(path for path, m in twin.named_modules() if {"conv_kxk", "conv_1x1"} <= m._modules.keys())
     return Recording(tuple(recorder.ops), given, x.dim() == 4, results, gradients, kept, branched)
-
-
-def launches(func: Any) -> bool:
-    """Whether an ATen operator runs a kernel: it is no view, no allocation, and has a tensor as its result."""
-    if func.is_view or name(func) in _FREE:
-        return False
-    return any("Tensor" in str(result.type) for result in func._schema.returns)
-
-
-def operands(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
-    """The tensors that an ATen operator reads, each once: none that is given for its shape, or as `out` to write."""
-    given = [a for i, a in enumerate(args) if _UNREAD.get(name(func)) != i]
-    given += [a for key, a in kwargs.items() if key != "out"]
-    return list({id(t): t for t in tree_leaves(given) if isinstance(t, Tensor)}.values())
-
-
-def name(func: Any) -> str:
-    """The name of an ATen operator, the same in place."""
-    return func._schema.name.partition("::")[2].rstrip("_")
 
 
 def _meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -24,7 +24,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import compress
 
-from .recording import LIBRARY, REDUCTIONS, Kernel, Op, Recording, Value
+from regnet_fast.counting import Kernel
+
+from .recording import LIBRARY, REDUCTIONS, Op, Recording, Value
 
 _INPUT_SIDE = {"convolution": 0, "wgrad": 1}  # the operand of which a strided 1x1 convolution needs a part
 _BRANCHES = ("conv_kxk", "conv_1x1", "identity")

@@ -1,7 +1,4 @@
-"""The commands `regnet-fast train | validate | run`.
-
-`train` and `validate` take the fields of their dataclass in `options` as options of the same names.
-"""
+"""The commands `regnet-fast train | validate`: the fields of a dataclass of `options` are options of the same names."""
 
 from __future__ import annotations
 
@@ -11,15 +8,14 @@ import logging
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .cli import FAILED, UNREADABLE, JsonOption, _check_environment, _complain, _print_json, _reported_errors, app
-from .cli import _UsageError as UsageError
-from .options import OptionError, TrainOptions, ValidateOptions
-from .terminal import line, progress
+from ..options import OptionError, TrainOptions, ValidateOptions
+from .app import JsonOption, app
+from .errors import FAILED, UNREADABLE, UsageError, check_environment, complain, reported_errors
+from .terminal import line, print_json, progress
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 INTERRUPTED = 130  # as shells have it: 128 and the number of the signal
@@ -54,20 +50,20 @@ def _command(options: type) -> Callable[[Callable[..., None]], Callable[..., Non
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """What `_reported_errors` does, for the errors and the log of these commands as well."""
-    from .datasets import DatasetError
+    """What `reported_errors` does, for the errors and the log of these commands as well."""
+    from ..datasets import DatasetError
 
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("regnet-fast: %(message)s"))
-    logger = logging.getLogger(__package__)
-    with _reported_errors():
+    logger = logging.getLogger("regnet_fast")
+    with reported_errors():
         logger.addHandler(handler)
         try:
             yield
         except OptionError as error:
             raise UsageError(str(error)) from None
         except DatasetError as error:
-            _complain(str(error))
+            complain(str(error))
             raise typer.Exit(UNREADABLE) from None
         finally:
             logger.removeHandler(handler)
@@ -77,25 +73,25 @@ def _errors() -> Iterator[None]:
 def train(options: TrainOptions, as_json: bool) -> None:
     """Train a model on a folder of images or a dataset; under torchrun in several processes."""
     with _errors(), progress() as announce:
-        from . import train as training
-        from .recipe import is_primary
+        from .. import train as training
+        from ..recipe import is_primary
 
-        _check_environment()
+        check_environment()
         primary = is_primary()
         show = announce.print if primary and not as_json else _nothing
         hear = announce if primary else _nothing
         try:
             found = training.train(options, hear, lambda epoch: show(_epoch_line(epoch)))
         except training.TrainingError as error:
-            _complain(str(error))
+            complain(str(error))
             raise typer.Exit(FAILED) from None
         except KeyboardInterrupt:
-            _complain("interrupted; --resume with the last.pth.tar of the run goes on after its last whole epoch")
+            complain("interrupted; --resume with the last.pth.tar of the run goes on after its last whole epoch")
             raise typer.Exit(INTERRUPTED) from None
     if not primary:
         return
     if as_json:
-        return _print_json(found.as_dict())
+        return print_json(found.as_dict())
     line(f"best: epoch {found.best_epoch}, top-1 {found.best_top1:.2f} %; files: {found.output}")
 
 
@@ -114,29 +110,15 @@ def _epoch_line(epoch: Any) -> str:
 def validate(options: ValidateOptions, as_json: bool) -> None:
     """Top-1, top-5 and loss of a model on a folder of images or a dataset."""
     with _errors(), progress() as announce:
-        from . import validate as validation
+        from .. import validate as validation
 
-        _check_environment()
+        check_environment()
         found = validation.validate(options, announce)
         if not options.pretrained and options.checkpoint is None:
-            _complain("the weights are random, so these numbers mean nothing")
+            complain("the weights are random, so these numbers mean nothing")
     if as_json:
-        return _print_json(found.as_dict())
+        return print_json(found.as_dict())
     one = found.evaluation
     line(f"{found.model}: top-1 {one.top1:.3f} %, top-5 {one.top5:.3f} %, loss {one.loss:.4f}, {one.images} images")
     conditions = f"{found.img_size} pixels, crop {found.crop_pct:.3f}, {found.interpolation}"
     line(f"{conditions}; {found.rebuilt} modules rebuilt; {one.images / found.seconds:.1f} images/s")
-
-
-@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-def run(
-    script: Annotated[Path, typer.Argument(help="A Python script, such as timm's train.py.")],
-    arguments: Annotated[list[str] | None, typer.Argument(help="Its own arguments.")] = None,
-) -> None:
-    """Run a script that is written for timm, unchanged, with rebuilt models."""
-    with _reported_errors():
-        if not script.is_file():
-            raise UsageError(f"there is no script '{script}'")
-    from .run import run_script
-
-    raise SystemExit(run_script(script, arguments or [], _complain))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -16,6 +18,11 @@ from rich.table import Table
 def line(text: str = "") -> None:
     """A line of text to standard output, as it is: no markup, no wrapping."""
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_json(content: Any) -> None:
+    """Everything as JSON to standard output."""
+    print(json.dumps(content, indent=2, default=str))
 
 
 def table(title: str, *columns: str, flexible: tuple[str, ...] = (), tight: bool = False) -> Table:

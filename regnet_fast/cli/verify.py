@@ -7,21 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli import (
-    FAILED,
-    DeviceOption,
-    DtypesOption,
-    JsonOption,
-    ModelArgument,
-    SizeOption,
-    _check_environment,
-    _dtype,
-    _print_json,
-    _reported_errors,
-    app,
-)
-from .cli import _UsageError as UsageError
-from .terminal import line, progress, show, table
+from .app import DeviceOption, DtypesOption, JsonOption, ModelArgument, SizeOption, app
+from .errors import FAILED, UsageError, check_environment, compute_dtype, reported_errors
+from .terminal import line, print_json, progress, show, table
 
 
 @app.command()
@@ -38,16 +26,16 @@ def verify(
 ) -> None:
     """A model's numbers against timm eager and float64, stage by stage. Exit status 1 where they miss the rule."""
     found = []
-    with _reported_errors(), progress(len(dtype)) as announce:
-        from . import verification_report as report
-        from . import verify as verification
+    with reported_errors(), progress(len(dtype)) as announce:
+        from .. import verification_report as report
+        from .. import verify as verification
 
-        _check_environment(device)
+        check_environment(device)
         try:
             report.check_request(figure, html)
         except report.ReportError as error:
             raise UsageError(str(error)) from None
-        for compute in [_dtype(name) for name in dtype]:
+        for compute in [compute_dtype(name) for name in dtype]:
             found.append(verification.verify(model, batch, size, compute, device, seed, announce))
             announce.advance()
         if figure is not None:
@@ -56,7 +44,7 @@ def verify(
             html.write_text(report.html(found), encoding="utf-8")
     ok = all(one.ok for one in found)
     if as_json:
-        _print_json({"ok": ok, "verifications": [one.as_dict() for one in found]})
+        print_json({"ok": ok, "verifications": [one.as_dict() for one in found]})
     else:
         for one in found:
             _show_verification(one)
