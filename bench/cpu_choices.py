@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import regnet_fast
-from regnet_fast.backends import ConvProblem, Geometry, NormActProblem, cpu_passes, passes
+from regnet_fast.backends import ConvProblem, Geometry, NormActProblem
 from regnet_fast.backends.onednn import (
     AffineNormAct,
     DepthwiseNormAct,
@@ -27,6 +27,10 @@ from regnet_fast.backends.onednn import (
     matmul_faster,
     prepare_norm_act,
 )
+from regnet_fast.backends.passes import COMPILED, TORCH
+from regnet_fast.backends.passes.operands import Norm, OutputNorm, Sums, Term
+from regnet_fast.backends.passes.sums import _beside, sums_of_norm
+from regnet_fast.backends.passes.torch import normaliser
 from regnet_fast.backends.winograd import faster
 from regnet_fast.blocks import chain
 from regnet_fast.ops.convolution import pixel_means
@@ -153,22 +157,22 @@ def sums() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for shape in ((4, 24, 112, 112), (4, 32, 112, 112), (8, 56, 56, 56), (16, 120, 28, 28), (16, 152, 14, 14)):
             x, grad = nhwc(*shape, dtype=dtype), nhwc(*shape, dtype=dtype)
-            mean, var = passes.statistics(x)
-            norm, running = passes.Norm(mean, var, None, None, 1e-5, "none"), [torch.zeros_like(mean) for _ in range(2)]
+            mean, var = TORCH.statistics(x)
+            norm, running = Norm(mean, var, None, None, 1e-5, "none"), [torch.zeros_like(mean) for _ in range(2)]
             backward = partial(
                 torch.ops.aten.native_batch_norm_backward, grad, x, None, None, None, mean, var, True, 1e-5
             )
             t = interleaved(
                 {
                     "statistics": partial(torch.batch_norm_update_stats, x, *running, 0.0),
-                    "ours": partial(passes.statistics, x),
+                    "ours": partial(TORCH.statistics, x),
                     "backward": partial(backward, [False, True, True]),
-                    "our backward": partial(passes._sums, grad, x, norm),
+                    "our backward": partial(sums_of_norm, grad, x, norm),
                 },
                 31,
             )
             times = " | ".join(f"{1e3 * time:.0f}" for time in t.values())
-            print(f"| {str(dtype)[6:]} | {'x'.join(map(str, shape))} | {times} | {passes._beside(x)} |")
+            print(f"| {str(dtype)[6:]} | {'x'.join(map(str, shape))} | {times} | {_beside(x)} |")
 
 
 def normalised() -> None:
@@ -176,9 +180,12 @@ def normalised() -> None:
     print("| shape | torch | ours |\n|---|---|---|")
     for shape in ((4, 48, 112, 112), (6, 120, 56, 56), (16, 120, 28, 28), (16, 336, 14, 14), (16, 888, 7, 7)):
         x, c = nhwc(*shape), shape[1]
-        norm = passes.Norm(torch.randn(c), torch.rand(c) + 0.5, torch.rand(c), torch.randn(c), 1e-5, "none")
+        norm = Norm(torch.randn(c), torch.rand(c) + 0.5, torch.rand(c), torch.randn(c), 1e-5, "none")
         facts = (norm.weight, norm.bias, norm.mean, norm.var, False, 0.0, norm.eps)
-        calls = {"torch": partial(torch.native_batch_norm, x, *facts), "ours": partial(passes.normalised, x, norm)}
+        calls = {
+            "torch": partial(torch.native_batch_norm, x, *facts),
+            "ours": lambda x=x, norm=norm: normaliser(norm, x)(x),
+        }
         times = " | ".join(f"{1e3 * time:.0f}" for time in interleaved(calls, 31).values())
         print(f"| {'x'.join(map(str, shape))} | {times} |")
 
@@ -189,24 +196,24 @@ def compiled_passes() -> None:
     print(f"| shape | copy | {' | '.join(names)} |\n|---|---:|{'---:|' * len(names)}")
     for shape in ((4, 32, 112, 112), (8, 48, 56, 56), (16, 120, 28, 28), (16, 336, 14, 14), (16, 888, 7, 7)):
         x, grad, c = nhwc(*shape), nhwc(*shape), shape[1]
-        norm = passes.Norm(torch.randn(c), torch.rand(c) + 0.5, torch.rand(c), torch.randn(c), 1e-5, "silu")
-        own = passes.Own(*norm[:3], norm.eps, passes.Sums(torch.randn(c), torch.randn(c)), float(x.numel() // c))
-        terms = [passes.Term(x, norm._replace(activation="none"), None), passes.Term(grad, None, None)]
+        norm = Norm(torch.randn(c), torch.rand(c) + 0.5, torch.rand(c), torch.randn(c), 1e-5, "silu")
+        behind = OutputNorm(*norm[:3], norm.eps, Sums(torch.randn(c), torch.randn(c)), float(x.numel() // c))
+        terms = [Term(x, norm._replace(activation="none"), None), Term(grad, None, None)]
         calls, out = {"copy": partial(torch.empty_like(x).copy_, x)}, torch.empty_like(x)
-        for module, kit in ((passes, passes.FRAMEWORK), (cpu_passes, cpu_passes.CALLS)):
+        for how, kit in (("torch", TORCH), ("compiled", COMPILED)):
             reader = kit.backward_reader(x, norm, None)
             reader.read(slice(None))
             made = [
                 partial(kit.reader(x, norm, None).read, slice(None)),
-                partial(module.statistics, x),
+                partial(kit.statistics, x),
                 partial(reader.back, grad, out, True),
-                partial(kit.raw_gradient(own), grad, x),
-                partial(module.join, terms, "silu"),
-                partial(module.join_backward, grad, None, terms, "silu", [True, True]),
+                partial(kit.gradient_reader(grad, behind, x).read, slice(None)),
+                partial(kit.join, terms, "silu"),
+                partial(kit.join_backward, grad, None, terms, "silu", [True, True]),
             ]
-            calls |= {f"{name} {module.__name__}": call for name, call in zip(names, made, strict=True)}
+            calls |= {f"{name} {how}": call for name, call in zip(names, made, strict=True)}
         t = {name: f"{1e3 * time:.0f}" for name, time in interleaved(calls, 31).items()}
-        pairs = (f"{t[f'{name} {passes.__name__}']} / {t[f'{name} {cpu_passes.__name__}']}" for name in names)
+        pairs = (f"{t[f'{name} torch']} / {t[f'{name} compiled']}" for name in names)
         print(f"| {'x'.join(map(str, shape))} | {t['copy']} | {' | '.join(pairs)} |")
 
 

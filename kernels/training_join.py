@@ -36,7 +36,7 @@ from .tables import choose, fitting
 MOST_TERMS = 3
 
 
-class Term(NamedTuple):
+class ReadMap(NamedTuple):
     """A map and how it is read: mean, biased variance, weight and bias (C, float32), all optional, and epsilon and
     activation; and a factor for each image (N) or for each channel of each image (N, C), contiguous.
     """
@@ -178,7 +178,7 @@ def backward_kernel(
         _store_sums(part, 2 * (SUMS0 + SUMS1), sums2, norm2, cs, channels, SUMS2)
 
 
-def arguments_of(terms: Sequence[Term]) -> dict[str, Any]:
+def arguments_of(terms: Sequence[ReadMap]) -> dict[str, Any]:
     """The kernels' arguments for the terms, of which the last may be missing."""
     found = {}
     for i, term in enumerate([*terms, *[None] * (MOST_TERMS - len(terms))]):
@@ -195,7 +195,7 @@ def arguments_of(terms: Sequence[Term]) -> dict[str, Any]:
 
 
 @fitting
-def join(*terms: Term, activation: str = "none", config: Config | None = None) -> Tensor:
+def join(*terms: ReadMap, activation: str = "none", config: Config | None = None) -> Tensor:
     """`activation(sum(read(x)))` of one to three terms.
 
     Args:
@@ -230,7 +230,7 @@ class Gradient(NamedTuple):
 def join_backward(
     grad: Tensor,
     y: Tensor | None,
-    terms: Sequence[Term],
+    terms: Sequence[ReadMap],
     activation: str = "none",
     needs: Sequence[bool] | None = None,
     extra: Tensor | None = None,
@@ -285,6 +285,8 @@ def join_backward(
     ]
 
 
-def inactivated(grad: Tensor, term: Term, extra: Tensor | None = None, config: Config | None = None) -> Gradient:
+def activation_backward(
+    grad: Tensor, term: ReadMap, extra: Tensor | None = None, config: Config | None = None
+) -> Gradient:
     """`(grad * factor + extra) * activation'(normalised)`: `join_backward` of one term."""
     return join_backward(grad, None, [term], extra=extra, config=config)[0]

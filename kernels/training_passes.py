@@ -28,7 +28,7 @@ from .channel_tiles import (
 )
 from .common import activate, interpreting, new_output
 from .tables import choose, fitting
-from .training_join import Term
+from .training_join import ReadMap
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def raw_gradient(
 
 
 @fitting
-def image_parts(term: Term, times: Tensor | None = None, share: float = 1.0, config: Config | None = None) -> Tensor:
+def image_parts(term: ReadMap, times: Tensor | None = None, share: float = 1.0, config: Config | None = None) -> Tensor:
     """Parts of `share * sum(read(x) * times)` over the pixels of each image; the term has no factor.
 
     Returns (N, T, C) float32 values, whose sums over T are the sums.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .backends import ConvProblem, Problem, forced_backend, select
-from .backends.training import describe
+from .backends.passes import describe
 from .blocks.fused import Fused, Plan, freeze
 from .blocks.training import compute_dtype
 from .blocks.units import LinearUnit, PackedConvThenNorm, PackedUnit, Unit

@@ -19,8 +19,9 @@ from torch import Tensor
 from training_blocks import BLOCKS, NETWORKS, pair_of
 
 import regnet_fast
-from regnet_fast.backends import cpu_library, cpu_passes
-from regnet_fast.backends.operands import Arriving, Excite, Filter, Norm, Own, Sums, Term
+from regnet_fast.backends import cpu_library
+from regnet_fast.backends.passes import COMPILED, compiled
+from regnet_fast.backends.passes.operands import Conv, Excite, Norm, OutputGrad, OutputNorm, Sums, Term
 
 # Widths below, at and above a row and a vector, of a pixel and of many; batches of one and three
 CHANNELS = (1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 33, 56, 127, 128, 129, 200, 2049)
@@ -54,26 +55,26 @@ def one_shape(digest: Digest, n: int, c: int, h: int, w: int) -> None:
     """All passes over maps of a shape."""
     x, grad = nhwc(n, c, h, w), nhwc(n, c, h, w)
     fc1, fc2 = torch.randn(3, c), torch.randn(c, 3)
-    one = [Filter(torch.randn(5, c, 1, 1), ((1, 1), (0, 0), (1, 1), 1))]
+    one = [Conv(torch.randn(5, c, 1, 1), ((1, 1), (0, 0), (1, 1), 1))]
     for activation, gated in itertools.product(ACTIVATIONS, (False, True)):
         norm = norm_of(c, activation, affine=not gated)
         excite = Excite(fc1, torch.randn(3), fc2, torch.randn(c), "relu", []) if gated else None
-        ((y, (mean, var)),) = cpu_passes.convs(x, norm, excite, one, [True])
-        own = Own(mean, var, None, 1e-3, Sums(mean, var), float(n * h * w))
+        ((y, (mean, var)),) = COMPILED.convs(x, norm, excite, one, [True])
+        own = OutputNorm(mean, var, None, 1e-3, Sums(mean, var), float(n * h * w))
         for through in (True, False):
-            found = cpu_passes.convs_backward([Arriving(y, own, y)], x, norm, excite, one, True, [True], through)
+            found = COMPILED.convs_backward([OutputGrad(y, own, y)], x, norm, excite, one, True, [True], through)
             digest.add(found.x, *(found.sums or ()), *found.weights, *(found.excite or ()))
         digest.add(y, mean, var)
     for activation, inner in itertools.product(ACTIVATIONS, ACTIVATIONS):
         terms = [Term(x, norm_of(c, inner), torch.rand(n, 1, 1, 1)), Term(grad, norm_of(c, "none"), None)]
         for some in (terms, terms[:1], [terms[0], Term(grad, None, None)]):
-            y = cpu_passes.join(some, activation)
-            found = cpu_passes.join_backward(grad, y, some, activation, [True] * len(some))
+            y = COMPILED.join(some, activation)
+            found = COMPILED.join_backward(grad, y, some, activation, [True] * len(some))
             digest.add(y, *(t for dx, sums in found for t in (dx, *(sums or ()))))
-    mean, var = cpu_passes.statistics(x)
-    own = Own(mean, var, torch.rand(c), 1e-3, Sums(mean, var), float(n * h * w))
+    mean, var = COMPILED.statistics(x)
+    own = OutputNorm(mean, var, torch.rand(c), 1e-3, Sums(mean, var), float(n * h * w))
     for one, identity in itertools.product((own, own._replace(sums=None)), (None, grad)):
-        digest.add(cpu_passes.entered_backward(grad, one, x, identity))
+        digest.add(COMPILED.entered_backward(grad, one, x, identity))
     digest.add(mean, var)
 
 
@@ -115,9 +116,9 @@ def whole(digest: Digest, name: str) -> None:
 
 def planted() -> None:
     """One float beyond the memory of a result."""
-    x, rows = nhwc(1, 16, 3, 3), torch.zeros(4, cpu_passes._row(16))
+    x, rows = nhwc(1, 16, 3, 3), torch.zeros(4, compiled._row(16))
     out = torch.empty(x.numel() - 1)
-    cpu_library.library().read_map(x.data_ptr(), out.data_ptr(), rows.data_ptr(), 0, None, *cpu_passes._sizes(x))
+    cpu_library.library().read_map(*compiled._at(x, out, rows, None), 0, *compiled._sizes(x.shape, 1))
 
 
 def main(what: list[str]) -> None:

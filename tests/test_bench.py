@@ -17,7 +17,7 @@ import torch
 from bench import __main__ as command_line
 from bench import cases, measure, peers, record, runner, spread
 from bench.cases import Case
-from regnet_fast.backends import cpu_passes, passes
+from regnet_fast.backends.passes import COMPILED, TORCH, compiled
 from regnet_fast.blocks import training
 
 OPERATION = "grouped_conv/152x152-k3s1g19-14-relu"
@@ -199,7 +199,7 @@ def test_training_by_the_host_is_not_called_ours(monkeypatch):
     assert "it is Sunday" in found["variants"]["regnet_fast"]["reason"]
 
 
-@pytest.mark.parametrize("serving", [cpu_passes, passes], ids=["compiled", "aten"])
+@pytest.mark.parametrize("serving", [COMPILED, TORCH], ids=["compiled", "aten"])
 def test_a_wrong_gradient_is_refused_and_not_timed(serving, monkeypatch):
     right = serving.convs_backward
 
@@ -208,8 +208,8 @@ def test_a_wrong_gradient_is_refused_and_not_timed(serving, monkeypatch):
         return found._replace(weights=[None if dw is None else dw * 1.001 for dw in found.weights])
 
     monkeypatch.setattr(serving, "convs_backward", wrong)
-    if serving is passes:
-        monkeypatch.setattr(cpu_passes, "refuse", lambda x: "it is Sunday")
+    if serving is TORCH:
+        monkeypatch.setattr(compiled, "refuse", lambda x: "it is Sunday")
     found = measure.measure(TRAINING, "cpu", EAGER, 2, lambda text: None)
     assert found["status"] == "wrong" and "gradients are" in found["reason"] and not found["variants"]
 

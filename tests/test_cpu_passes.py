@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import regnet_fast
-from regnet_fast.backends import cpu_library, cpu_passes, passes
-from regnet_fast.backends.operands import Excite, Filter, Norm, Own, Sums, Term
-from regnet_fast.backends.training import passes_for
+from regnet_fast.backends import cpu_library
+from regnet_fast.backends.passes import COMPILED, TORCH, compiled, passes_for
+from regnet_fast.backends.passes.operands import Conv, Excite, Norm, OutputGrad, OutputNorm, Sums, Term
 from regnet_fast.cli import app
 
 EPS = 1e-3
@@ -65,7 +65,7 @@ def double(t):
 
 
 def check(what: str, call, make) -> None:
-    """The tensors that `call(module, *make())` gives are as near to float64 as those of torch's calls, which make the
+    """The tensors that `call(passes, *make())` gives are as near to float64 as those of torch's calls, which make the
     float64 ones too. Small results are judged from several draws: few values say little of an error.
     """
     samples: dict[int, list] = {}
@@ -73,8 +73,8 @@ def check(what: str, call, make) -> None:
     while drawn < draws:
         given = make()
         with Untouched(*tensors_of(given)):
-            ours = call(cpu_passes, *given)
-        eager, exact = call(passes, *given), call(passes, *double(given))
+            ours = call(COMPILED, *given)
+        eager, exact = call(TORCH, *given), call(TORCH, *double(given))
         assert [t is None for t in ours] == [t is None for t in eager]
         for i, found in enumerate(zip(ours, eager, exact, strict=True)):
             if found[0] is not None:
@@ -94,7 +94,7 @@ def tensors_of(given) -> list[Tensor]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sizes_of_rows(shape):
     """Whole pixels and, where there are several, whole vectors."""
-    width = cpu_passes._row(shape[1])
+    width = compiled._row(shape[1])
     assert width % shape[1] == 0 and width >= min(128, shape[1])
     assert width == shape[1] or (width % 16 == 0 and width < 128 + 16 * shape[1])
 
@@ -108,11 +108,10 @@ def test_reading_and_its_gradients(shape, activation, gated):
         norm, excite = norm_of(shape[1], activation), excite_of(shape[1]) if gated else None
         return nhwc(*shape) + 0.3, norm, excite, nhwc(*shape)
 
-    def run(module, x, norm, excite, grad):
-        calls = module.CALLS if module is cpu_passes else passes.FRAMEWORK
-        results = [calls.reader(x, norm, excite).read(slice(None)).clone()]
+    def run(passes, x, norm, excite, grad):
+        results = [passes.reader(x, norm, excite).read(slice(None)).clone()]
         for through, cut in itertools.product([True, False], [[slice(None)], [slice(0, 1), slice(1, None)]]):
-            reader, out = calls.backward_reader(x, norm, excite), torch.empty_like(x)
+            reader, out = passes.backward_reader(x, norm, excite), torch.empty_like(x)
             for part in cut:
                 if x[part].shape[0]:
                     results.append(reader.read(part).clone())
@@ -126,9 +125,8 @@ def test_reading_and_its_gradients(shape, activation, gated):
 
 
 def test_reading_a_map_that_has_squeeze_excite_alone():
-    def run(module, x, excite, grad):
-        calls = module.CALLS if module is cpu_passes else passes.FRAMEWORK
-        reader, out = calls.backward_reader(x, None, excite), torch.empty_like(x)
+    def run(passes, x, excite, grad):
+        reader, out = passes.backward_reader(x, None, excite), torch.empty_like(x)
         read = reader.read(slice(None)).clone()
         reader.back(grad.clone(memory_format=torch.channels_last), out, False)
         return [read, out, *reader.totals()[1]]
@@ -143,12 +141,12 @@ def test_statistics(shape, mean):
     x = nhwc(*shape) + mean * torch.randn(1, shape[1], 1, 1)
     x[:, 0] = 7.25
     exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
-    found, copy = cpu_passes.Statistics(), torch.empty_like(x)
+    found, copy = COMPILED.moments(), torch.empty_like(x)
     for i in range(shape[0]):
         found.add(x[i : i + 1], copy[i : i + 1])
     assert torch.equal(copy, x)
     with Untouched(x):
-        whole = cpu_passes.statistics(x)
+        whole = COMPILED.statistics(x)
     for got in (whole, found.merged()):
         assert ((got[0] - exact[1]).abs() <= 1e-6 * exact[0].sqrt() + 1e-7 * exact[1].abs()).all()
         assert ((got[1] - exact[0]).abs() <= 2e-6 * exact[0]).all()
@@ -163,11 +161,11 @@ def test_gradients_of_raw_maps(shape, fixed, plus):
 
     def make():
         sums = None if fixed else Sums(torch.randn(c), torch.randn(c))
-        own = Own(torch.randn(c), torch.rand(c) + 0.1, torch.rand(c) + 0.5, EPS, sums, float(shape[0] * 6))
+        own = OutputNorm(torch.randn(c), torch.rand(c) + 0.1, torch.rand(c) + 0.5, EPS, sums, float(shape[0] * 6))
         return nhwc(*shape), own, nhwc(*shape), nhwc(*shape) if plus else None
 
-    def run(module, grad, own, x, identity):
-        return [module.entered_backward(grad, own, x, identity)]
+    def run(passes, grad, own, x, identity):
+        return [passes.entered_backward(grad, own, x, identity)]
 
     check(f"{shape}", run, make)
 
@@ -188,12 +186,12 @@ def terms_of(shape, kinds, factored) -> list[Term]:
 )
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], SHAPES[4], SHAPES[6]], ids=str)
 def test_joins(shape, kinds, activation):
-    def forward(module, terms):
-        return [module.join(terms, activation)]
+    def forward(passes, terms):
+        return [passes.join(terms, activation)]
 
-    def backward(module, grad, y, terms, needs):
+    def backward(passes, grad, y, terms, needs):
         y = y if activation == "relu" else None
-        found = module.join_backward(grad, y, terms, activation, needs)
+        found = passes.join_backward(grad, y, terms, activation, needs)
         return [t for dx, sums in found for t in (dx, *(sums or (None, None)))]
 
     for factored in (False, True):
@@ -204,17 +202,17 @@ def test_joins(shape, kinds, activation):
             def make(factored=factored, needs=needs):
                 terms = terms_of(shape, kinds, factored)
                 # The kink's side is that of the float64 sum in all three: rounding decides it otherwise
-                return nhwc(*shape), passes.join(double(terms), activation).float(), terms, list(needs)
+                return nhwc(*shape), TORCH.join(double(terms), activation).float(), terms, list(needs)
 
             check(f"gradients of {kinds}, {activation}, {needs}", backward, make)
 
 
 def whole_step(x: Tensor, weight: Tensor, norm: Norm, excite: Excite | None) -> list[Tensor]:
-    one = [Filter(weight, ((1, 1), (1, 1), (1, 1), 1))]
-    (y, (mean, var)), *_ = cpu_passes.convs(x, norm, excite, one, [True])
-    own = Own(mean, var, None, EPS, Sums(mean, var), y.numel() / y.shape[1])
-    found = cpu_passes.convs_backward([passes.Arriving(y, own, y)], x, norm, excite, one, True, [True])
-    joined = cpu_passes.join([Term(y, Norm(mean, var, None, None, EPS, "none"), None)], "silu")
+    one = [Conv(weight, ((1, 1), (1, 1), (1, 1), 1))]
+    (y, (mean, var)), *_ = COMPILED.convs(x, norm, excite, one, [True])
+    own = OutputNorm(mean, var, None, EPS, Sums(mean, var), y.numel() / y.shape[1])
+    found = COMPILED.convs_backward([OutputGrad(y, own, y)], x, norm, excite, one, True, [True])
+    joined = COMPILED.join([Term(y, Norm(mean, var, None, None, EPS, "none"), None)], "silu")
     return [y, mean, var, found.x, *found.sums, *found.weights, *(found.excite or ()), joined]
 
 
@@ -224,11 +222,11 @@ def test_results_do_not_depend_on_the_number_of_threads(shape):
     norm, found = norm_of(shape[1], "silu"), []
     for threads in THREADS:
         torch.set_num_threads(threads)
-        reader, out = cpu_passes.BackwardReader(x, norm, None), torch.empty_like(x)
+        reader, out = COMPILED.backward_reader(x, norm, None), torch.empty_like(x)
         read = reader.read(slice(None)).clone()
         reader.back(grad, out, True)
-        mean, var = cpu_passes.statistics(x)
-        ((dx, sums),) = cpu_passes.join_backward(grad, None, [Term(x, norm, None)], "silu", [True])
+        mean, var = COMPILED.statistics(x)
+        ((dx, sums),) = COMPILED.join_backward(grad, None, [Term(x, norm, None)], "silu", [True])
         found.append([read, out, *reader.totals()[0], mean, var, dx, *sums])
     for others in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
@@ -263,13 +261,13 @@ def test_values_that_are_not_finite_spread_as_in_torch(activation, bad):
         given = {"x": x.clone(), "grad": grad.clone()}
         given[where][1, 3, 2, 2] = given[where][0, 5, 0, 0] = bad
         results = []
-        for calls, module in ((cpu_passes.CALLS, cpu_passes), (passes.FRAMEWORK, passes)):
-            reader, out = calls.backward_reader(given["x"], norm, None), torch.empty_like(x)
+        for passes in (COMPILED, TORCH):
+            reader, out = passes.backward_reader(given["x"], norm, None), torch.empty_like(x)
             found = [reader.read(slice(None)).clone()]
             reader.back(given["grad"].clone(), out, True)
-            y = module.join([Term(given["x"], norm._replace(activation="none"), None)], activation)
-            (dx, sums), *_ = module.join_backward(given["grad"], y, [Term(given["x"], norm, None)], "none", [True])
-            results.append([*found, out, *reader.totals()[0], *module.statistics(given["x"]), y, dx, *sums])
+            y = passes.join([Term(given["x"], norm._replace(activation="none"), None)], activation)
+            (dx, sums), *_ = passes.join_backward(given["grad"], y, [Term(given["x"], norm, None)], "none", [True])
+            results.append([*found, out, *reader.totals()[0], *passes.statistics(given["x"]), y, dx, *sums])
         for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
             torch.testing.assert_close(
                 ours.nan_to_num(1e38), theirs.nan_to_num(1e38), rtol=2e-4, atol=2e-4, msg=f"{where}, result {i}"
@@ -278,10 +276,10 @@ def test_values_that_are_not_finite_spread_as_in_torch(activation, bad):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout):
-    x, one = LAYOUTS[layout](torch.randn(3, 16, 9, 9)), [Filter(torch.randn(8, 16, 1, 1), ((1, 1), (0, 0), (1, 1), 1))]
+    x, one = LAYOUTS[layout](torch.randn(3, 16, 9, 9)), [Conv(torch.randn(8, 16, 1, 1), ((1, 1), (0, 0), (1, 1), 1))]
     norm = norm_of(16, "silu")
-    expected = cpu_passes.convs(x.contiguous(memory_format=torch.channels_last), norm, None, one, [True])
-    found = cpu_passes.convs(x, norm, None, one, [True])
+    expected = COMPILED.convs(x.contiguous(memory_format=torch.channels_last), norm, None, one, [True])
+    found = COMPILED.convs(x, norm, None, one, [True])
     assert torch.equal(found[0][0], expected[0][0]) and torch.equal(found[0][1][0], expected[0][1][0])
 
 
@@ -289,9 +287,9 @@ def test_layouts(layout):
 def test_layouts_of_gradients(layout):
     """Of the raw map, of its gradient and of what is added."""
     made = [LAYOUTS[layout](torch.randn(3, 16, 9, 9)) for _ in range(3)]
-    own = Own(torch.randn(16), torch.rand(16) + 0.1, None, EPS, Sums(torch.randn(16), torch.randn(16)), 243.0)
+    own = OutputNorm(torch.randn(16), torch.rand(16) + 0.1, None, EPS, Sums(torch.randn(16), torch.randn(16)), 243.0)
     found, expected = (
-        cpu_passes.entered_backward(grad, own, x, identity)
+        COMPILED.entered_backward(grad, own, x, identity)
         for grad, x, identity in (made, [t.contiguous(memory_format=torch.channels_last) for t in made])
     )
     assert torch.equal(found, expected)
@@ -301,18 +299,18 @@ def test_parameters_in_other_dtypes_and_strides():
     x = nhwc(2, 16, 6, 6)
     norm = norm_of(16, "relu")
     strided = Norm(*(torch.stack([t, t], 1)[:, 0].double() for t in norm[:4]), EPS, "relu")
-    found = [cpu_passes.join([Term(x, one, None)], "none") for one in (norm, strided)]
+    found = [COMPILED.join([Term(x, one, None)], "none") for one in (norm, strided)]
     assert torch.equal(*found)
 
 
 def test_who_takes_the_compiled_passes():
     x = torch.zeros(2, 8, 3, 3)
-    assert passes_for(x) is cpu_passes
-    assert passes_for(x.double()) is passes and passes_for(x.bfloat16()) is passes
-    assert passes_for(x[:0]) is passes and passes_for(x.to("meta")) is passes
+    assert passes_for(x) is COMPILED
+    assert passes_for(x.double()) is TORCH and passes_for(x.bfloat16()) is TORCH
+    assert passes_for(x[:0]) is TORCH and passes_for(x.to("meta")) is TORCH
     for name in ("aten", "reference"):
         with regnet_fast.backend(name):
-            assert passes_for(x) is passes
+            assert passes_for(x) is TORCH
 
 
 def train(model: torch.nn.Module, x: Tensor) -> list[Tensor]:
@@ -359,13 +357,18 @@ def test_a_step_that_is_counted(model):
 # Where they cannot be compiled
 
 
+def forget_library() -> None:
+    for cached in (cpu_library.library, cpu_library._loaded):
+        cached.cache_clear()
+
+
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """A process that has not compiled anything, with an empty cache."""
     monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path / "cache"))
-    cpu_library._loaded.cache_clear()
+    forget_library()
     yield tmp_path
-    cpu_library._loaded.cache_clear()
+    forget_library()
 
 
 def script(path: Path, text: str) -> str:
@@ -402,7 +405,7 @@ def test_where_they_cannot_be_compiled_torch_s_calls_serve(what, fresh, monkeypa
         Path(path).write_bytes(b"\x7fELF nonsense")
     monkeypatch.setenv("CXX", path)
     assert reason in cpu_library.refuse()
-    assert passes_for(torch.zeros(1, 8, 2, 2)) is passes
+    assert passes_for(torch.zeros(1, 8, 2, 2)) is TORCH
     with pytest.raises(cpu_library.LibraryError):
         cpu_library.library()
     found = CliRunner().invoke(app, ["info"])

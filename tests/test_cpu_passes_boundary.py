@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from training_blocks import BLOCKS, NETWORKS, ONE_OF_EACH, assert_equal_states, network_pair, pair_of, state_of
 
 import regnet_fast
-from regnet_fast.backends import cpu_passes, passes
-from regnet_fast.backends.operands import Arriving, Excite, Filter, Norm, Own, Sums, Term
+from regnet_fast.backends.passes import COMPILED, TORCH, parts
+from regnet_fast.backends.passes.operands import Conv, Excite, Norm, OutputGrad, OutputNorm, Sums, Term
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -139,7 +139,7 @@ def assert_close_step(ours: nn.Module, theirs: nn.Module, x: Tensor, what: str) 
 @pytest.mark.parametrize("change", [(1, 3), (3, 1), (2, 7)], ids=str)
 def test_another_number_of_threads_in_backward(name, change, monkeypatch):
     """Parts of a batch and units of work are counted anew."""
-    monkeypatch.setattr(passes, "_PART_BYTES", 4e4)
+    monkeypatch.setattr(parts, "_PART_BYTES", 4e4)
     model, _ = network_pair(name)
     x, found = torch.randn(6, 3, 33, 47), []
     before = torch.get_num_threads()
@@ -289,13 +289,13 @@ WITHOUT_MEMORY = {
 def test_tensors_without_memory_are_an_error(how):
     """Or are what they stand for, where torch makes it of them."""
     x, grad, norm = nhwc(2, 16, 3, 3), nhwc(2, 16, 3, 3), norm_of(16)
-    own = Own(norm.mean, norm.var, None, 1e-3, Sums(norm.mean, norm.var), 18.0)
+    own = OutputNorm(norm.mean, norm.var, None, 1e-3, Sums(norm.mean, norm.var), 18.0)
     calls = {
-        "a gradient": lambda make: cpu_passes.entered_backward(make(grad), own, x, None),
-        "a mean": lambda make: cpu_passes.entered_backward(grad, own._replace(mean=make(norm.mean)), x, None),
-        "a weight": lambda make: cpu_passes.join([Term(x, norm._replace(weight=make(norm.mean)), None)], "none"),
-        "a map": lambda make: cpu_passes.join([Term(x, None, None), Term(make(x), None, None)], "none"),
-        "a map to measure": lambda make: torch.cat(cpu_passes.statistics(make(x))),
+        "a gradient": lambda make: COMPILED.entered_backward(make(grad), own, x, None),
+        "a mean": lambda make: COMPILED.entered_backward(grad, own._replace(mean=make(norm.mean)), x, None),
+        "a weight": lambda make: COMPILED.join([Term(x, norm._replace(weight=make(norm.mean)), None)], "none"),
+        "a map": lambda make: COMPILED.join([Term(x, None, None), Term(make(x), None, None)], "none"),
+        "a map to measure": lambda make: torch.cat(COMPILED.statistics(make(x))),
     }
     refused = []
     for what, call in calls.items():
@@ -308,23 +308,23 @@ def test_tensors_without_memory_are_an_error(how):
 
 def test_vectors_of_another_length_are_an_error():
     x, norm = nhwc(2, 16, 3, 3), norm_of(16)
-    own = Own(norm.mean, norm.var, None, 1e-3, Sums(norm.mean, norm.var), 18.0)
-    one = [Filter(torch.randn(16, 16, 1, 1), ((1, 1), (0, 0), (1, 1), 1))]
+    own = OutputNorm(norm.mean, norm.var, None, 1e-3, Sums(norm.mean, norm.var), 18.0)
+    one = [Conv(torch.randn(16, 16, 1, 1), ((1, 1), (0, 0), (1, 1), 1))]
     for wrong in (norm.mean[:15], torch.randn(17), torch.randn(1), torch.randn(0)):
         for field in ("mean", "var", "weight", "bias"):
             with pytest.raises(RuntimeError, match="expected 16"):
-                cpu_passes.convs(x, norm._replace(**{field: wrong}), None, one, [True])
+                COMPILED.convs(x, norm._replace(**{field: wrong}), None, one, [True])
         for field in ("mean", "var", "weight"):
             spoilt = own._replace(**{field: wrong})
             with pytest.raises(RuntimeError, match="expected 16"):
-                cpu_passes.entered_backward(x, spoilt, x, None)
+                COMPILED.entered_backward(x, spoilt, x, None)
             with pytest.raises(RuntimeError):
-                cpu_passes.convs_backward([Arriving(x, spoilt, x)], x, norm, None, one, True, [True])
+                COMPILED.convs_backward([OutputGrad(x, spoilt, x)], x, norm, None, one, True, [True])
         with pytest.raises(RuntimeError, match="expected 16"):
-            cpu_passes.entered_backward(x, own._replace(sums=Sums(wrong, norm.var)), x, None)
+            COMPILED.entered_backward(x, own._replace(sums=Sums(wrong, norm.var)), x, None)
         excite = Excite(torch.randn(4, 16), torch.randn(4), torch.randn(len(wrong), 4), torch.randn(len(wrong)), "relu")
         with pytest.raises(RuntimeError, match="expected 32"):
-            cpu_passes.convs(x, norm, excite, one, [True])
+            COMPILED.convs(x, norm, excite, one, [True])
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -340,14 +340,14 @@ def test_joins_of_unlike_maps_are_torch_s(backward):
     for what, other in unlike.items():
         for terms in ([Term(x, None, None), Term(other, None, None)], [Term(x, norm, None), Term(other, None, None)]):
 
-            def run(module, terms=terms):
+            def run(passes, terms=terms):
                 if backward:
-                    found = module.join_backward(x, x, terms, "relu", [True, True])
+                    found = passes.join_backward(x, x, terms, "relu", [True, True])
                     return [t for dx, sums in found for t in (dx, *(sums or ()))]
-                return [module.join(terms, "relu")]
+                return [passes.join(terms, "relu")]
 
-            error = raised(lambda run=run: run(passes))
-            assert raised(lambda run=run: run(cpu_passes)) == error, what
+            error = raised(lambda run=run: run(TORCH))
+            assert raised(lambda run=run: run(COMPILED)) == error, what
             if error is None:
-                for a, b in zip(run(cpu_passes), run(passes), strict=True):
+                for a, b in zip(run(COMPILED), run(TORCH), strict=True):
                     assert torch.equal(a, b), what

@@ -80,13 +80,13 @@ def gpu(monkeypatch):
 def operands(problem, bias=True):
     n, c, h, w = problem.input_shape
     x = torch.randn(n, c, h, w).to(problem.dtype).contiguous(memory_format=torch.channels_last)
-    weight = (torch.randn(c, c // problem.groups, 3, 3) / (9 * c / problem.groups) ** 0.5).to(problem.dtype)
+    weight = (torch.randn(c, c // problem.geometry.groups, 3, 3) / (9 * c / problem.geometry.groups) ** 0.5).to(problem.dtype)
     return x, weight, torch.randn(c) if bias else None
 
 
 def convolved(x, weight, bias, problem, dtype):
     bias = None if bias is None else bias.to(dtype)
-    y = torch.nn.functional.conv2d(x.to(dtype), weight.to(dtype), bias, problem.stride, 1, 1, problem.groups)
+    y = torch.nn.functional.conv2d(x.to(dtype), weight.to(dtype), bias, *problem.geometry)
     return {"relu": torch.relu, "silu": torch.nn.functional.silu, "none": lambda y: y}[problem.activation](y)
 
 

@@ -11,12 +11,13 @@ from simulator.stand_in import TARGET, simulate, simulated
 from timm.models import regnet
 
 import regnet_fast
-from regnet_fast.backends import BackendError, backend, cuda, cuda_launch, cuda_nvrtc, cuda_passes, passes
-from regnet_fast.backends.operands import Arriving, Excite, Filter, Norm, Own, Sums
-from regnet_fast.backends.training import passes_for
+from regnet_fast.backends import BackendError, backend, cuda, cuda_launch, cuda_nvrtc
+from regnet_fast.backends.passes import TORCH, passes_for
+from regnet_fast.backends.passes import cuda as cuda_passes
+from regnet_fast.backends.passes.operands import Conv, Excite, Norm, OutputGrad, OutputNorm, Sums
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-OURS = cuda_passes.Passes(passes)
+OURS = cuda_passes.CudaConvs()
 EPS = 1e-3
 
 
@@ -25,7 +26,7 @@ def narrow(t, dtype):
 
 
 @dataclasses.dataclass
-class Conv:
+class Case:
     """A convolution of a map that is read through a norm, the gradient that arrives, and the norm behind it."""
 
     width: int
@@ -53,8 +54,8 @@ class Conv:
         return simulated() if self.device == "cpu" else nullcontext()
 
     @property
-    def filter(self):
-        return Filter(self.weight, ((self.stride,) * 2, (1, 1), (1, 1), self.groups))
+    def conv(self):
+        return Conv(self.weight, ((self.stride,) * 2, (1, 1), (1, 1), self.groups))
 
     def arguments(self, dtype):
         """Those of `convs_backward`, with the maps in a dtype and the rest in float32, or all in float64."""
@@ -65,10 +66,10 @@ class Conv:
             norm = Norm(mean - 1, var, weight, bias - 1, EPS, self.activation)
         if self.own is not None:
             sums = Sums(product * 50, plain * 50) if self.own == "batch" else None
-            own = Own(mean - 0.7, own_var, own_weight, EPS, sums, self.y.numel() / self.y.shape[1])
-        weight, geometry = self.filter
-        maps = [Arriving(self.grad.to(dtype), own, self.y.to(dtype))]
-        return maps, self.x.to(dtype), norm, None, [Filter(weight.to(dtype), geometry)]
+            own = OutputNorm(mean - 0.7, own_var, own_weight, EPS, sums, self.y.numel() / self.y.shape[1])
+        weight, geometry = self.conv
+        maps = [OutputGrad(self.grad.to(dtype), own, self.y.to(dtype))]
+        return maps, self.x.to(dtype), norm, None, [Conv(weight.to(dtype), geometry)]
 
 
 def vector(found):
@@ -77,25 +78,25 @@ def vector(found):
     return [part.double().flatten() for part in parts if part is not None]
 
 
-def check_gradients(conv, needs_x=True, needs_weight=True, through=True):
+def check_gradients(case, needs_x=True, needs_weight=True, through=True):
     """`convs_backward` of csrc/ is as near to float64 as the framework's own calls."""
     options = needs_x, [needs_weight], through
-    with conv.launching():
-        assert cuda_passes.refuse(conv.x, None, [conv.filter]) is None
-        ours = OURS.convs_backward(*conv.arguments(conv.dtype), *options)
-    eager = passes.convs_backward(*conv.arguments(conv.dtype), *options)
-    exact = passes.convs_backward(*conv.arguments(torch.float64), *options)
+    with case.launching():
+        assert cuda_passes.refuse(case.x, None, [case.conv]) is None
+        ours = OURS.convs_backward(*case.arguments(case.dtype), *options)
+    eager = TORCH.convs_backward(*case.arguments(case.dtype), *options)
+    exact = TORCH.convs_backward(*case.arguments(torch.float64), *options)
     if needs_x:
         assert ours.x.is_contiguous(memory_format=torch.channels_last)
-        assert_close_to_reference(ours.x, eager.x, exact.x, "dx", conv.groups)
+        assert_close_to_reference(ours.x, eager.x, exact.x, "dx", case.groups)
     assert (ours.x is None) != needs_x and (ours.weights[0] is None) != needs_weight
     assert (ours.sums is None) == (eager.sums is None) and ours.excite is None
     scales = [part.square().mean().sqrt() for part in vector(exact)]
     flat = [torch.cat([part / s for part, s in zip(vector(f), scales, strict=True)]) for f in (ours, eager, exact)]
     if scales:
-        assert_close_to_reference(*(f.to(conv.dtype) for f in flat[:2]), flat[2], "weight and sums")
+        assert_close_to_reference(*(f.to(case.dtype) for f in flat[:2]), flat[2], "weight and sums")
     if needs_weight:
-        assert ours.weights[0].shape == conv.weight.shape and ours.weights[0].dtype == conv.dtype
+        assert ours.weights[0].shape == case.weight.shape and ours.weights[0].dtype == case.dtype
     return ours
 
 
@@ -108,38 +109,38 @@ GRADIENTS = [
 
 @pytest.mark.parametrize("facts", GRADIENTS, ids=str)
 def test_gradients(facts):
-    check_gradients(Conv(*facts))
+    check_gradients(Case(*facts))
 
 
 @pytest.mark.parametrize("options", [(False, True), (True, False), (True, True, False)])
 @pytest.mark.parametrize("width", [24, 1])
 def test_some_gradients(width, options):
     """The weight's alone, the map's alone, and that of the map as it was read."""
-    check_gradients(Conv(width, 48 // width, 1, BF16, "silu"), *options)
+    check_gradients(Case(width, 48 // width, 1, BF16, "silu"), *options)
 
 
 def test_layouts_and_alignment():
     """Maps that are contiguous, and operands that begin two bytes after an aligned address."""
-    conv = Conv(8, 3)
-    expected = check_gradients(conv)
-    (one,), x, *rest = conv.arguments(conv.dtype)
+    case = Case(8, 3)
+    expected = check_gradients(case)
+    (one,), x, *rest = case.arguments(case.dtype)
     moved = [torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t) for t in (one.grad, one.y, x)]
-    moved.append(torch.empty(conv.weight.numel() + 1, dtype=BF16)[1:].view(conv.weight.shape).copy_(conv.weight))
-    rest[-1] = [Filter(moved[3], conv.filter.geometry)]
+    moved.append(torch.empty(case.weight.numel() + 1, dtype=BF16)[1:].view(case.weight.shape).copy_(case.weight))
+    rest[-1] = [Conv(moved[3], case.conv.geometry)]
     before = [t.clone() for t in moved]
     with simulated():
-        found = OURS.convs_backward([Arriving(moved[0], one.own, moved[1])], moved[2], *rest, True, [True])
+        found = OURS.convs_backward([OutputGrad(moved[0], one.norm, moved[1])], moved[2], *rest, True, [True])
     assert torch.equal(found.x, expected.x) and torch.equal(found.weights[0], expected.weights[0])
     assert all(torch.equal(*pair) for pair in zip(moved, before, strict=True))
 
 
-def check_forward(conv, measured=True):
+def check_forward(case, measured=True):
     """`convs` of csrc/ is as near to float64 as the framework's own calls; the statistics are those of its result."""
-    _, *arguments = conv.arguments(conv.dtype)
-    with conv.launching():
+    _, *arguments = case.arguments(case.dtype)
+    with case.launching():
         ((y, found),) = OURS.convs(*arguments, [measured])
-    eager, exact = (passes.convs(*conv.arguments(dtype)[1:], [measured])[0][0] for dtype in (conv.dtype, torch.float64))
-    assert_close_to_reference(y, eager, exact, "y", conv.groups)
+    eager, exact = (TORCH.convs(*case.arguments(dtype)[1:], [measured])[0][0] for dtype in (case.dtype, torch.float64))
+    assert_close_to_reference(y, eager, exact, "y", case.groups)
     assert y.is_contiguous(memory_format=torch.channels_last) and (found is None) != measured
     if measured:
         var, mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
@@ -152,12 +153,12 @@ FORWARD = [(8, 5), (16, 3, 2, FP16, "silu"), (24, 2, 1, BF16, None), (40, 2, 2, 
 
 @pytest.mark.parametrize("facts", FORWARD, ids=str)
 def test_forward(facts):
-    check_forward(Conv(*facts))
+    check_forward(Case(*facts))
 
 
 def test_forward_without_statistics_and_of_one_pixel():
-    check_forward(Conv(24, 2), measured=False)
-    check_forward(Conv(8, 3, size=(2, 1, 1)))
+    check_forward(Case(24, 2), measured=False)
+    check_forward(Case(8, 3, size=(2, 1, 1)))
 
 
 # Models
@@ -216,20 +217,20 @@ def test_models(group_size, options):
 
 def test_what_computes_a_step(monkeypatch):
     """The first named backend that can: csrc/ its convolutions, and the rest whatever is named behind it."""
-    x = Conv(8, 3).x
+    x = Case(8, 3).x
     with backend("cuda,aten"):
         chosen = passes_for(x)
-        assert type(chosen) is cuda_passes.Passes and chosen.others is passes and chosen.join is passes.join
+        assert type(chosen) is cuda_passes.CudaConvs and chosen.join.__func__ is TORCH.join.__func__
     for name in ("aten,cuda", "aten", "auto"):
         with backend(name):
-            assert passes_for(x) is passes
+            assert passes_for(x) is TORCH
     with backend("cuda"), pytest.raises(BackendError, match=r"'cuda' was asked for.*name what computes the rest"):
         passes_for(x)
 
 
 LEFT = {
     "behind squeeze-excite": ({}, {"excite": True}),
-    "read their map together": ({}, {"filters": 2}),
+    "read their map together": ({}, {"convs": 2}),
     "grouped convolutions alone": ({"groups": 1, "width": 8}, {}),
     "not in float32": ({"dtype": torch.float32}, {}),
     "groups of 12 channels": ({"width": 12}, {}),
@@ -243,31 +244,31 @@ LEFT = {
 def test_what_is_left_to_the_others(reason):
     """With the reason; and the others compute it."""
     changes, options = LEFT[reason]
-    conv = Conv(**{"width": 8, "groups": 3} | changes)
-    c = conv.x.shape[1]
+    case = Case(**{"width": 8, "groups": 3} | changes)
+    c = case.x.shape[1]
     excite = Excite(torch.randn(2, c), torch.randn(2), torch.randn(c, 2), torch.randn(c), "relu")
-    excite, filters = excite if "excite" in options else None, [conv.filter] * options.get("filters", 1)
+    excite, convs = excite if "excite" in options else None, [case.conv] * options.get("convs", 1)
     with simulated():
-        assert reason in cuda_passes.refuse(conv.x, excite, filters)
-    assert "run on an NVIDIA GPU" in cuda_passes.refuse(conv.x, None, [conv.filter])
-    if conv.x.shape[0] and excite is None and len(filters) == 1:
+        assert reason in cuda_passes.refuse(case.x, excite, convs)
+    assert "run on an NVIDIA GPU" in cuda_passes.refuse(case.x, None, [case.conv])
+    if case.x.shape[0] and excite is None and len(convs) == 1:
         with cuda_launch.standing_in(lambda *launched: pytest.fail("nothing is launched"), TARGET):
-            ours = OURS.convs_backward(*conv.arguments(conv.dtype), True, [True])
-        assert torch.equal(ours.x, passes.convs_backward(*conv.arguments(conv.dtype), True, [True]).x)
+            ours = OURS.convs_backward(*case.arguments(case.dtype), True, [True])
+        assert torch.equal(ours.x, TORCH.convs_backward(*case.arguments(case.dtype), True, [True]).x)
 
 
 def test_without_a_way_to_the_kernels_the_others_compute(monkeypatch):
-    """No extension module and no compiler: both halves of a step are those of the module behind."""
+    """No extension module and no compiler: both halves of a step are those of the passes behind."""
     asked = []
     monkeypatch.setattr(cuda, "no_way", lambda launches, device: asked.append(launches) or "no compiler")
-    conv = Conv(8, 3)
-    arguments = conv.arguments(conv.dtype)
+    case = Case(8, 3)
+    arguments = case.arguments(case.dtype)
     with cuda_launch.standing_in(lambda *launched: pytest.fail("nothing is launched"), TARGET):
         ((y, _),) = OURS.convs(*arguments[1:], [False])
         found = OURS.convs_backward(*arguments, True, [True])
     assert len(asked) == 2
-    assert torch.equal(y, passes.convs(*arguments[1:], [False])[0][0])
-    assert torch.equal(found.x, passes.convs_backward(*arguments, True, [True]).x)
+    assert torch.equal(y, TORCH.convs(*arguments[1:], [False])[0][0])
+    assert torch.equal(found.x, TORCH.convs_backward(*arguments, True, [True]).x)
 
 
 def test_what_the_compiler_says_reaches_whoever_trains(monkeypatch):

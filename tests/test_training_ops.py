@@ -11,8 +11,12 @@ from problems import LAYOUTS, Untouched, assert_rule, dtype_name
 from torch import Tensor
 from torch.nn import functional as F
 
-from regnet_fast.backends import backend, cpu_passes, passes
-from regnet_fast.backends.training import passes_for
+from regnet_fast.backends import backend
+from regnet_fast.backends.passes import COMPILED, TORCH, passes_for, sums
+from regnet_fast.backends.passes import parts as cutting
+from regnet_fast.backends.passes.operands import Norm as ReadNorm
+from regnet_fast.backends.passes.operands import Term
+from regnet_fast.backends.passes.torch import normaliser
 from regnet_fast.ops import training as ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,8 +25,12 @@ EPS = 1e-3
 ACT = {"none": lambda x: x, "relu": F.relu, "silu": F.silu}
 
 
+def passes_of(x):
+    return passes_for(x.map if isinstance(x, ops.Normed) else x)
+
+
 def conv(x, weight, geometry, stats=None, affine=None, excite=None):
-    return ops.convs(x, [ops.Branch(weight, geometry, stats, affine)], excite)[0]
+    return ops.convs(passes_of(x), x, [ops.Branch(weight, geometry, stats, affine)], excite)[0]
 
 
 class Norm(NamedTuple):
@@ -38,21 +46,21 @@ class Norm(NamedTuple):
 class Ours:
     @staticmethod
     def _norm(norm, activation):
-        return ops.Statistics(norm.mean, norm.var, EPS), ops.Affine(norm.weight, norm.bias, activation)
+        return ops.NormStatistics(norm.mean, norm.var, EPS), ops.Affine(norm.weight, norm.bias, activation)
 
     def conv(self, x, weight, geometry, norm=None, activation="none", excite=None):
         stats, affine = (None, None) if norm is None else self._norm(norm, activation)
         return conv(x, weight, geometry, stats, affine, None if excite is None else ops.Excite(*excite))
 
     def enter(self, x, norm, activation):
-        return ops.enter(x, *self._norm(norm, activation))
+        return ops.read_through_norm(passes_of(x), x, *self._norm(norm, activation))
 
     def join(self, *terms, **options):
-        return ops.join(*terms, **options)
+        return ops.join(passes_of(terms[0]), *terms, **options)
 
     def repvgg(self, x, weights, geometries, norms, activation, factor):
         stats, affines = zip(*(self._norm(norm, "none") for norm in norms), strict=True)
-        return ops.repvgg(x, weights, geometries, stats, affines, activation, factor)
+        return ops.repvgg(passes_of(x), x, weights, geometries, stats, affines, activation, factor)
 
 
 class Plain:
@@ -280,8 +288,8 @@ def cut(request, monkeypatch):
     """The batch of five at once, in parts of 2, 2 and 1 images for the maps of 4 x 5 x 4, and image by image."""
     if request.param != "whole":
         size = 1.0 if request.param == "single images" else 2.5 * 4 * 5 * 4 * 8 / torch.get_num_threads()
-        monkeypatch.setattr(passes, "_PART_BYTES", size)
-        lengths = [part.stop - part.start for part in passes.parts(torch.empty(5, 4, 5, 4, dtype=torch.float64))]
+        monkeypatch.setattr(cutting, "_PART_BYTES", size)
+        lengths = [part.stop - part.start for part in cutting.parts(torch.empty(5, 4, 5, 4, dtype=torch.float64))]
         assert lengths == ([2, 2, 1] if request.param == "parts" else [1] * 5)
 
 
@@ -294,7 +302,7 @@ def test_values_and_gradients_in_float64(case, cut):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradcheck(case, monkeypatch):
     """By finite differences, in parts. ReLU's kinks are too far off to be stepped over."""
-    monkeypatch.setattr(passes, "_PART_BYTES", 1.0)
+    monkeypatch.setattr(cutting, "_PART_BYTES", 1.0)
     leaves, constants = case.operands(n=2, h=3, w=3)
     names = list(leaves)
 
@@ -436,10 +444,10 @@ def test_precision(case, dtype, forced, monkeypatch):
     autocast, maps in channels_last as ours. In bfloat16 with SiLU alone: on which side of ReLU's kink a rounded value
     falls is chance, and the largest error is that of one such value.
     """
-    assert passes_for(torch.zeros(1, 1, 1, 1)) is cpu_passes
+    assert passes_for(torch.zeros(1, 1, 1, 1)) is COMPILED
     if dtype == torch.bfloat16:
         case = replace(case, act="silu", excite=case.excite and "silu")
-    monkeypatch.setattr(passes, "_PART_BYTES", 5e3)
+    monkeypatch.setattr(cutting, "_PART_BYTES", 5e3)
     samples = {}
     for _ in range(24):
         groups = case.operands(n=6, h=9, w=8, dtype=dtype, norms=torch.float32)
@@ -466,8 +474,8 @@ def test_statistics_of_channels_far_from_zero(dtype, ratio, parts, monkeypatch):
     """
     x = torch.randn(14, 32, 16, 16).add_(ratio * torch.sign(torch.randn(1, 32, 1, 1)))
     x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-    monkeypatch.setattr(passes, "_PART_BYTES", x.nbytes / parts / torch.get_num_threads())
-    cut = passes.parts(x)
+    monkeypatch.setattr(cutting, "_PART_BYTES", x.nbytes / parts / torch.get_num_threads())
+    cut = cutting.parts(x)
     assert len(cut) == parts
     var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     spread = max((x[part].double().mean((0, 2, 3)) - mean).abs().max() for part in cut)
@@ -478,10 +486,10 @@ def test_statistics_of_channels_far_from_zero(dtype, ratio, parts, monkeypatch):
     var_error = (running[1].double() * ((count - 1) / count) / var - 1).abs().max()
     eps = torch.finfo(torch.float32).eps
 
-    given = ops.Statistics(None, None, EPS), ops.Affine(None, None)
-    entered = ops.enter(x, *given)[0]
+    given = ops.NormStatistics(None, None, EPS), ops.Affine(None, None)
+    entered = ops.read_through_norm(passes_of(x), x, *given)[0]
     convolved = conv(x, torch.eye(32, dtype=dtype)[:, :, None, None], ((1, 1), (0, 0), (1, 1), 1), *given)
-    for found in (passes.statistics(x), (entered.mean, entered.var), (convolved.mean, convolved.var)):
+    for found in (TORCH.statistics(x), entered.norm[:2], convolved.norm[:2]):
         assert found[0].dtype == found[1].dtype == torch.float32
         assert (found[0] - mean).abs().max() <= 2 * mean_error + 2 * eps * max(1, ratio)
         between = 0.0 if parts == 1 else 2 * mean_error * spread / var.min()
@@ -521,11 +529,11 @@ def test_gradients_through_a_norm_of_channels_far_from_zero(ratio):
 )
 def test_sums_of_a_gradient_that_is_nearly_constant(pixels, channels, abreast):
     """As that of an average pool: what is left after its mean is taken away is only as good as its sum."""
-    assert passes._abreast(pixels, channels) == abreast
+    assert sums._abreast(pixels, channels) == abreast
     x, grad = (t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, 1, channels, 1, pixels))
     grad = (torch.randn(1, channels, 1, 1) + 1e-3 * grad).contiguous(memory_format=torch.channels_last)
-    mean, var = passes.statistics(x)
-    plain = passes._sums(grad, x, passes.Norm(mean, var, None, None, EPS, "none")).plain
+    mean, var = TORCH.statistics(x)
+    plain = sums.sums_of_norm(grad, x, ReadNorm(mean, var, None, None, EPS, "none")).plain
     exact = grad.double().sum((0, 2, 3))
     error = ((plain - exact) / exact.abs().mean()).square().mean().sqrt()
     assert error < 2e-8 * (pixels / abreast) ** 0.5 + 6e-8
@@ -546,21 +554,21 @@ def test_sums_of_a_gradient_that_is_nearly_constant(pixels, channels, abreast):
 def test_sums_over_pixels_side_by_side(shape, beside, dtype):
     x, grad = (torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(2))
     x += torch.randn(1, shape[1], 1, 1).to(dtype)
-    assert passes._beside(x) == beside
-    wide = passes._side_by_side(x, beside)
+    assert sums._beside(x) == beside
+    wide = sums._side_by_side(x, beside)
     assert wide.data_ptr() == x.data_ptr() and wide.shape[1] == beside * shape[1]
     exact = x.double(), grad.double()
     var, mean = torch.var_mean(exact[0], (0, 2, 3), correction=0)
     kind = torch.promote_types(dtype, torch.float32)
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
-    torch.testing.assert_close(passes.statistics(x), (mean.to(kind), var.to(kind)), **tolerance)
-    norm = passes.Norm(mean.to(kind), var.to(kind), torch.rand(shape[1]).to(kind), None, EPS, "none")
+    torch.testing.assert_close(TORCH.statistics(x), (mean.to(kind), var.to(kind)), **tolerance)
+    norm = ReadNorm(mean.to(kind), var.to(kind), torch.rand(shape[1]).to(kind), None, EPS, "none")
     normalised = (exact[0] - mean.view(1, -1, 1, 1)) * (var + EPS).rsqrt().view(1, -1, 1, 1)
     expected = [(exact[1] * normalised).sum((0, 2, 3)), exact[1].sum((0, 2, 3))]
     scale = (shape[0] * shape[2] * shape[3]) ** 0.5
     layouts = [(grad, x)] + ([] if dtype == torch.bfloat16 else [(grad, x.contiguous()), (grad.contiguous(), x)])
     for gradient, read in layouts:
-        for a, b in zip(passes._sums(gradient, read, norm), expected, strict=True):
+        for a, b in zip(sums.sums_of_norm(gradient, read, norm), expected, strict=True):
             torch.testing.assert_close(a.double() / scale, b / scale, **tolerance)
 
 
@@ -569,7 +577,7 @@ def test_merged_statistics_of_unequal_parts():
     found, counts = [], (4, 1, 3, 1)
     for part in x.split(counts):
         found.append(torch.var_mean(part, (0, 2, 3), correction=0)[::-1])
-    mean, var = passes.merged(found, counts)
+    mean, var = sums.merged(found, counts)
     expected = torch.var_mean(x, (0, 2, 3), correction=0)
     torch.testing.assert_close((var, mean), expected, rtol=1e-13, atol=1e-13)
 
@@ -581,10 +589,10 @@ def test_joins_of_three_terms(read, cut):
     for has_norm in read:
         mean, var, weight, bias = (torch.rand(4, dtype=torch.float64) + 0.5 for _ in range(4))
         x = torch.randn(5, 4, 5, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-        terms.append(passes.Term(x, passes.Norm(mean, var, weight, bias, EPS, "none") if has_norm else None, None))
-    expected = sum(x if norm is None else passes.normalised(x, norm) for x, norm, _ in terms)
+        terms.append(Term(x, ReadNorm(mean, var, weight, bias, EPS, "none") if has_norm else None, None))
+    expected = sum(x if norm is None else normaliser(norm, x)(x) for x, norm, _ in terms)
     with Untouched(*(term.x for term in terms)):
-        found = passes.join(terms, "silu")
+        found = TORCH.join(terms, "silu")
     torch.testing.assert_close(found, F.silu(expected), rtol=1e-13, atol=1e-13)
 
 

@@ -324,8 +324,8 @@ int64_t tile_of(const Map& map) { return map.width * std::clamp<int64_t>(TILE / 
 extern "C" {
 
 /// rows (4, width) of a norm: weight / sqrt(var + eps), bias - mean * that, mean, 1 / sqrt(var + eps).
-void norm_rows(const float* mean, const float* var, const float* weight, const float* bias, double eps,
-               int64_t channels, int64_t width, float* rows) {
+void norm_rows(const float* mean, const float* var, const float* weight, const float* bias, float* rows, double eps,
+               int64_t channels, int64_t width) {
     for (int64_t c = 0; c < channels; ++c) {
         const double invstd = 1.0 / std::sqrt(double(var[c]) + eps), scale = weight ? weight[c] * invstd : invstd;
         rows[c] = float(scale);
@@ -338,8 +338,8 @@ void norm_rows(const float* mean, const float* var, const float* weight, const f
 }
 
 /// rows (3, width) of a, q, k: the gradient of a raw map is a * dz + q * y + k. Without `sums` q and k are not set.
-void own_rows(const float* mean, const float* var, const float* weight, double eps, const float* product,
-              const float* plain, double count, int64_t channels, int64_t width, float* rows) {
+void raw_gradient_rows(const float* mean, const float* var, const float* weight, const float* product,
+                       const float* plain, float* rows, double eps, double count, int64_t channels, int64_t width) {
     for (int64_t c = 0; c < channels; ++c) {
         const double invstd = 1.0 / std::sqrt(double(var[c]) + eps), a = weight ? weight[c] * invstd : invstd;
         rows[c] = float(a);
@@ -353,7 +353,7 @@ void own_rows(const float* mean, const float* var, const float* weight, double e
 }
 
 /// out = activation(x * scale + shift), times gate (images, channels) where there is one.
-void read_map(const float* x, float* out, const float* rows, int activation, const float* gate, int64_t images,
+void read_map(const float* x, float* out, const float* rows, const float* gate, int activation, int64_t images,
               int64_t length, int64_t channels, int64_t width, int threads) {
     using Read = void (*)(const float*, float*, const float*, const float*, const Map&, int);
     static constexpr Read ALL[3][2] = {{read<NONE, false>, read<NONE, true>},
@@ -374,8 +374,8 @@ void sums_of_images(const float* x, const float* grad, float* out, const float* 
 
 /// out = dz, the gradient of the normalised map, from that of activation(z) or, with gate and dmeans (images,
 /// channels), of activation(z) * gate; adds sum(dz * xhat) and sum(dz) to sums (2, channels).
-void gradient_through(const float* x, const float* grad, float* out, const float* rows, int activation,
-                      const float* gate, const float* dmeans, double* sums, int64_t images, int64_t length,
+void gradient_through(const float* x, const float* grad, float* out, const float* rows, const float* gate,
+                      const float* dmeans, double* sums, int activation, int64_t images, int64_t length,
                       int64_t channels, int64_t width, int threads) {
     using Through = void (*)(const float*, const float*, float*, const float*, const float*, const float*, double*,
                              const Map&, int);
@@ -438,7 +438,7 @@ void add_moments(const float* x, float* copy, double* state, int first, int64_t 
 }
 
 /// Mean and biased variance of `count` values for each channel.
-void finished_moments(const double* state, double count, int64_t channels, float* mean, float* var) {
+void finished_moments(const double* state, float* mean, float* var, double count, int64_t channels) {
     for (int64_t c = 0; c < channels; ++c) {
         const double offset = state[channels + c] / count, square = state[2 * channels + c] / count;
         mean[c] = float(state[c] + offset);

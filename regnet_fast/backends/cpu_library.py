@@ -31,24 +31,24 @@ PATIENCE = 300  # seconds for the compiler
 _MAP = (c_int64, c_int64, c_int64, c_int64, c_int)  # images, floats of one, channels, floats of a row; threads
 
 
-class Term(ctypes.Structure):
+class RawTerm(ctypes.Structure):
     """A summand of a join; pointers may be null."""
 
     _fields_ = (("x", c_void_p), ("norm", c_void_p), ("factor", c_void_p), ("activation", c_int64))
 
 
 FUNCTIONS = {
-    "norm_rows": (c_void_p,) * 4 + (c_double, c_int64, c_int64, c_void_p),
-    "own_rows": (c_void_p,) * 3 + (c_double, c_void_p, c_void_p, c_double, c_int64, c_int64, c_void_p),
-    "read_map": (*(c_void_p,) * 3, c_int, c_void_p, *_MAP),
+    "norm_rows": (*(c_void_p,) * 5, c_double, c_int64, c_int64),
+    "raw_gradient_rows": (*(c_void_p,) * 6, c_double, c_double, c_int64, c_int64),
+    "read_map": (*(c_void_p,) * 4, c_int, *_MAP),
     "sums_of_images": (*(c_void_p,) * 4, c_int, c_float, *_MAP),
-    "gradient_through": (*(c_void_p,) * 4, c_int, *(c_void_p,) * 3, *_MAP),
+    "gradient_through": (*(c_void_p,) * 7, c_int, *_MAP),
     "gradient_of_raw": (*(c_void_p,) * 5, *_MAP),
-    "add_moments": (c_void_p, c_void_p, c_void_p, c_int, *_MAP),
-    "finished_moments": (c_void_p, c_double, c_int64, c_void_p, c_void_p),
-    "join_terms": (POINTER(Term), c_int64, c_int, c_void_p, *_MAP),
+    "add_moments": (*(c_void_p,) * 3, c_int, *_MAP),
+    "finished_moments": (*(c_void_p,) * 3, c_double, c_int64),
+    "join_terms": (POINTER(RawTerm), c_int64, c_int, c_void_p, *_MAP),
     "join_gradients": (
-        *(c_void_p, c_void_p, POINTER(Term), c_int64, c_int, c_void_p, POINTER(c_void_p), POINTER(c_void_p)),
+        *(c_void_p, c_void_p, POINTER(RawTerm), c_int64, c_int, c_void_p, POINTER(c_void_p), POINTER(c_void_p)),
         *_MAP,
     ),
 }
@@ -62,6 +62,7 @@ class LibraryError(RuntimeError):
 _lock = threading.Lock()
 
 
+@functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
     """The functions of csrc/cpu. The first call of a process may compile them, in some seconds.
 

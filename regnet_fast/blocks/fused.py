@@ -89,15 +89,15 @@ class Plan(Watch):
 
 
 class Trained(Structure):
-    """A form over the live modules for training mode; or the reason why there is none.
+    """What computes a block in training mode; or the reason why there is nothing.
 
-    Attributes: `form`; `refusal`, set where there is no form; `lost`, whether that costs a block that has one.
+    Attributes: `training`; `refusal`, set where it is None; `lost`, whether that costs a block that has one.
     """
 
     def __init__(self, block: Fused):
         super().__init__(block)
         self._kinds = self._read_kinds()
-        self.form: Form | None = None
+        self.training: training.Training | None = None
         self.refusal: str | None = self.odd()
         self.lost = True
         if self.refusal is not None:
@@ -105,8 +105,7 @@ class Trained(Structure):
         try:
             form = block.read_form()
             self.lost = False
-            training.check(form)
-            self.form = form
+            self.training = training.Training(form)
         except Refused as refusal:
             self.refusal = str(refusal)
 
@@ -212,7 +211,7 @@ class Fused:
 
     def _trained(self, x: Tensor) -> Tensor:
         """The output in training mode."""
-        reason, form, lost = unfit(x), None, False
+        reason, found, lost = unfit(x), None, False
         if reason is None and forced_backend() == "reference":
             return super().forward(x)
         if reason is None:
@@ -221,15 +220,15 @@ class Fused:
             found = self.__dict__.get(_TRAINED)
             if found is None or not found.of(self) or not found.current():
                 found = self.__dict__[_TRAINED] = Trained(self)
-            form, reason, lost = found.form, found.refusal, found.lost
+            reason, lost = found.refusal, found.lost
         if reason is None:
-            reason = training.unfit(form, x)
+            reason = found.training.unfit(x)
         told = observer.get()
         if told is not None:
             told.block(self, x, None, reason)
         if reason is not None:
             return self._by_host(x, f"in training mode {reason}", lost_speed=lost)
-        return training.run(form, x)
+        return found.training.run(x)
 
     def _plan(self, x: Tensor) -> tuple[Plan | None, Tensor, str | None]:
         """The current plan for an input, and the input in the plan's dtype; or the reason why there is none."""

@@ -1,31 +1,31 @@
 """Blocks in training mode: the forms of evaluation, over the operations of `ops.training`.
 
-`Step(x).bottleneck(form)` and so on compute what the host's modules compute in training mode, running statistics
-included, and save raw convolution results and block outputs alone. `Refused` says where a block is left to the host.
+A block's `Training` is made once for its form, and computes what the host's modules compute in training mode, running
+statistics included; raw convolution results and block outputs alone are saved. `Refused` says where a block is left to
+the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..backends import ACTIVATIONS, forced_backend
+from ..backends.passes import Passes, passes_for, refuse
 from ..backends.reference import activate, channel_means
-from ..backends.training import refuse
 from ..ops import training as ops
-from ..ops.training import Affine, Branch, Excite, Map, Normed, Statistics, without_autocast
+from ..ops.training import Affine, Branch, Excite, Map, Normed, NormStatistics, without_autocast
 from . import forms
 from .units import ConvUnit, NormActUnit, Refused, SqueezeExciteUnit
 
 
-def _statistics(norm: nn.Module) -> Statistics:
-    """Which statistics a BatchNorm module takes now."""
-    if not norm.training or not isinstance(norm, nn.modules.batchnorm._NormBase):
-        return Statistics(_wide(norm.running_mean), _wide(norm.running_var), norm.eps)
-    return Statistics(None, None, norm.eps, _group(norm))
+def _is_of_batch(norm: nn.Module) -> bool:
+    """Whether a BatchNorm module takes the statistics of the batch."""
+    return norm.training and isinstance(norm, nn.modules.batchnorm._NormBase)
 
 
 def _group(norm: nn.Module) -> dist.ProcessGroup | None:
@@ -40,67 +40,58 @@ def _wide(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.dtype == torch.float64 else t.float()
 
 
-class Step:
-    """One pass of a block in training mode, in the dtype of `x`.
+def _note(norm: nn.Module, mean: Tensor, var: Tensor, count: float, shape: torch.Size) -> None:
+    """Let the running statistics of a norm follow those of a batch. Raises ValueError for a batch of one value."""
+    if count <= 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+    if not norm.track_running_stats:
+        return
+    factor, counter = norm.momentum, norm.num_batches_tracked
+    if counter is not None:
+        counter.add_(1)
+        if factor is None:
+            factor = 1.0 / float(counter)
+    factor = 0.0 if factor is None else factor
+    running_mean, running_var = norm.running_mean, norm.running_var
+    running_mean.lerp_(mean.to(running_mean.dtype), factor)
+    running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), factor)
 
-    Statistics go into the running ones before the next operation: gradient checkpointing stops a block that it computes
-    again at the last tensor that backward needs.
+
+class Step:
+    """One pass of a block in training mode.
+
+    Args:
+        training: what is known of the block.
+        dtype: in which it computes.
+        passes: those of maps of this dtype.
     """
 
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
+    def __init__(self, training: Training, dtype: torch.dtype, passes: Passes):
+        self.training, self.dtype, self.passes = training, dtype, passes
 
-    def run(self, form: forms.Form, x: Tensor) -> Tensor:
-        """The output of a block for a channels_last map of the step's dtype."""
-        return _RUN[type(form)](self, form, x)
-
-    def _norm(self, norm: nn.Module, activation: str) -> tuple[Statistics, Affine]:
-        return _statistics(norm), Affine(_wide(norm.weight), _wide(norm.bias), activation)
-
-    def _note(
-        self, norm: nn.Module, stats: Statistics, mean: Tensor, var: Tensor, count: float, shape: torch.Size
-    ) -> None:
-        if not stats.batch:
-            return
-        if count <= 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
-        if not norm.track_running_stats:
-            return
-        with torch.no_grad():
-            factor = norm.momentum
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-                if factor is None:
-                    factor = 1.0 / float(norm.num_batches_tracked)
-            factor = 0.0 if factor is None else factor
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
-            norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), factor)
+    def _norm(self, norm: nn.Module, activation: str) -> tuple[NormStatistics, Affine]:
+        stats = self.training.statistics.get(norm)
+        if stats is None:
+            given = (None, None) if _is_of_batch(norm) else (_wide(norm.running_mean), _wide(norm.running_var))
+            stats = NormStatistics(*given, norm.eps, _group(norm), partial(_note, norm))
+        return stats, Affine(_wide(norm.weight), _wide(norm.bias), activation)
 
     def convs(self, units: Sequence[ConvUnit], x: Map) -> list[Map]:
         """Convolutions of one map, and their norms; the activation is applied by whoever reads a result."""
-        return self._convs(x, units, [unit.activation for unit in units], None)
+        return ops.convs(self.passes, x, [self._branch(unit, unit.activation) for unit in units])
 
     def conv(self, unit: ConvUnit, x: Map, activation: str | None = None, excite: Excite | None = None) -> Map:
         """A convolution and its norm, with another `activation` than the unit's where one is given."""
-        return self._convs(x, [unit], [unit.activation if activation is None else activation], excite)[0]
+        branch = self._branch(unit, unit.activation if activation is None else activation)
+        return ops.convs(self.passes, x, [branch], excite)[0]
 
-    def _convs(self, x: Map, units: Sequence[ConvUnit], activations: Sequence[str], excite: Excite | None) -> list[Map]:
-        branches = []
-        for unit, activation in zip(units, activations, strict=True):
-            norm = (None, None) if unit.norm is None else self._norm(unit.norm, activation)
-            branches.append(Branch(unit.conv.weight.to(self.dtype), unit.geometry(), *norm))
-        results = ops.convs(x, branches, excite)
-        for unit, branch, y in zip(units, branches, results, strict=True):
-            if unit.norm is not None:
-                self._note(unit.norm, branch.stats, y.mean, y.var, y.count, y.shape)
-        return results
+    def _branch(self, unit: ConvUnit, activation: str) -> Branch:
+        norm = (None, None) if unit.norm is None else self._norm(unit.norm, activation)
+        return Branch(unit.conv.weight.to(self.dtype), self.training.geometries[unit], *norm)
 
-    def enter(self, unit: NormActUnit, x: Tensor) -> tuple[Normed, Tensor]:
+    def read_through_norm(self, unit: NormActUnit, x: Tensor) -> tuple[Normed, Tensor]:
         """A map that is read through a norm, and the map itself."""
-        stats, affine = self._norm(unit.norm, unit.activation)
-        read, identity = ops.enter(x, stats, affine)
-        self._note(unit.norm, stats, read.mean, read.var, read.count, x.shape)
-        return read, identity
+        return ops.read_through_norm(self.passes, x, *self._norm(unit.norm, unit.activation))
 
     def excite(self, unit: SqueezeExciteUnit | None) -> Excite | None:
         """The parameters of squeeze-and-excitation."""
@@ -119,7 +110,7 @@ class Step:
         return factor.div_(keep) if keep > 0.0 and path.scale_by_keep else factor
 
     def _single(self, form: forms.Single, x: Tensor) -> Tensor:
-        return ops.join(self.conv(form.unit, x))
+        return ops.join(self.passes, self.conv(form.unit, x))
 
     def _bottleneck(self, form: forms.Bottleneck, x: Tensor) -> Tensor:
         first, *terms = self.convs(self._readers(form), x)
@@ -129,7 +120,7 @@ class Step:
             terms = [self.conv(form.shortcut, form.pool(x))]
         elif form.identity:
             terms = [x]
-        return ops.join(y, *terms, activation=form.conv3.activation, factor=factor)
+        return ops.join(self.passes, y, *terms, activation=form.conv3.activation, factor=factor)
 
     @staticmethod
     def _readers(form: forms.Bottleneck | forms.PreAct) -> list[ConvUnit]:
@@ -137,22 +128,22 @@ class Step:
         return [form.conv1] if form.shortcut is None or form.pool is not None else [form.conv1, form.shortcut]
 
     def _preact(self, form: forms.PreAct, x: Tensor) -> Tensor:
-        read, identity = self.enter(form.norm1, x)
+        read, identity = self.read_through_norm(form.norm1, x)
         first, *shortcut = self.convs(self._readers(form), read)
         y = self.conv(form.conv2, first)
         if form.conv3 is not None:
             if form.squeeze_excite is not None:
                 gate = form.squeeze_excite(channel_means(y), y.dtype)
-                y = self.enter(form.norm3, y * gate[:, :, None, None])[0]
+                y = self.read_through_norm(form.norm3, y * gate[:, :, None, None])[0]
             y = self.conv(form.conv3, y)
         factor = self.drop(form.drop_path, y)
         if form.pool is not None:
-            shortcut = [self.conv(form.shortcut, form.pool(ops.join(read)))]
+            shortcut = [self.conv(form.shortcut, form.pool(ops.join(self.passes, read)))]
         if shortcut:
-            return ops.join(y, *shortcut, factor=factor)
+            return ops.join(self.passes, y, *shortcut, factor=factor)
         if not form.identity:
             return y if factor is None else y * factor
-        return ops.join(y, read if form.identity_after_norm else identity, factor=factor)
+        return ops.join(self.passes, y, read if form.identity_after_norm else identity, factor=factor)
 
     def _repvgg(self, form: forms.RepVgg, x: Tensor) -> Tensor:
         unit = form.conv
@@ -161,11 +152,7 @@ class Step:
         weights = [conv.weight.to(self.dtype) for conv in (unit.conv, unit.pointwise)]
         geometries = [(c.stride, c.padding, c.dilation, c.groups) for c in (unit.conv, unit.pointwise)]
         factor = None if unit.identity is None else self.drop(form.drop_path, x)
-
-        def note(i: int, mean: Tensor, var: Tensor, count: float, shape: torch.Size) -> None:
-            self._note(norms[i], stats[i], mean, var, count, shape)
-
-        y = ops.repvgg(x, weights, geometries, stats, affines, unit.activation, factor, note)
+        y = ops.repvgg(self.passes, x, weights, geometries, stats, affines, unit.activation, factor)
         if form.squeeze_excite is None:
             return y
         gate = form.squeeze_excite(channel_means(y), y.dtype)
@@ -212,35 +199,50 @@ def check(form: forms.Form) -> None:
         raise Refused("its last convolution has a norm")
 
 
-def unfit(form: forms.Form, x: Tensor) -> str | None:
-    """Why an input is left to the host, which refuses or promotes it, or None."""
-    autocast = torch.is_autocast_enabled(x.device.type)
-    channels = form.in_channels()
-    if channels is not None and channels != x.shape[1]:
-        return f"an input of {x.shape[1]} channels is left to the host"
-    for unit in form.units().values():
-        if isinstance(unit, ConvUnit):
-            weight = unit.conv.weight
-            if weight.device != x.device:
-                return f"the input is on {x.device}, the weights on {weight.device}"
-            if not autocast and weight.dtype != x.dtype:
-                return f"{unit.path} has {weight.dtype} weights and the input is {x.dtype}"
-    if not form.casts_input and autocast and x.dtype != compute_dtype(x):
-        return f"under autocast this block adds its {x.dtype} input to {compute_dtype(x)} results"
-    return None
-
-
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a convolution of x computes now."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def run(form: forms.Form, x: Tensor) -> Tensor:
-    """The output of a block in training mode."""
-    dtype = compute_dtype(x)
-    with without_autocast(x.device.type):
-        x = x.to(dtype)
-        if not isinstance(form, forms.Single):  # a convolution takes any layout, and need not keep another copy
-            x = x.contiguous(memory_format=torch.channels_last)
-        return Step(dtype).run(form, x)
+class Training:
+    """A form in training mode: what is known of a block as long as its structure, settings and modes stay. Raises
+    `Refused` for a form that is left to the host.
+
+    Attributes: `geometries` of its convolutions; `statistics` of its norms that are those of the batch in one process.
+    """
+
+    def __init__(self, form: forms.Form):
+        check(form)
+        self.form, self.run_form, self.channels = form, _RUN[type(form)], form.in_channels()
+        self.convs = [unit for unit in form.units().values() if isinstance(unit, ConvUnit)]
+        self.geometries = {unit: unit.geometry() for unit in self.convs}
+        self.statistics = {
+            norm: NormStatistics(None, None, norm.eps, None, partial(_note, norm))
+            for _, norm in form.norms()
+            if _is_of_batch(norm) and not isinstance(norm, nn.SyncBatchNorm)
+        }
+
+    def unfit(self, x: Tensor) -> str | None:
+        """Why an input is left to the host, which refuses or promotes it, or None."""
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if self.channels not in (None, x.shape[1]):
+            return f"an input of {x.shape[1]} channels is left to the host"
+        for unit in self.convs:
+            weight = unit.conv.weight
+            if weight.device != x.device:
+                return f"the input is on {x.device}, the weights on {weight.device}"
+            if not autocast and weight.dtype != x.dtype:
+                return f"{unit.path} has {weight.dtype} weights and the input is {x.dtype}"
+        if autocast and not self.form.casts_input and x.dtype != compute_dtype(x):
+            return f"under autocast this block adds its {x.dtype} input to {compute_dtype(x)} results"
+        return None
+
+    def run(self, x: Tensor) -> Tensor:
+        """The block's output."""
+        dtype = compute_dtype(x)
+        with without_autocast(x.device.type):
+            x = x.to(dtype)
+            if not isinstance(self.form, forms.Single):  # a convolution takes any layout, and need not keep a copy
+                x = x.contiguous(memory_format=torch.channels_last)
+            return self.run_form(Step(self, dtype, passes_for(x)), self.form, x)

@@ -6,8 +6,9 @@ consequence runs on the GPU.
 
 import torch
 
-from regnet_fast.backends import ConvProblem, Geometry, SqueezeExciteProblem, cuda, cuda_passes, passes
-from regnet_fast.backends.operands import Arriving, Filter, Norm, Own, Sums
+from regnet_fast.backends import ConvProblem, Geometry, SqueezeExciteProblem, cuda
+from regnet_fast.backends.passes.cuda import CudaConvs
+from regnet_fast.backends.passes.operands import Conv, Norm, OutputGrad, OutputNorm, Sums
 
 CASES = [(24, 3, 1, torch.bfloat16), (16, 5, 2, torch.float16), (232, 1, 2, torch.bfloat16), (1, 40, 1, torch.float16)]
 """Group width, groups, stride, dtype."""
@@ -15,7 +16,7 @@ CASES = [(24, 3, 1, torch.bfloat16), (16, 5, 2, torch.float16), (232, 1, 2, torc
 
 def launch_all(device: str) -> None:
     """Inference, then the forward and the gradients of training. Raises AssertionError where a result is not finite."""
-    ours = cuda_passes.Passes(passes)
+    ours = CudaConvs()
     for width, groups, stride, dtype in CASES:
         channels, size = width * groups, (15, 9)
 
@@ -31,10 +32,12 @@ def launch_all(device: str) -> None:
         excite = SqueezeExciteProblem(2, channels, 8, "relu", dtype, device)
         results = [y, parts, cuda.prepare_squeeze_excite(excite, *weights).from_parts(parts, dtype)]
 
-        norm, one = Norm(*(of(channels) for _ in range(4)), 1e-5, "relu"), Filter(weight, geometry)
+        norm, one = Norm(*(of(channels) for _ in range(4)), 1e-5, "relu"), Conv(weight, geometry)
         ((raw, _),) = ours.convs(x, norm, None, [one], [True])
-        own = Own(*(of(channels) for _ in range(3)), 1e-5, Sums(of(channels), of(channels)), raw.numel() / channels)
-        arriving = [Arriving(of(*raw.shape, dtype=dtype), own, raw)]
+        own = OutputNorm(
+            *(of(channels) for _ in range(3)), 1e-5, Sums(of(channels), of(channels)), raw.numel() / channels
+        )
+        arriving = [OutputGrad(of(*raw.shape, dtype=dtype), own, raw)]
         gradients = ours.convs_backward(arriving, x, norm, None, [one], True, [True])
         results += [raw, gradients.x, *gradients.weights, *gradients.sums]
         assert all(result.isfinite().all() for result in results)

@@ -50,7 +50,7 @@ def test_grouped_conv(way, shape, stride, dtype):
     again = run(x, None, None, False, False)
 
     def convolved(kind):
-        y = torch.nn.functional.conv2d(x.to(kind), weight.to(kind), bias.to(kind), stride, 1, 1, problem.groups)
+        y = torch.nn.functional.conv2d(x.to(kind), weight.to(kind), bias.to(kind), *problem.geometry)
         return torch.nn.functional.silu(y)
 
     assert torch.equal(y, again)

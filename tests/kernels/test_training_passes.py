@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from regnet_fast.kernels import channel_statistics, channel_tiles, training_join, training_passes
 from regnet_fast.kernels.channel_tiles import CONFIGS, Config, Shape, config_supports, heuristic
-from regnet_fast.kernels.training_join import Term
+from regnet_fast.kernels.training_join import ReadMap
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACT = {"none": lambda x: x, "relu": F.relu, "silu": F.silu}
@@ -32,7 +32,7 @@ def term(size, dtype, activation="none", factor=None, norm=True, affine=True):
         values |= {"weight": torch.rand(c) + 0.5, "bias": torch.randn(c) / 2}
     scale = {None: None, "image": (n,), "channel": (n, c)}[factor]
     factor = None if scale is None else torch.rand(scale).to(dtype)
-    return Term(maps(size, dtype), activation=activation, factor=factor, **values)
+    return ReadMap(maps(size, dtype), activation=activation, factor=factor, **values)
 
 
 def between_nans(guarded, one):
@@ -204,7 +204,7 @@ def test_the_gradient_before_an_activation(guarded, activation, dtype):
         for factor in (None, "channel"):
             one = term(size, dtype, activation, factor)
             grad, extra = maps(size, dtype), torch.randn(size[:2]) if factor else None
-            found = training_join.inactivated(guarded(grad), between_nans(guarded, one), guarded(extra))
+            found = training_join.activation_backward(guarded(grad), between_nans(guarded, one), guarded(extra))
             judge([found], [one], "none", grad, dtype, f"{size}, {factor}", extra=extra)
 
 
@@ -214,7 +214,7 @@ def test_every_configuration_before_an_activation(guarded, config):
     """Those whose values and sums fit in the registers."""
     one = term((3, 52, 9, 7), torch.float32, "silu")
     grad = maps(one.x.shape, torch.float32)
-    found = training_join.inactivated(guarded(grad), between_nans(guarded, one), config=config)
+    found = training_join.activation_backward(guarded(grad), between_nans(guarded, one), config=config)
     judge([found], [one], "none", grad, torch.float32, str(config))
 
 
@@ -284,7 +284,7 @@ def test_equal_inputs_give_equal_bits():
     one, grad = term(size, torch.float32, "silu"), maps(size, torch.float32)
     for config in (None, CONFIGS[0]):
         runs = [
-            (*channel_statistics.statistics(grad, config), *training_join.inactivated(grad, one, config=config))
+            (*channel_statistics.statistics(grad, config), *training_join.activation_backward(grad, one, config=config))
             for _ in range(2)
         ]
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

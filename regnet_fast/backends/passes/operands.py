@@ -50,7 +50,7 @@ class Sums(NamedTuple):
     plain: Tensor
 
 
-class Filter(NamedTuple):
+class Conv(NamedTuple):
     """A convolution: its weight in the map's dtype, and stride, padding, dilation (pairs) and groups."""
 
     weight: Tensor
@@ -58,17 +58,17 @@ class Filter(NamedTuple):
 
 
 class ConvGradients(NamedTuple):
-    """Gradients of convolutions of one map: of the map as it is read (before its activation where it has a norm), of
-    the norm's sums, of every weight, and of squeeze-excite's four parameters.
+    """Gradients of convolutions of one map: of the map as it is read (before its activation where it has a norm), the
+    norm's sums, squeeze-excite's four parameters, and every weight.
     """
 
     x: Tensor | None
     sums: Sums | None
-    weights: list[Tensor | None]
     excite: tuple[Tensor, ...] | None
+    weights: list[Tensor | None]
 
 
-class Own(NamedTuple):
+class OutputNorm(NamedTuple):
     """The norm behind a convolution, for the gradient of its raw result y: with batch statistics
 
         dy = weight * invstd * (dz - sum(dz) / count - xhat * sum(dz * xhat) / count)
@@ -98,11 +98,11 @@ class Own(NamedTuple):
         return tuple(None if t is None else t.flatten().float() for t in self.coefficients())
 
 
-class Arriving(NamedTuple):
-    """The gradient of a convolution's raw result y, or of its norm's result where the norm is its `own`."""
+class OutputGrad(NamedTuple):
+    """The gradient of a convolution's raw result y, or of its norm's result where there is a norm."""
 
     grad: Tensor
-    own: Own | None
+    norm: OutputNorm | None
     y: Tensor | None
 
 

@@ -1,4 +1,4 @@
-"""The passes of a training step in which csrc/ has the grouped convolutions, and another module all else.
+"""The passes of a training step in which csrc/ has the grouped convolutions, and other passes all else.
 
 csrc/ takes a grouped convolution that reads its map alone and is not behind squeeze-excite, but for the forward of a
 depthwise one. The map is read through its norm, and the result's statistics come with it; both gradients come from one
@@ -9,75 +9,66 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import cuda, cuda_launch, cuda_plans
-from .cuda_plans import Launch, Target
-from .operands import Arriving, ConvGradients, Excite, Filter, Norm, Sums
-from .problem import ConvProblem, Geometry
-from .triton import current
+from .. import cuda, cuda_launch, cuda_plans
+from ..cuda_plans import Launch, Target
+from ..problem import ConvProblem, Geometry
+from ..triton import current
+from .operands import Conv, ConvGradients, Excite, Norm, OutputGrad, Sums
+from .torch import Passes
 
 _LAST = torch.channels_last
 
 
-def refuse(x: Tensor, excite: Excite | None, filters: Sequence[Filter]) -> str | None:
-    """Why convolutions of a training step are left to another module, or None."""
+def refuse(x: Tensor, excite: Excite | None, convs: Sequence[Conv]) -> str | None:
+    """Why convolutions of a training step are left to other passes, or None."""
     if excite is not None:
         return "a convolution behind squeeze-excite"
-    if len(filters) > 1:
+    if len(convs) > 1:
         return "convolutions that read their map together"
-    problem = _problem(x, filters[0])
+    problem = _problem(x, convs[0])
     reason = cuda_launch.refuse_device(problem.device)
     if reason is None and problem.geometry.groups == 1:
         return "csrc/ has grouped convolutions alone"
     return reason or cuda.refuse_conv(problem)
 
 
-def _problem(x: Tensor, one: Filter) -> ConvProblem:
+def _problem(x: Tensor, one: Conv) -> ConvProblem:
     weight, geometry = one
     sizes = (tuple(x.shape), weight.shape[0], tuple(weight.shape[2:]), Geometry(*geometry))
     return ConvProblem(*sizes, "none", False, False, x.dtype, str(x.device))
 
 
-class Passes:
-    """The functions of `passes`; those that csrc/ has no kernels for are those of the module `others`."""
-
-    def __init__(self, others: ModuleType):
-        self.others = others
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.others, name)
+class CudaConvs(Passes):
+    """The grouped convolutions of csrc/, before torch's calls or, as the first base of a class, before its second."""
 
     def convs(
-        self, x: Tensor, norm: Norm | None, excite: Excite | None, filters: Sequence[Filter], measured: Sequence[bool]
+        self, x: Tensor, norm: Norm | None, excite: Excite | None, convs: Sequence[Conv], measured: Sequence[bool]
     ) -> list[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
-        """`passes.convs`."""
         found = None
-        if refuse(x, excite, filters) is None:
-            found = _forward(x, norm, filters[0], measured[0])
-        return self.others.convs(x, norm, excite, filters, measured) if found is None else [found]
+        if refuse(x, excite, convs) is None:
+            found = _forward(x, norm, convs[0], measured[0])
+        return super().convs(x, norm, excite, convs, measured) if found is None else [found]
 
     def convs_backward(
         self,
-        arriving: Sequence[Arriving],
+        grads: Sequence[OutputGrad],
         x: Tensor,
         norm: Norm | None,
         excite: Excite | None,
-        filters: Sequence[Filter],
+        convs: Sequence[Conv],
         needs_x: bool,
         needs_weights: Sequence[bool],
         through: bool = True,
     ) -> ConvGradients:
-        """`passes.convs_backward`."""
         found = None
-        if refuse(x, excite, filters) is None:
-            found = _backward(arriving[0], x, norm, filters[0], needs_x, needs_weights[0], through)
+        if refuse(x, excite, convs) is None:
+            found = _backward(grads[0], x, norm, convs[0], needs_x, needs_weights[0], through)
         if found is None:
-            return self.others.convs_backward(arriving, x, norm, excite, filters, needs_x, needs_weights, through)
+            return super().convs_backward(grads, x, norm, excite, convs, needs_x, needs_weights, through)
         return found
 
 
@@ -110,7 +101,7 @@ def _launched(launches: Sequence[Launch], x: Tensor, given: dict[str, Tensor | N
 
 
 def _forward(
-    x: Tensor, norm: Norm | None, one: Filter, measured: bool
+    x: Tensor, norm: Norm | None, one: Conv, measured: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None] | None:
     """The raw result and its statistics; None where there are no kernels, or no way to them."""
     problem, read = _problem(x, one), None if norm is None else norm.activation
@@ -128,11 +119,11 @@ def _forward(
 
 
 def _backward(
-    arriving: Arriving, x: Tensor, norm: Norm | None, one: Filter, needs_x: bool, needs_weight: bool, through: bool
+    arriving: OutputGrad, x: Tensor, norm: Norm | None, one: Conv, needs_x: bool, needs_weight: bool, through: bool
 ) -> ConvGradients | None:
     """The gradients; None where there is no way to the kernels."""
-    (grad, own, y), problem = arriving, _problem(x, one)
-    a, q, b = (None, None, None) if own is None else own.vectors()
+    (grad, behind, y), problem = arriving, _problem(x, one)
+    a, q, b = (None, None, None) if behind is None else behind.vectors()
     sums = needs_x and through and norm is not None
     switches = {
         "needs_input": needs_x,
@@ -156,7 +147,7 @@ def _backward(
     tensors = _launched(launches, x, given)
     product, plain = tensors["sums"].sum((0, 1)) if sums else (None, None)
     dweight = _as_weight(problem, tensors["dweight"], one.weight) if needs_weight else None
-    return ConvGradients(tensors.get("dx"), Sums(product, plain) if sums else None, [dweight], None)
+    return ConvGradients(tensors.get("dx"), Sums(product, plain) if sums else None, None, [dweight])
 
 
 def _by_input(problem: ConvProblem, weight: Tensor) -> Tensor:
