@@ -11,7 +11,7 @@ from torch import nn
 
 import regnet_fast
 import regnet_fast.functional as R
-from regnet_fast.backends import BackendError, backend, select, triton
+from regnet_fast.backends import BackendError, Geometry, backend, select, triton
 from regnet_fast.observer import observing
 
 pytestmark = pytest.mark.usefixtures("unchecked_integers")
@@ -91,8 +91,8 @@ def test_what_no_kernel_computes_is_refused_with_the_reason():
 
 
 def test_what_cannot_be_counted_in_32_bits_is_refused():
-    conv = R.pack_conv(torch.randn(8, 8, 1, 1)).problem(torch.randn(1, 8, 2, 2), False, False)
-    grouped = dataclasses.replace(conv, op="grouped_conv", groups=2, kernel=(3, 3), padding=(1, 1))
+    conv = R.pack_conv(torch.randn(8, 8, 1, 1)).problem(torch.randn(1, 8, 2, 2))
+    grouped = dataclasses.replace(conv, kernel=(3, 3), geometry=Geometry(padding=(1, 1), groups=2))
     for problem in (conv, grouped):
         assert triton.refuse(dataclasses.replace(problem, input_shape=(2**17, 8, 96, 96))) is None
         assert "too many pixels" in triton.refuse(dataclasses.replace(problem, input_shape=(2**18, 8, 96, 96)))
@@ -144,7 +144,7 @@ def test_norms_are_computed_where_they_are_read(model, passes):
 
 
 def test_auto_does_not_take_the_interpreter():
-    problem = R.pack_conv(torch.randn(8, 8, 1, 1)).problem(torch.randn(1, 8, 2, 2), False, False)
+    problem = R.pack_conv(torch.randn(8, 8, 1, 1)).problem(torch.randn(1, 8, 2, 2))
     assert select(problem).name == "aten"
 
 
