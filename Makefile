@@ -78,7 +78,7 @@ test-oldest: $(VENV_OLDEST)/installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python $(PYTEST_KERNELS) $(NOT_OLDEST)
 	$(VENV_OLDEST)/bin/python tests/host_suite/run.py --models $(OLDEST_MODELS) -n $(WORKERS)
 
-# Environments of 5 GB, one at a time, in .cache/versions; ONLY="--only 2.13" makes that one alone.
+# Environments of 5 GB, two at a time, in .cache/versions; ONLY="--only 2.13" makes that one alone.
 versions: environments
 	$(VENV)/bin/python tests/versions/run.py $(VENV) $(VENV_OLDEST) -n $(WORKERS) $(ONLY)
 

@@ -3,8 +3,8 @@
     python tests/versions/run.py .venv .venv-oldest            all; these two environments are there
     python tests/versions/run.py .venv --only 2.12 --only py3.12
 
-An environment that is there serves for the version that it has. Any other is made in .cache/versions, one at a time,
-and removed after use. What pip does not offer here, and a Python that is not there, are skipped with a line. The exit
+An environment that is there serves for the version that it has. Any other is made in .cache/versions, while the tests
+run on the one before, and removed after use. What pip does not offer here, and a Python that is not there, are skipped with a line. The exit
 status is 1 if an environment could not be made or a test failed; the last lines say which.
 """
 
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,11 +52,16 @@ def main(arguments: list[str] | None = None) -> int:
     for folder in options.environments:
         python = folder.absolute() / "bin" / "python"
         there.setdefault(_minor(_torch_of(python)), python)
-    results = []
-    for name, python, torch in _plan(there):
-        if not options.only or name.startswith(tuple(options.only)):
-            start = time.monotonic()
-            outcome = _run(name, python, torch, options.workers)
+    plan = [one for one in _plan(there) if not options.only or one[0].startswith(tuple(options.only))]
+    results, ahead = [], None
+    with ThreadPoolExecutor(1) as pool:
+        for one, following in zip(plan, [*plan[1:], None], strict=True):
+            start, name = time.monotonic(), one[0]
+            made = (ahead or pool.submit(_made, *one)).result()
+            ahead = pool.submit(_made, *following) if following else None
+            print(f"\n=== {name}", flush=True)
+            outcome = made if isinstance(made, tuple) else _tested(made, options.workers)
+            shutil.rmtree(FOLDER / name, ignore_errors=True)
             results.append((name, *outcome, time.monotonic() - start))
             print(f"=== {name}: {outcome[0]} in {results[-1][-1]:.0f} s", flush=True)
     print("\n=== versions")
@@ -73,25 +79,15 @@ def _plan(there: dict[str, Path]) -> list[tuple[str, Path | None, str | None]]:
     return found + [(f"py{version}", None, None) for version in PYTHONS]
 
 
-def _run(name: str, python: Path | None, torch: str | None, workers: str) -> tuple[str, str]:
-    """What came out, and the versions that ran."""
-    print(f"\n=== {name}: " + (f"{python} is there" if python else "installing"), flush=True)
+def _made(name: str, python: Path | None, torch: str | None) -> Path | tuple[str, str]:
+    """The Python of an environment, made where none is there, or why there is none."""
     if python is not None:
-        return _tested(python, workers)
-    folder = FOLDER / name
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        made = _made(folder, name, torch)
-        return made if isinstance(made, tuple) else _tested(made, workers)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _made(folder: Path, name: str, torch: str | None) -> Path | tuple[str, str]:
-    """The Python of a new environment, or why there is none."""
+        return python
     base = _interpreter(name[2:]) if name.startswith("py") else sys.executable
     if base is None:
         return "skipped", f"there is no Python {name[2:]} here"
+    folder = FOLDER / name
+    shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([base, "-m", "venv", str(folder)], check=True)
     python = folder / "bin" / "python"
     # Not "==", which takes a build with a local version, such as 2.13.0+cpu, before the index's own.
