@@ -16,6 +16,7 @@ from regnet_fast.backends import (
     BackendError,
     ConvProblem,
     Geometry,
+    SqueezeExciteProblem,
     activations,
     backend,
     cuda,
@@ -97,9 +98,10 @@ def test_behind_norms_and_between_linear_layers(name):
     means, fc1, b1, fc2, b2 = torch.randn(3, 8), torch.randn(4, 8), torch.randn(4), torch.randn(8, 4), torch.randn(8)
     gate = R.squeeze_excite(means, fc1, b1, fc2, b2, activation=name)
     hidden = DEFINITIONS[name](F.linear(means.double(), fc1.double(), b1.double()))
-    torch.testing.assert_close(
-        gate, F.linear(hidden, fc2.double(), b2.double()).sigmoid().float(), rtol=1e-5, atol=1e-5
-    )
+    expected = F.linear(hidden, fc2.double(), b2.double())
+    torch.testing.assert_close(gate, expected.sigmoid().float(), rtol=1e-5, atol=1e-5)
+    gate = R.squeeze_excite(means, fc1, b1, fc2, b2, activation=name, gate_activation=name)
+    torch.testing.assert_close(gate, DEFINITIONS[name](expected).float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -117,6 +119,7 @@ def test_gradients(name):
     arguments = random(2, 3), random(2, 3), random(2), random(3, 2), random(3)
     assert torch.autograd.gradcheck(lambda *a: R.squeeze_excite(*a, activation=name), arguments)
     assert torch.autograd.gradgradcheck(lambda *a: R.squeeze_excite(*a, activation=name), arguments)
+    assert torch.autograd.gradcheck(lambda *a: R.squeeze_excite(*a, gate_activation=name), arguments)
 
 
 MODULES = {
@@ -134,12 +137,12 @@ MODULES = {
 @pytest.mark.parametrize("act", MODULES)
 def test_networks_with_another_activation(name, act):
     """Fused in evaluation; in training the host's own, with its reason."""
-    theirs = timm.create_model(name, num_classes=5, act_layer=MODULES[act])
+    theirs = timm.create_model(name, num_classes=64, act_layer=MODULES[act])
     randomize_bn(theirs, 0, torch.randn(4, 3, 64, 64)).eval()
     ours = copy.deepcopy(theirs)
     report = regnet_fast.rebuild(ours)
     assert report.rebuilt
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(4, 3, 64, 64)
     assert reasons(ours, x) == {None}
     compare(copy.deepcopy(theirs), x, f"{name}, {act}")
     ours.train(), theirs.train()
@@ -147,6 +150,22 @@ def test_networks_with_another_activation(name, act):
         model(x).square().sum().backward()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("name", ["regnety_002", "regnetz_005", "regnetv_040"])
+def test_networks_with_a_hard_gate(name):
+    """Fused in evaluation; in training the host's own, with its reason."""
+    theirs = timm.create_model(name, num_classes=5)
+    for module in theirs.modules():
+        if isinstance(module, timm.layers.SEModule):
+            module.gate = nn.Hardsigmoid()
+    randomize_bn(theirs, 0, torch.randn(4, 3, 64, 64)).eval()
+    ours, x = copy.deepcopy(theirs), torch.randn(2, 3, 64, 64)
+    regnet_fast.rebuild(ours)
+    assert reasons(ours, x) == {None}
+    compare(copy.deepcopy(theirs), x, f"{name}, hard gate")
+    ours.train()
+    assert any("the gate of se is a hardsigmoid" in (reason or "") for reason in reasons(ours, x))
 
 
 def test_a_slope_that_is_not_the_table_s_is_refused_and_seen_when_it_changes():
@@ -172,6 +191,9 @@ def test_the_kernels_refuse_what_they_do_not_have(monkeypatch):
         assert triton.refuse(problem) == expected
         if expected:
             assert cuda.refuse_conv(problem) == expected
+    gate = SqueezeExciteProblem(2, 8, 4, "relu", torch.float32, "cpu", "hardsigmoid")
+    assert onednn.refuse(gate) is None
+    assert triton.refuse(gate) == "the kernels make a gate by a sigmoid, not by hardsigmoid"
     with backend("triton"), pytest.raises(BackendError, match="the kernels have no gelu"):
         R.grouped_conv(torch.randn(1, 16, 8, 8), torch.randn(16, 8, 3, 3), groups=2, activation="gelu")
 

@@ -33,7 +33,7 @@ def operator_calls(layout: str, dtype: torch.dtype, n: int, grad: bool):
     dense = (leaf(x), leaf(r(5, 6, 3, 3)), None, None, residual, ones, ones, ones, 1, "relu", False)
     yield from {"pointwise_conv": pointwise, "grouped_conv": grouped, "dense_conv": dense}.items()
     yield "norm_act", (*map(leaf, (x, r(6), r(6), gate)), "silu")
-    yield "squeeze_excite", (*se, "relu")
+    yield "squeeze_excite", (*se, "relu", "sigmoid")
 
 
 def registered(op: str):

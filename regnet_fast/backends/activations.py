@@ -69,3 +69,8 @@ ACTIVATIONS: dict[str, Activation] = {
 def refuse(name: str) -> str | None:
     """Why the kernels of csrc/ and kernels/ cannot compute an activation, or None."""
     return f"the kernels have no {name}" if ACTIVATIONS[name].code is None else None
+
+
+def refuse_gate(name: str) -> str | None:
+    """Why the kernels cannot compute a gate by an activation, or None."""
+    return None if name == "sigmoid" else f"the kernels make a gate by a sigmoid, not by {name}"

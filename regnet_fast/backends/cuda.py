@@ -140,7 +140,7 @@ def _refuse_squeeze_excite(problem: SqueezeExciteProblem) -> str | None:
         return f"the gate is in {', '.join(cuda_plans.GATES)}, not in {problem.dtype}"
     sizes = problem.batch, problem.channels, problem.hidden
     reason = cuda_plans.refuse_squeeze_excite(*sizes, cuda_launch.target(problem.device))
-    reason = reason or activations.refuse(problem.activation)
+    reason = reason or activations.refuse(problem.activation) or activations.refuse_gate(problem.gate_activation)
     return reason or no_way([_gate_launch(problem, 1, problem.dtype)], problem.device)
 
 

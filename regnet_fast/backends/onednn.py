@@ -204,10 +204,11 @@ class SqueezeExcite(Run):
         self.fc2 = fc2_weight.t()
         self.bias1, self.bias2 = fc1_bias, fc2_bias
         self.activate = ACTIVATIONS[problem.activation].in_place
+        self.activate_gate = ACTIVATIONS[problem.gate_activation].in_place
 
     def __call__(self, means: Tensor) -> Tensor:
         hidden = self.activate(torch.addmm(self.bias1, means, self.fc1))
-        return torch.addmm(self.bias2, hidden, self.fc2).sigmoid_()
+        return self.activate_gate(torch.addmm(self.bias2, hidden, self.fc2))
 
 
 prepare_squeeze_excite = SqueezeExcite

@@ -91,7 +91,7 @@ class ConvProblem:
 
 @dataclass(frozen=True)
 class SqueezeExciteProblem:
-    """`sigmoid(fc2(activation(fc1(means))))` for (N, C) means and R hidden channels."""
+    """`gate_activation(fc2(activation(fc1(means))))` for (N, C) means and R hidden channels."""
 
     batch: int
     channels: int
@@ -99,6 +99,7 @@ class SqueezeExciteProblem:
     activation: str
     dtype: torch.dtype
     device: str
+    gate_activation: str = "sigmoid"
     op: str = "squeeze_excite"
 
     @property

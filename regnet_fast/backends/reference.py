@@ -50,10 +50,11 @@ def squeeze_excite(
     fc2_weight: Tensor,
     fc2_bias: Tensor,
     activation: str,
+    gate_activation: str = "sigmoid",
 ) -> Tensor:
-    """`sigmoid(fc2(activation(fc1(means))))`, (N, C) to (N, C)."""
+    """`gate_activation(fc2(activation(fc1(means))))`, (N, C) to (N, C)."""
     hidden = activate(F.linear(means, fc1_weight, fc1_bias), activation)
-    return torch.sigmoid(F.linear(hidden, fc2_weight, fc2_bias))
+    return activate(F.linear(hidden, fc2_weight, fc2_bias), gate_activation)
 
 
 def norm_act(x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None, activation: str) -> Tensor:
@@ -77,7 +78,8 @@ def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> R
 
 def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> Run:
     """The gate bound to its float32 weights."""
-    return Call(lambda means: squeeze_excite(means, *weights, problem.activation), LABEL)
+    acts = problem.activation, problem.gate_activation
+    return Call(lambda means: squeeze_excite(means, *weights, *acts), LABEL)
 
 
 def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Run:

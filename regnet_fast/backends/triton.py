@@ -30,9 +30,11 @@ def refuse(problem: Problem) -> str | None:
     reason = activations.refuse(problem.activation)
     if reason is not None:
         return reason
+    if isinstance(problem, SqueezeExciteProblem):
+        return activations.refuse_gate(problem.gate_activation)
     if isinstance(problem, ConvProblem):
         return _refuse_conv(problem)
-    if isinstance(problem, NormActProblem) and problem.input_shape[0] * _area(problem.input_shape) > _MOST:
+    if problem.input_shape[0] * _area(problem.input_shape) > _MOST:
         return "too many pixels to count in 32 bits"
     return None
 

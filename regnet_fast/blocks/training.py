@@ -186,6 +186,8 @@ def check(form: forms.Form) -> None:
         activation = getattr(unit, "activation", "none")
         if ACTIVATIONS[activation].code is None:
             raise Refused(f"{unit.path} has the activation {activation}, which the passes of training do not have")
+        if isinstance(unit, SqueezeExciteUnit) and unit.gate_activation != "sigmoid":
+            raise Refused(f"the gate of {unit.path} is a {unit.gate_activation}, which training does not have")
         if isinstance(unit, ConvUnit):
             if unit.then is not None:
                 raise Refused(f"{unit.path} is followed by {type(unit.then).__name__}")

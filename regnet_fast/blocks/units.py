@@ -260,6 +260,7 @@ class SqueezeExciteUnit(Unit):
     fc1: nn.Conv2d
     fc2: nn.Conv2d
     activation: str = "relu"
+    gate_activation: str = "sigmoid"
 
     @property
     def in_channels(self) -> int:
@@ -274,15 +275,15 @@ class SqueezeExciteUnit(Unit):
         _check_vectors(self.path, channels, self.fc2.bias)
 
     def __call__(self, means: Tensor, dtype: torch.dtype) -> Tensor:
-        return squeeze_excite(
-            means, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, activation=self.activation
-        ).to(dtype)
+        weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        acts = {"activation": self.activation, "gate_activation": self.gate_activation}
+        return squeeze_excite(means, *weights, **acts).to(dtype)
 
     def pack(self, dtype: torch.dtype) -> Callable:
         weights = [
             t.float() for t in (self.fc1.weight.flatten(1), self.fc1.bias, self.fc2.weight.flatten(1), self.fc2.bias)
         ]
-        return PackedSqueezeExcite(*weights, self.activation)
+        return PackedSqueezeExcite(*weights, self.activation, self.gate_activation)
 
 
 @dataclass(eq=False)

@@ -70,12 +70,10 @@ def conv_norm(conv_path: str, conv: nn.Module, norm_path: str, norm: nn.Module |
     return unit
 
 
-def squeeze_excite(path: str, fc1: nn.Module, fc2: nn.Module, gate: nn.Module, activation: str) -> SqueezeExciteUnit:
-    """Two 1x1 convolutions on the channel means, with a sigmoid for the gate."""
-    if type(gate) is not nn.Sigmoid:
-        raise Refused(f"{path} has {type(gate).__name__} for a gate, not a sigmoid")
+def squeeze_excite(path: str, fc1: nn.Module, fc2: nn.Module, gate: nn.Module, between: str) -> SqueezeExciteUnit:
+    """Two 1x1 convolutions on the channel means, an activation between them, and one for the gate."""
     check_excite(path, fc1, fc2)
-    return SqueezeExciteUnit(path, fc1, fc2, activation)
+    return SqueezeExciteUnit(path, fc1, fc2, between, activation(f"the gate of {path}", gate))
 
 
 def check_excite(path: str, fc1: nn.Module, fc2: nn.Module) -> None:

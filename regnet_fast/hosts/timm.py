@@ -146,10 +146,11 @@ def _squeeze_excite(path: str, module: nn.Module) -> SqueezeExciteUnit | None:
         return None
     if type(module) is not SEModule:
         raise Refused(f"{path} is {type(module).__name__}, not SEModule")
-    if module.add_maxpool or type(module.bn) is not nn.Identity or type(module.gate) not in (nn.Sigmoid, Sigmoid):
-        raise Refused(f"{path} has a max pool, a norm or another gate than the sigmoid")
+    if module.add_maxpool or type(module.bn) is not nn.Identity:
+        raise Refused(f"{path} has a max pool or a norm")
     modules.check_excite(path, module.fc1, module.fc2)
-    return SqueezeExciteUnit(path, module.fc1, module.fc2, _activation(f"{path}.act", module.act))
+    between, gate = _activation(f"{path}.act", module.act), _activation(f"{path}.gate", module.gate)
+    return SqueezeExciteUnit(path, module.fc1, module.fc2, between, gate)
 
 
 def _shortcut(path: str, module: nn.Module | None, norm: bool) -> dict:

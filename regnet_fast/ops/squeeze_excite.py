@@ -2,6 +2,8 @@
 
     gate = sigmoid(fc2(activation(fc1(means))))
 
+The sigmoid may be another activation, as the hard one of MobileNetV3 is.
+
 Source: J. Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018, arXiv 1709.01507.
 """
 
@@ -25,21 +27,24 @@ def squeeze_excite(
     fc2_bias: Tensor,
     *,
     activation: str = "relu",
+    gate_activation: str = "sigmoid",
 ) -> Tensor:
     """The gate of a squeeze-excite module.
 
-    `sigmoid(linear(activation(linear(means, fc1_weight, fc1_bias)), fc2_weight, fc2_bias))`
+    `gate_activation(linear(activation(linear(means, fc1_weight, fc1_bias)), fc2_weight, fc2_bias))`
 
     Args:
         means: (N, C), float32 as `grouped_conv(..., means=True)` gives them; any floating dtype is taken.
         fc1_weight: (R, C), or (R, C, 1, 1) as timm keeps it. fc1_bias: (R,).
         fc2_weight: (C, R), or (C, R, 1, 1). fc2_bias: (C,).
         activation: between the two, a name of `ACTIVATIONS`, such as "relu" or "silu".
+        gate_activation: behind them, such as "sigmoid" or "hardsigmoid".
 
     Returns (N, C) in the dtype of the means; the weights are converted to it. Differentiable in every tensor. Raises
     ValueError and TypeError for arguments that do not fit together.
     """
     check_activation("squeeze_excite", activation)
+    check_activation("squeeze_excite", gate_activation)
     if means.dtype not in FLOATS:
         raise TypeError(f"squeeze_excite: the means must be a floating-point tensor, got {means.dtype}; convert it")
     for weight in (fc1_weight, fc1_bias, fc2_weight, fc2_bias):
@@ -63,7 +68,8 @@ def squeeze_excite(
             f"fc1 {tuple(fc1_weight.shape)} and {tuple(fc1_bias.shape)}, "
             f"fc2 {tuple(fc2_weight.shape)} and {tuple(fc2_bias.shape)}"
         )
-    return torch.ops.regnet_fast.squeeze_excite(means, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return torch.ops.regnet_fast.squeeze_excite(means, *weights, activation, gate_activation)
 
 
 class PackedSqueezeExcite(Packed):
@@ -71,17 +77,25 @@ class PackedSqueezeExcite(Packed):
     (N, T, C) parts whose sum over T they are.
     """
 
-    def __init__(self, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, activation: str):
+    def __init__(
+        self,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor,
+        activation: str,
+        gate_activation: str = "sigmoid",
+    ):
         super().__init__()
         self.weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        self.activation = activation
+        self.activation, self.gate_activation = activation, gate_activation
 
     def key(self, means: Tensor) -> tuple:
         return (means.shape[0],)
 
     def problem(self, means: Tensor) -> SqueezeExciteProblem:
-        hidden, facts = self.weights[0].shape[0], (self.activation, means.dtype, str(means.device))
-        return SqueezeExciteProblem(means.shape[0], means.shape[-1], hidden, *facts)
+        sizes = means.shape[0], means.shape[-1], self.weights[0].shape[0]
+        return SqueezeExciteProblem(*sizes, self.activation, means.dtype, str(means.device), self.gate_activation)
 
     def bind(self, problem: SqueezeExciteProblem) -> Run:
         return select(problem).module.prepare_squeeze_excite(problem, *self.weights)
@@ -99,28 +113,38 @@ class PackedSqueezeExcite(Packed):
 
 @torch.library.custom_op("regnet_fast::squeeze_excite", mutates_args=())
 def _operator(
-    means: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, activation: str
+    means: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    activation: str,
+    gate_activation: str,
 ) -> Tensor:
-    return without_autocast(PackedSqueezeExcite(fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation), means)
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return without_autocast(PackedSqueezeExcite(*weights, activation, gate_activation), means)
 
 
 @_operator.register_fake
-def _fake(means, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation):
+def _fake(means, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, gate_activation):
     return means.new_empty(means.shape)
 
 
 def _setup(ctx, inputs, output):
-    means, fc1_weight, fc1_bias, fc2_weight, _, ctx.activation = inputs
-    ctx.save_for_backward(means, fc1_weight, fc1_bias, fc2_weight, output)
+    *tensors, ctx.activation, ctx.gate_activation = inputs
+    ctx.save_for_backward(*tensors, output)
 
 
 def _backward(ctx, dgate):
-    means, fc1_weight, fc1_bias, fc2_weight, gate = ctx.saved_tensors
+    means, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate = ctx.saved_tensors
     before = torch.addmm(fc1_bias, means, fc1_weight.t())
     hidden = activate(before, ctx.activation)
-    d2 = dgate * gate * (1 - gate)
+    if ctx.gate_activation == "sigmoid":
+        d2 = dgate * gate * (1 - gate)
+    else:
+        d2 = activation_gradient(dgate, gate, torch.addmm(fc2_bias, hidden, fc2_weight.t()), ctx.gate_activation)
     d1 = activation_gradient(d2 @ fc2_weight, hidden, before, ctx.activation)
-    return d1 @ fc1_weight, d1.t() @ means, d1.sum(0), d2.t() @ hidden, d2.sum(0), None
+    return d1 @ fc1_weight, d1.t() @ means, d1.sum(0), d2.t() @ hidden, d2.sum(0), None, None
 
 
 _operator.register_autograd(_backward, setup_context=_setup)

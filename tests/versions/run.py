@@ -4,8 +4,8 @@
     python tests/versions/run.py .venv --only 2.12 --only py3.12
 
 An environment that is there serves for the version that it has. Any other is made in .cache/versions, while the tests
-run on the one before, and removed after use. What pip does not offer here, and a Python that is not there, are skipped with a line. The exit
-status is 1 if an environment could not be made or a test failed; the last lines say which.
+run on the one before, and removed after use. What pip does not offer here, and a Python that is not there, are skipped
+with a line. The exit status is 1 if an environment could not be made or a test failed; the last lines say which.
 """
 
 from __future__ import annotations
