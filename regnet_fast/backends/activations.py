@@ -19,7 +19,7 @@ class Activation(NamedTuple):
 
     Attributes: `function` of a tensor, and `in_place` for the same in the tensor's own memory; `post_op`, oneDNN's name
     for it with scalars and algorithm; `code`, its number in csrc/ and kernels/, or None where these do not have it;
-    `from_output`, whether its derivative is known from its result; `twice`, the same function where torch cannot
+    `trains`, whether the passes of training have it; `from_output`, whether its derivative is known from its result; `twice`, the same function where torch cannot
     differentiate `function` twice.
     """
 
@@ -27,6 +27,7 @@ class Activation(NamedTuple):
     in_place: Callable[[Tensor], Tensor]
     post_op: tuple[str, tuple[float, ...], str]
     code: int | None = None
+    trains: bool = False
     from_output: bool = False
     twice: Callable[[Tensor], Tensor] | None = None
 
@@ -45,9 +46,9 @@ def _itself(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "none": Activation(_itself, _itself, ("none", (), ""), 0, from_output=True),
-    "relu": Activation(F.relu, torch.relu_, ("relu", (), ""), 1, from_output=True),
-    "silu": Activation(F.silu, partial(F.silu, inplace=True), ("swish", (), ""), 2),
+    "none": Activation(_itself, _itself, ("none", (), ""), 0, True, from_output=True),
+    "relu": Activation(F.relu, torch.relu_, ("relu", (), ""), 1, True, from_output=True),
+    "silu": Activation(F.silu, partial(F.silu, inplace=True), ("swish", (), ""), 2, True),
     "relu6": Activation(F.relu6, partial(F.relu6, inplace=True), ("hardtanh", (0.0, 6.0), "")),
     "leaky_relu": Activation(F.leaky_relu, partial(F.leaky_relu, inplace=True), ("leaky_relu", (0.01,), "")),
     "gelu": Activation(F.gelu, torch.ops.aten.gelu_, ("gelu", (), "none")),

@@ -184,7 +184,7 @@ def check(form: forms.Form) -> None:
         raise Refused("there is no norm to fuse with")
     for unit in form.units().values():
         activation = getattr(unit, "activation", "none")
-        if ACTIVATIONS[activation].code is None:
+        if not ACTIVATIONS[activation].trains:
             raise Refused(f"{unit.path} has the activation {activation}, which the passes of training do not have")
         if isinstance(unit, SqueezeExciteUnit) and unit.gate_activation != "sigmoid":
             raise Refused(f"the gate of {unit.path} is a {unit.gate_activation}, which training does not have")
