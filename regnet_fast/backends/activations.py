@@ -19,8 +19,8 @@ class Activation(NamedTuple):
 
     Attributes: `function` of a tensor, and `in_place` for the same in the tensor's own memory; `post_op`, oneDNN's name
     for it with scalars and algorithm; `code`, its number in csrc/ and kernels/, or None where these do not have it;
-    `trains`, whether the passes of training have it; `from_output`, whether its derivative is known from its result; `twice`, the same function where torch cannot
-    differentiate `function` twice.
+    `trains`, whether the passes of training have it; `from_output`, whether its derivative is known from its result;
+    `twice`, the same function where torch cannot differentiate `function` twice.
     """
 
     function: Callable[[Tensor], Tensor]
