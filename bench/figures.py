@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.ticker import Locator
 
 INK, MUTED, RULE, PAPER = "#24292f", "#6a737d", "#d5dae0", "#ffffff"
-"""The colours that a page with another background replaces in the SVG."""
 
 _CLASSES = {  # colours that stay apart for colour-blind readers (Okabe and Ito), and a marker each
     "eager": ("fastest eager", "#e69f00", "s"),

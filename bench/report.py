@@ -1,4 +1,4 @@
-"""The reports of all results: a page per machine, the losses, the tables in README and docs, figures and an HTML page.
+"""The reports of all results: a page per machine, the losses, the tables in README and docs, and figures.
 
 The same JSON gives the same bytes.
 """
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from urllib.parse import quote
 
-from . import figures, page, record, tables
+from . import figures, record, tables
 from .markdown import Block, Code, Figure, Heading, ReportError, fill, render
 from .tables import KINDS, REFERENCES, Results, Run, groups, timed
 
@@ -47,7 +47,7 @@ def load_results(folder: Path) -> Results:
 def write(folder: Path, check: bool = False) -> list[Path]:
     """Bring every report up to date, and return the files that were not; with `check`, only return them.
 
-    In the folder: report.md and figures/ for each machine, losses.md and index.html. In a repository that holds it as
+    In the folder: report.md and figures/ for each machine, and losses.md. In a repository that holds it as
     bench/results: also what stands between `<!-- bench:... -->` markers in its Markdown files, at the top and in docs/.
     `check` looks at Markdown alone, since figures differ between versions of matplotlib. Without matplotlib the figures
     stay as they are, and a line on standard error says so.
@@ -66,15 +66,15 @@ def write(folder: Path, check: bool = False) -> list[Path]:
         except ImportError as error:
             print(f"{error}; the figures stay as they are", file=sys.stderr)
 
-    documents = {machine: machine_report(runs, figures.in_order(drawn[machine])) for machine, runs in results.items()}
-    files = {folder / machine / "report.md": render(blocks) for machine, blocks in documents.items()}
+    files = {
+        folder / machine / "report.md": render(machine_report(runs, figures.in_order(drawn[machine])))
+        for machine, runs in results.items()
+    }
     files[folder / "losses.md"] = render(losses_report(results))
     files |= _filled(folder, results)
     if not check:
         for machine, found in drawn.items():
             files |= {folder / machine / "figures" / name: svg for name, svg in found.items()}
-        whole = [Heading(1, "regnet_fast, measured"), *summary(results), _NOTES]
-        files[folder / "index.html"] = page.html(whole, documents, losses_report(results), drawn)
 
     stale = [path for path, text in files.items() if not path.is_file() or path.read_bytes() != text.encode()]
     if not check:

@@ -6,17 +6,15 @@ import math
 import re
 import sys
 import warnings
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from bench import figures, markdown, page, record, report, tables
+from bench import figures, record, report, tables
 from bench.record import RecordError
 
 CPU, GPU = "cpu-test-2-threads", "test-gpu"
 HOSTILE = "a | b <i onclick=alert(1)>\n\n<!-- /bench:models -->\n# `c` $d$ [e](javascript:f) \\| &amp;"
-VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
 def variant(ms, batch=1, **more):
@@ -404,7 +402,7 @@ def test_check_finds_what_is_stale_and_writes_nothing(results):
     expected = [readme, results / CPU / "report.md", results / "losses.md", results / GPU / "report.md"]
     assert set(report.write(results, check=True)) == set(expected)
     assert "old" in readme.read_text() and not (results / "losses.md").exists()
-    assert set(report.write(results)) == {*expected, results / "index.html"}
+    assert set(report.write(results)) == set(expected)
     assert report.write(results, check=True) == report.write(results) == []
     (results / "losses.md").write_text("None!\n")
     assert report.write(results, check=True) == [results / "losses.md"]
@@ -464,44 +462,6 @@ def test_no_folder(tmp_path):
 # Text that would break out
 
 
-class Page(HTMLParser):
-    """Tags that are opened and closed, the texts outside scripts and styles, and where anything is fetched from."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.tags, self.texts, self.links, self.ids = [], set(), [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        self.links += [value for key, value in attributes if key in ("href", "src", "xlink:href")]
-        self.ids += [value for key, value in attributes if key == "id"]
-        assert not any(key.startswith("on") for key, _ in attributes)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
-
-    def handle_data(self, text):
-        if not self.open or self.open[-1] not in ("script", "style"):
-            self.texts.append(text)
-
-
-def parse_html(text):
-    parsed = Page()
-    parsed.feed(text)
-    parsed.close()
-    assert parsed.open == []
-    assert all(link.startswith("#") for link in parsed.links)
-    assert len(parsed.ids) == len(set(parsed.ids))
-    assert {link[1:] for link in parsed.links} <= set(parsed.ids)
-    return parsed
-
-
 def hostile_results():
     bad = case(HOSTILE, ours=20.0, dtype=HOSTILE, details={HOSTILE: HOSTILE, "auto": HOSTILE})
     bad["variants"] |= {HOSTILE: variant(5.0), f"{HOSTILE} failed": {"status": "failed", "reason": HOSTILE}}
@@ -526,19 +486,6 @@ def test_no_text_breaks_out_of_markdown(results):
         assert not re.search(r"(?<!\\)[`*]|(?<!\\)\[e", outside_code)
         assert text.count("\n<!-- /bench:models -->\n") == (path == readme)
     assert readme.read_text().endswith("<!-- /bench:models -->\n\nkept\n")
-
-
-def test_no_text_breaks_out_of_html(results):
-    plain = parse_html(page_text(results))
-    save(results, hostile_results())
-    parsed = parse_html(page_text(results))
-    assert parsed.tags <= plain.tags
-    assert any(HOSTILE in text for text in parsed.texts)
-
-
-def page_text(results):
-    report.write(results)
-    return (results / "index.html").read_text()
 
 
 # Figures
@@ -607,15 +554,6 @@ def test_figures_take_any_text(runs):
     for name, svg in figures.draw(hostile_results()[CPU]).items():
         assert "<i " not in svg and "<!--" not in svg, name
         assert "&lt;i onclick=alert(1)&gt;" in svg and "$d$" in svg
-
-
-def test_the_page_holds_the_figures_with_names_of_their_own(runs):
-    drawn = {machine: figures.draw(found) for machine, found in runs.items()}
-    documents = {m: report.machine_report(found, figures.in_order(drawn[m])) for m, found in runs.items()}
-    text = page.html([markdown.Heading(1, "title")], documents, [markdown.Heading(1, "Losses")], drawn)
-    parse_html(text)
-    assert text.count("<svg") == sum(map(len, drawn.values()))
-    assert figures.INK not in text.partition("<body>")[2] and "currentColor" in text
 
 
 def test_figures_are_written_shown_and_removed(tmp_path, runs):
