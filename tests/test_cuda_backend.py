@@ -106,8 +106,8 @@ def convolved(x, weight, bias, problem, dtype):
     [
         {},
         {"stride": (2, 2), "activation": "silu", "dtype": torch.float16},
-        {"groups": 1, "input_shape": (1, 24, 5, 6), "out_channels": 24, "activation": "none"},
-        {"groups": 1, "input_shape": (1, 88, 5, 6), "out_channels": 88},
+        {"input_shape": (1, 48, 5, 6), "activation": "none"},
+        {"input_shape": (1, 176, 5, 6), "out_channels": 176},
         {"groups": 40, "input_shape": (2, 40, 6, 9), "out_channels": 40, "activation": "silu"},
         {"groups": 8, "input_shape": (1, 8, 7, 4), "out_channels": 8, "stride": (2, 2), "dtype": torch.float16},
     ],

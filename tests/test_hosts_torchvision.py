@@ -208,7 +208,7 @@ def test_a_changed_layer_is_noticed():
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         ours(x)
-        ours.trunk_output.block1[0].f.a[2] = nn.Hardswish()
-        with pytest.warns(FallbackWarning, match=r"f\.a\.2 is Hardswish"):
+        ours.trunk_output.block1[0].f.a[2] = nn.Mish()
+        with pytest.warns(FallbackWarning, match=r"f\.a\.2 is Mish"):
             found = ours(x)
         close(found, regnet_fast.restore(ours)(x))

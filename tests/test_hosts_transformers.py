@@ -214,7 +214,7 @@ def test_a_layer_of_ones_own_is_left_as_it_is():
         (lambda layer: layer.layer.append(nn.Identity()), "layer has 5 parts, not 4"),
         (lambda layer: layer.layer.__setitem__(2, nn.Identity()), "layer.2 is Identity, not RegNetSELayer"),
         (lambda layer: layer.layer[2].attention.__setitem__(3, nn.Mish()), "the gate of layer.2 is Mish"),
-        (lambda layer: layer.layer[2].attention.__setitem__(1, nn.GELU()), "layer.2.attention.1 is GELU"),
+        (lambda layer: layer.layer[2].attention.__setitem__(1, nn.Mish()), "layer.2.attention.1 is Mish"),
         (lambda layer: setattr(layer, "shortcut", nn.Sequential(layer.shortcut)), "shortcut is Sequential"),
         (lambda layer: setattr(layer.layer[3], "activation", nn.ReLU()), "an activation of its own"),
         (lambda layer: setattr(layer.layer[1].convolution, "padding_mode", "reflect"), "in mode 'reflect'"),

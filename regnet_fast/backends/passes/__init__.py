@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import BackendError, forced_backend, forced_backends, library
+from .. import BACKENDS, BackendError, forced_backend, forced_backends, library
 from . import compiled
 from .compiled import CompiledPasses
 from .cuda import CudaConvs
@@ -43,7 +43,7 @@ def passes_for(x: Tensor) -> Passes:
     return _forced(name, "cuda" in names[: names.index(name)])
 
 
-@cache
+@lru_cache(maxsize=len(BACKENDS) * 2)
 def _forced(name: str, behind_cuda: bool) -> Passes:
     if name != "triton":
         return CudaConvs() if behind_cuda else TORCH
