@@ -8,7 +8,7 @@ from helpers import assert_close_to_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regnet_fast.backends import reference
+from regnet_fast.backends import Geometry, reference
 from regnet_fast.kernels import depthwise_conv, implicit_gemm, pointwise_conv, pointwise_pair
 from regnet_fast.kernels.pointwise_conv import Shape, config_supports
 
@@ -23,12 +23,12 @@ def nhwc(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def judge(y, x, weight, bias, gate, residual, stride, padding, dilation, groups, activation):
     """Our result against float64 and against plain torch in float32, rounded."""
-    geometry = (stride, padding, dilation, groups, activation)
+    geometry = Geometry(stride, padding, dilation, groups)
     gated = x if gate is None else (x.float() * gate.float()[:, :, None, None]).to(x.dtype)
 
     def compute(dtype):
         operands = [None if t is None else t.to(dtype) for t in (gated, weight, bias)]
-        return reference.conv(*operands, None, None if residual is None else residual.to(dtype), *geometry)
+        return reference.conv(*operands, None, None if residual is None else residual.to(dtype), geometry, activation)
 
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_close_to_reference(y, compute(torch.float32).to(y.dtype), compute(torch.float64), "kernel", groups)
