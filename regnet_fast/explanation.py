@@ -146,7 +146,7 @@ def _host_modules(model: nn.Module, train: bool) -> list[tuple[str, nn.Module, s
                 found.append((path, module, f"{module.host.__name__} has no fused form in training mode"))
         elif id(module) in kept:
             found.append((path, module, kept[id(module)] or "not rebuilt yet: call regnet_fast.rebuild(model)"))
-        elif not any(True for _ in module.children()):
+        elif module._parameters or not module._modules:  # a norm may have its activation for a child
             if not isinstance(module, _SILENT):
                 found.append((path, module, f"{type(module).__name__} is no part of a fused block"))
         else:

@@ -222,3 +222,10 @@ def test_a_mode_is_restored_where_the_step_fails():
         regnet_fast.explain(model, (1, 3, 32, 32), train=True)
     assert not any(module.training for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_norm_with_its_activation_is_one_row():
+    model = regnet_fast.create_model("resnetv2_18", pretrained=False).eval()
+    (row,) = (row for row in regnet_fast.explain(model, (1, 3, 64, 64)) if row.layer.startswith("norm"))
+    assert (row.layer, row.operation, row.label) == ("norm", "host", "BatchNormAct2d")
+    assert [kernel.name for kernel in row.launches][-1] == "relu" and len(row.launches) == 2
