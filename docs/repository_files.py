@@ -38,8 +38,6 @@ def on_page_markdown(markdown, page, config, files):
 
     def linked(found: re.Match) -> str:
         target = posixpath.normpath(posixpath.join(folder, found[1]))
-        if (ROOT / target).is_dir():
-            target += "/index.html"
         place = posixpath.relpath(target.removeprefix("docs/"), posixpath.dirname(here) or ".")
         return place + (found[2] or "")
 
