@@ -9,8 +9,8 @@ SOAK ?= 50
 
 # The oldest versions that pyproject.toml admits, and the tests that must hold on them.
 OLDEST_PINS := "torch===2.11.0" "torchvision==0.26.0" "timm==1.0.31" "numpy<2.4"
-OLDEST_TESTS := tests/test_ops*.py tests/test_backends.py tests/test_blocks*.py tests/test_freeze.py \
-	tests/test_graphs.py tests/test_compile.py tests/test_weights.py tests/test_training_ops.py tests/test_train.py
+OLDEST_TESTS := tests/ops tests/backends/test_backends.py tests/blocks/test_blocks*.py tests/blocks/test_freeze.py \
+	tests/blocks/test_compile.py tests/test_graphs.py tests/weights/test_weights.py tests/training/test_train.py
 # The versions of the tests' own tools; torch, timm and what they bring are the newest or the oldest.
 TOOLS := -c tests/constraints.txt
 # Too large for two workers to share the memory.
@@ -93,10 +93,10 @@ soak: $(VENV)/installed
 
 kernels: $(VENV)/installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS) tests/kernels
-	$(VENV)/bin/python -m bench.compilation
+	$(VENV)/bin/python -m bench.compile.kernels
 	$(VENV)/bin/python -m pytest -q -n $(WORKERS) tests/simulator
-	$(VENV)/bin/python -m pytest -q -m slow tests/test_cuda_build.py tests/test_cuda_compilation.py
-	if command -v nvcc; then $(VENV)/bin/python -m bench.cuda_compilation; fi
+	$(VENV)/bin/python -m pytest -q -m slow tests/backends/test_cuda_build.py tests/bench/test_cuda_compilation.py
+	if command -v nvcc; then $(VENV)/bin/python -m bench.compile.csrc; fi
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m bench cpu

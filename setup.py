@@ -74,7 +74,7 @@ def compiler() -> str:
 
 def sources_digest() -> str:
     """The digest by which the package knows that its sources are those that were compiled."""
-    return runpy.run_path(str(ROOT / "regnet_fast" / "backends" / "cuda_sources.py"))["digest"]()
+    return runpy.run_path(str(ROOT / "regnet_fast" / "backends" / "cuda" / "sources.py"))["digest"]()
 
 
 class BuildCuda(build_ext):

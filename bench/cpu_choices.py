@@ -33,8 +33,8 @@ from regnet_fast.backends.passes.sums import _beside, sums_of_norm
 from regnet_fast.backends.passes.torch import normaliser
 from regnet_fast.backends.winograd import faster
 from regnet_fast.blocks import chain
+from regnet_fast.inspect.verify import host_model, randomize_norms
 from regnet_fast.ops.convolution import pixel_means
-from regnet_fast.verify import host_model, randomize_norms
 
 
 def interleaved(calls: dict[str, Callable], rounds: int = 11, warmups: int = 3) -> dict[str, float]:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from regnet_fast.backends import forced_backend, select
-from regnet_fast.compare import edges, find_fault
-from regnet_fast.observer import observing
-from regnet_fast.timing import (
+from regnet_fast.inspect.compare import edges, find_fault
+from regnet_fast.inspect.timing import (
     Announce,
     Timed,
     describe,
@@ -24,6 +23,7 @@ from regnet_fast.timing import (
     synchronize,
     tuned_cudnn,
 )
+from regnet_fast.observer import observing
 
 from . import peers, record, spread, subjects
 from .cases import Case
@@ -33,7 +33,7 @@ from .subjects import Subject
 
 
 class WrongResult(Exception):
-    """A result of ours misses the rule of `regnet_fast.verify`; the message says where and by how much."""
+    """A result of ours misses the rule of `regnet_fast.inspect.verify`; the message says where and by how much."""
 
 
 class NothingFused(Exception):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import regnet_fast
-from regnet_fast.timing import Timed
+from regnet_fast.inspect.timing import Timed
 
 from .cases import KINDS
 from .subjects import Subject

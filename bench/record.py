@@ -29,7 +29,7 @@ class RecordError(ValueError):
 
 def conditions(device: str) -> dict[str, Any]:
     """The machine, the versions and the commit that a result belongs to."""
-    from regnet_fast import info
+    from regnet_fast.inspect import info
 
     facts = info.conditions(device)
     on_gpu = device.startswith("cuda")

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from regnet_fast.timing import quartiles
+from regnet_fast.inspect.timing import quartiles
 
 from .peers import OURS
 

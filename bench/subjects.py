@@ -15,9 +15,9 @@ from torch.nn import functional as F
 import regnet_fast
 from regnet_fast import functional
 from regnet_fast.backends import Problem
+from regnet_fast.inspect.timing import Announce
+from regnet_fast.inspect.verify import DTYPES, host_model, input_size, randomize_norms, rebuilt
 from regnet_fast.ops.squeeze_excite import PackedSqueezeExcite
-from regnet_fast.timing import Announce
-from regnet_fast.verify import DTYPES, host_model, input_size, randomize_norms, rebuilt
 
 from .cases import Case
 

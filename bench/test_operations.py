@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import cases, measure, peers, subjects
-from regnet_fast.timing import silent, synchronize
+from regnet_fast.inspect.timing import silent, synchronize
 
 DEVICE = os.environ.get("REGNET_FAST_TEST_DEVICE", "cpu")
 OPERATIONS = (

@@ -23,13 +23,13 @@ _HOME = {
     "freeze": "models",
     "graphed": "graphs",
     "ungraphed": "graphs",
-    "explain": "explanation",
+    "explain": "inspect.explanation",
     "backend": "backends",
     "BackendError": "backends",
     "FallbackWarning": "blocks.fused",
     "CheckpointError": "weights",
-    "convert": "layouts",
-    "convert_checkpoint": "conversion",
+    "convert": "weights.layouts",
+    "convert_checkpoint": "weights.conversion",
 }
 _MODULES = ("backends", "blocks", "export", "functional", "hosts", "models", "ops", "weights")
 _OPTIONAL = ("transformers",)  # what needs an extra, and is left out where everything is imported

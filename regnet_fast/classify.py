@@ -13,8 +13,8 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
+from .inspect.verify import unknown_model_errors
 from .models import create_model
-from .verify import unknown_model_errors
 from .weights import load_checkpoint
 
 HUB_TIMEOUT = 4.0

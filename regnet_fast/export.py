@@ -21,9 +21,9 @@ from timm.layers import StdConv2d
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import verify
 from .blocks.units import ConvUnit
-from .judging import Check, judge
+from .inspect import verify
+from .inspect.judging import Check, judge
 from .models import restore
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

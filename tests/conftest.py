@@ -44,7 +44,8 @@ def pytest_collection_modifyitems(items):
 
 def _seed_of(item) -> int:
     given = item.config.getoption("--seed")
-    return zlib.crc32(item.nodeid.encode()) if given is None else given
+    name = f"tests/{item.nodeid.rpartition('/')[2]}"  # whichever folder it lies in
+    return zlib.crc32(name.encode()) if given is None else given
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -3,7 +3,7 @@
 `randomize_bn(model)` gives every norm random statistics and parameters. A fresh timm model has its last norms zeroed,
 which hides half of every block; no numerical test may run without this.
 
-`assert_close_to_reference(ours, eager, reference64, what)` asserts the rule of `regnet_fast.judging`.
+`assert_close_to_reference(ours, eager, reference64, what)` asserts the rule of `regnet_fast.inspect.judging`.
 `compare(theirs, x, what)` does so for each stage of a model.
 """
 
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 import regnet_fast
 from regnet_fast.blocks.fused import FallbackWarning
-from regnet_fast.judging import judge
+from regnet_fast.inspect.judging import judge
+from regnet_fast.inspect.verify import randomize_norms
 from regnet_fast.observer import observing
-from regnet_fast.verify import randomize_norms
 
 
 def randomize_bn(model: nn.Module, seed: int = 0, example: Tensor | None = None) -> nn.Module:
-    """`regnet_fast.verify.randomize_norms`, with statistics of noise for a timm model that is given no example."""
+    """`inspect.verify.randomize_norms`, with statistics of noise for a timm model that is given no example."""
     if example is None and hasattr(model, "pretrained_cfg"):
         first = next(parameter for parameter in model.parameters() if parameter.ndim == 4)
         example = (4, first.shape[1], 128, 128)
@@ -59,7 +59,7 @@ def assert_close_to_reference(
     what: str,
     groups: int | None = None,
 ) -> None:
-    """Assert that `ours` is the same function as `eager`, by `regnet_fast.judging.judge`.
+    """Assert that `ours` is the same function as `eager`, by `regnet_fast.inspect.judging.judge`.
 
     A failure prints every bound that is missed, and for the first of them the worst coordinate with its group, values
     and neighbours.

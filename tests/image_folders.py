@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy
 from PIL import Image
 
-from regnet_fast import training_state
-from regnet_fast.checkpoints import read_content
-from regnet_fast.options import TrainOptions
+from regnet_fast.training import run_state
+from regnet_fast.training.options import TrainOptions
+from regnet_fast.weights.checkpoints import read_content
 
 MODEL = "regnetx_002"
 CLASSES = ("blue", "green", "red")
@@ -37,5 +37,5 @@ def options(data: Path, output: Path, **given) -> TrainOptions:
 
 def weights(result):
     """The tensors that a run has saved: its state_dict, and state_dict_ema where it keeps an average."""
-    state = read_content(result.output / training_state.LAST)
+    state = read_content(result.output / run_state.LAST)
     return {kind: state[kind] for kind in ("state_dict", "state_dict_ema") if kind in state}

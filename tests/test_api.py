@@ -137,7 +137,7 @@ def test_importing_touches_nothing():
         before = set(sys.modules)
         sys.addaudithook(audit)
         regnet_fast.create_model, regnet_fast.functional, regnet_fast.explain, regnet_fast.backends
-        import regnet_fast.compare, regnet_fast.verify, regnet_fast.info, regnet_fast.weights
+        import regnet_fast.inspect.compare, regnet_fast.inspect.verify, regnet_fast.inspect.info, regnet_fast.weights
         assert not torch.cuda.is_initialized()
         new = set(sys.modules) - before
         assert not [name for name in new if name.startswith(("cupy", "triton", "pybind11", "torch._inductor"))], new

@@ -20,9 +20,9 @@ from regnet_fast import functional
 from regnet_fast.backends.passes import parts
 from regnet_fast.blocks import chain
 from regnet_fast.classify import predict
+from regnet_fast.inspect.verify import randomize_norms, verify
 from regnet_fast.observer import observing
-from regnet_fast.validate import evaluate
-from regnet_fast.verify import randomize_norms, verify
+from regnet_fast.training.validate import evaluate
 
 DEFAULTS = {
     "float16": torch.float16,

@@ -8,7 +8,7 @@ import torch
 from helpers import assert_close_to_reference, randomize_bn
 from torch.nn import functional as F
 
-from regnet_fast.verify import is_norm
+from regnet_fast.inspect.verify import is_norm
 
 GROUPS = 4
 

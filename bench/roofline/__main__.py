@@ -19,12 +19,12 @@ from typing import Any
 import timm
 import torch
 
-from regnet_fast.counting import Kernel
 from regnet_fast.hosts.registry import candidates
-from regnet_fast.verify import check_name
+from regnet_fast.inspect.counting import Kernel
+from regnet_fast.inspect.verify import check_name
 
 from ..cases import DTYPES
-from ..tables import ABSENT, number
+from ..report.tables import ABSENT, number
 from .ceilings import measure_ceilings
 from .model import EXECUTIONS, Ceilings, count, kernels
 from .recording import record

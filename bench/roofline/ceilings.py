@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from regnet_fast.timing import Timed
+from regnet_fast.inspect.timing import Timed
 
 _COPIED_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # far more than any cache holds
 _PRODUCTS = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}

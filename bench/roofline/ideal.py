@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import compress
 
-from regnet_fast.counting import Kernel
+from regnet_fast.inspect.counting import Kernel
 
 from .recording import LIBRARY, REDUCTIONS, Op, Recording, Value
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from regnet_fast.counting import Kernel
+from regnet_fast.inspect.counting import Kernel
 
 from .ideal import ideal
 from .recording import LIBRARY, REDUCTIONS, Op, Recording, Value, record

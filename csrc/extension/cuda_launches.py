@@ -1,7 +1,7 @@
 """Which kernels of csrc/ models take: the launches of the default plans, in inference and in training.
 
-The extension module is built of these (instantiate.py), and bench/cuda_compilation.py compiles them to see what becomes
-of them. The standard library and `cuda_plans` are all that is imported: a build has no torch.
+The extension module is built of these (instantiate.py), and bench/compile/csrc.py compiles them to see what becomes
+of them. The standard library and `plans` are all that is imported: a build has no torch.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from regnet_fast.backends import cuda_plans
-from regnet_fast.backends.cuda_plans import PROCESSORS, DepthwiseConv, GroupedConv, Launch, Target
+from regnet_fast.backends.cuda import plans
+from regnet_fast.backends.cuda.plans import PROCESSORS, DepthwiseConv, GroupedConv, Launch, Target
 
 from . import shapes
 
@@ -42,7 +42,7 @@ def grouped_convs(models: Iterable[str] | None = None) -> list[Conv]:
         conv = Conv(facts["groups"], facts["in"] // facts["groups"], facts["hw"], facts["stride"], facts["activation"])
         geometry = {"kernel": (facts["kernel"],) * 2, "dilation": (facts["dilation"],) * 2}
         padding = (facts["kernel"] // 2 * facts["dilation"],) * 2
-        refused = cuda_plans.refuse(conv.problem(1, "bfloat16"), padding=padding, **geometry)
+        refused = plans.refuse(conv.problem(1, "bfloat16"), padding=padding, **geometry)
         if facts["in"] == facts["out"] and refused is None:
             found[conv] = None
     return list(found)
@@ -66,13 +66,11 @@ def of_convs(convs: Iterable[Conv], arch: int, dtypes: Sequence[str], batches: S
             for batch in batches:
                 problem = conv.problem(batch, dtype)
                 for parts in (True, False):
-                    yield cuda_plans.grouped_conv_forward(problem, conv.activation, parts, target)
-                raw = cuda_plans.grouped_conv_forward(problem, target=target, read=conv.activation, moments=True)
+                    yield plans.grouped_conv_forward(problem, conv.activation, parts, target)
+                raw = plans.grouped_conv_forward(problem, target=target, read=conv.activation, moments=True)
                 yield raw
-                yield cuda_plans.merged_moments(raw.grid[0], problem.channels)
-                yield from cuda_plans.grouped_conv_backward(
-                    problem, activation=conv.activation, target=target, **TRAINING
-                )
+                yield plans.merged_moments(raw.grid[0], problem.channels)
+                yield from plans.grouped_conv_backward(problem, activation=conv.activation, target=target, **TRAINING)
 
 
 def of_squeeze_excite(
@@ -84,7 +82,7 @@ def of_squeeze_excite(
             for batch in batches:
                 sizes = batch, 1, facts["in"], facts["out"]
                 with contextlib.suppress(ValueError):  # an odd number of channels, which no kernel takes
-                    yield cuda_plans.squeeze_excite(*sizes, dtype, facts["activation"], Target(arch, PROCESSORS[arch]))
+                    yield plans.squeeze_excite(*sizes, dtype, facts["activation"], Target(arch, PROCESSORS[arch]))
 
 
 def of_depthwise(dtypes: Sequence[str]) -> Iterator[Launch]:
@@ -95,8 +93,8 @@ def of_depthwise(dtypes: Sequence[str]) -> Iterator[Launch]:
                 problem = DepthwiseConv(1, 28, 28, channels, stride, dtype)
                 for activation in ACTIVATIONS:
                     for parts in (True, False):
-                        yield cuda_plans.depthwise_conv_forward(problem, activation, parts)
-                    yield from cuda_plans.depthwise_conv_backward(problem, activation=activation, **TRAINING)
+                        yield plans.depthwise_conv_forward(problem, activation, parts)
+                    yield from plans.depthwise_conv_backward(problem, activation=activation, **TRAINING)
 
 
 def of_models(

@@ -41,7 +41,7 @@ Kernels all_kernels() {{
 
 def launches_module() -> ModuleType:
     """csrc.extension.cuda_launches, with each package as a plain folder of modules: regnet_fast itself needs torch."""
-    for name in ("regnet_fast", "regnet_fast.backends", "csrc", "csrc.extension"):
+    for name in ("regnet_fast", "regnet_fast.backends", "regnet_fast.backends.cuda", "csrc", "csrc.extension"):
         package = sys.modules[name] = ModuleType(name)
         package.__path__ = [str(ROOT.joinpath(*name.split(".")))]
     return importlib.import_module("csrc.extension.cuda_launches")
@@ -53,7 +53,7 @@ def units(arches: list[int], models: list[str], batches: list[int]) -> dict[str,
     Raises ValueError for an unknown architecture or model, and for models without such convolutions.
     """
     launches = launches_module()
-    known, dtypes = launches.PROCESSORS, tuple(launches.cuda_plans.TYPES)
+    known, dtypes = launches.PROCESSORS, tuple(launches.plans.TYPES)
     if unknown := [arch for arch in arches if arch not in known]:
         raise ValueError(f"no architecture {unknown[0]}; choose from {', '.join(map(str, known))}")
     if not launches.grouped_convs(models):

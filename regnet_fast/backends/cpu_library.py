@@ -20,7 +20,7 @@ from ctypes import POINTER, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
 from . import store
-from .cuda_sources import FOLDER
+from .cuda.sources import FOLDER
 
 SOURCE = FOLDER / "cpu" / "passes.cpp"
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")

@@ -30,9 +30,9 @@ def compare(
     """Times of timm eager, torch.compile and regnet_fast. A wrong result is not timed: exit status 1."""
     cases: list[dict[str, Any]] = []
     with reported_errors(), progress(len(models) * len(batch) * len(dtype)) as announce:
-        from .. import compare as comparison
-        from .. import info
-        from ..verify import check_name
+        from ..inspect import compare as comparison
+        from ..inspect import info
+        from ..inspect.verify import check_name
 
         check_environment(device)
         computes = [compute_dtype(name) for name in dtype]

@@ -21,7 +21,7 @@ def convert(
 ) -> None:
     """The weights of a RegNetX or RegNetY in the layout of another library, unchanged to the last bit."""
     with reported_errors():
-        from ..conversion import convert_checkpoint
+        from ..weights.conversion import convert_checkpoint
 
         try:
             found = convert_checkpoint(source, destination, to)

@@ -24,7 +24,7 @@ def demo(
     """A photograph classified by timm and by regnet_fast: the classes, the difference and the times."""
     ok = True
     with reported_errors(), progress() as announce:
-        from .. import demo as demonstration
+        from ..inspect import demo as demonstration
 
         check_environment(device)
         announce.print(f"Model       {model}")

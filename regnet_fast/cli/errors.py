@@ -31,10 +31,10 @@ def reported_errors() -> Iterator[None]:
     from ..backends import BackendError
     from ..blocks.fused import FallbackWarning
     from ..classify import UnreadableImageError, WeightsUnavailableError
-    from ..demo import PhotographMissingError
+    from ..inspect.demo import PhotographMissingError
+    from ..inspect.tune import TuneError
+    from ..inspect.verify import UnknownModelError
     from ..kernels.tables import SmallerWarning, TableError, TableWarning
-    from ..tune import TuneError
-    from ..verify import UnknownModelError
     from ..weights import CheckpointError
 
     for library in ("huggingface_hub", "timm", "torch", "transformers"):
@@ -61,7 +61,7 @@ def reported_errors() -> Iterator[None]:
 
 def compute_dtype(name: str) -> Any:
     """The dtype of a name. Raises UsageError."""
-    from ..verify import DTYPES
+    from ..inspect.verify import DTYPES
 
     if name not in DTYPES:
         raise UsageError(f"unknown dtype {name!r}; choose one of {', '.join(DTYPES)}")

@@ -24,7 +24,7 @@ def explain(
 ) -> None:
     """What runs for each layer of a model, on which backend, and why not another."""
     with reported_errors(), progress() as announce:
-        from ..info import explain_model
+        from ..inspect.info import explain_model
 
         check_environment(device)
         compute = compute_dtype(dtype)

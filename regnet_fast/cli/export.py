@@ -27,7 +27,7 @@ def export(
     with reported_errors(), progress() as announce:
         from .. import export as exporting
         from ..classify import load
-        from ..verify import input_size
+        from ..inspect.verify import input_size
 
         try:
             exporting.check_request(file, opset or exporting.OPSET)

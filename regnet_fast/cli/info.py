@@ -11,7 +11,7 @@ from .terminal import line, print_json, show, table
 def info(as_json: JsonOption = False) -> None:
     """What is installed, which devices there are, and which backend serves which dtype."""
     with reported_errors():
-        from ..info import collect
+        from ..inspect.info import collect
 
         check_environment()
         facts = collect()

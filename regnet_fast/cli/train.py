@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..options import OptionError, TrainOptions, ValidateOptions
+from ..training.options import OptionError, TrainOptions, ValidateOptions
 from .app import JsonOption, app
 from .errors import FAILED, UNREADABLE, UsageError, check_environment, complain, reported_errors
 from .terminal import line, print_json, progress
@@ -51,7 +51,7 @@ def _command(options: type) -> Callable[[Callable[..., None]], Callable[..., Non
 @contextmanager
 def _errors() -> Iterator[None]:
     """What `reported_errors` does, for the errors and the log of these commands as well."""
-    from ..datasets import DatasetError
+    from ..training.datasets import DatasetError
 
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("regnet-fast: %(message)s"))
@@ -73,8 +73,8 @@ def _errors() -> Iterator[None]:
 def train(options: TrainOptions, as_json: bool) -> None:
     """Train a model on a folder of images or a dataset; under torchrun in several processes."""
     with _errors(), progress() as announce:
-        from .. import train as training
-        from ..recipe import is_primary
+        from ..training import train as training
+        from ..training.recipe import is_primary
 
         check_environment()
         primary = is_primary()
@@ -110,7 +110,7 @@ def _epoch_line(epoch: Any) -> str:
 def validate(options: ValidateOptions, as_json: bool) -> None:
     """Top-1, top-5 and loss of a model on a folder of images or a dataset."""
     with _errors(), progress() as announce:
-        from .. import validate as validation
+        from ..training import validate as validation
 
         check_environment()
         found = validation.validate(options, announce)

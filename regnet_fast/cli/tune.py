@@ -29,9 +29,9 @@ def tune(
     """The fastest configurations of the Triton kernels for a model, into a table. Goes on where it was interrupted."""
     found, left = [], 0
     with reported_errors(), progress() as announce:
-        from .. import tune as tuning
+        from ..inspect import tune as tuning
+        from ..inspect.verify import check_name
         from ..kernels import tables
-        from ..verify import check_name
 
         tuning.check_device(device)
         check_environment(device)

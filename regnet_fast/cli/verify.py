@@ -27,8 +27,8 @@ def verify(
     """A model's numbers against timm eager and float64, stage by stage. Exit status 1 where they miss the rule."""
     found = []
     with reported_errors(), progress(len(dtype)) as announce:
-        from .. import verification_report as report
-        from .. import verify as verification
+        from ..inspect import verification_report as report
+        from ..inspect import verify as verification
 
         check_environment(device)
         try:

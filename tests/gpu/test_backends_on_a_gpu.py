@@ -8,8 +8,9 @@ import os
 import pytest
 import torch
 
-from regnet_fast import backends, explain, info, tune
-from regnet_fast.verify import DTYPES, verify
+from regnet_fast import backends, explain
+from regnet_fast.inspect import info, tune
+from regnet_fast.inspect.verify import DTYPES, verify
 
 pytestmark = pytest.mark.gpu
 DEVICE = os.environ.get("REGNET_FAST_TEST_DEVICE", "cuda")

@@ -5,7 +5,8 @@ import torch
 from helpers import assert_close_to_reference
 from test_cuda_training import GRADIENTS, Conv, check_forward, check_gradients, check_step, network
 
-from regnet_fast.backends import ConvProblem, Geometry, cuda, cuda_extension, cuda_launch, cuda_nvrtc
+from regnet_fast.backends import ConvProblem, Geometry, cuda
+from regnet_fast.backends.cuda import extension, launcher, nvrtc
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16)
@@ -16,10 +17,10 @@ SHAPES = [(1, 7, 9, 3, 8), (3, 14, 14, 5, 24), (2, 15, 9, 2, 64), (1, 13, 13, 1,
 def way(request, monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("these launches take a GPU")
-    reason = cuda_launch.ways(cuda_launch.architecture("cuda:0"))[request.param]
+    reason = launcher.ways(launcher.architecture("cuda:0"))[request.param]
     if reason:
         pytest.skip(reason)
-    other = {"extension": cuda_nvrtc, "NVRTC": cuda_extension}[request.param]
+    other = {"extension": nvrtc, "NVRTC": extension}[request.param]
     monkeypatch.setattr(other, "refuse", lambda arch=None: "not in this test")
     return request.param
 
@@ -85,10 +86,10 @@ def test_training(way, facts):
 
     def hear(launch, device):
         launched.append(launch.source)
-        return cuda_launch.Kernel(launch, device)  # not one that the other way has loaded
+        return launcher.Kernel(launch, device)  # not one that the other way has loaded
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_launch, "kernel", hear)
+        patch.setattr(launcher, "kernel", hear)
         check_gradients(conv)
         check_forward(conv)
     if not launched:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import regnet_fast
-from regnet_fast.verify import host_model, randomize_norms, rebuilt
+from regnet_fast.inspect.verify import host_model, randomize_norms, rebuilt
 
 MODELS = ("regnetx_002", "regnety_002", "regnetz_005", "regnetv_040", "repvgg_a0", "resnetv2_18")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]

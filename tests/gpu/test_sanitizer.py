@@ -10,8 +10,8 @@ import pytest
 import torch
 from gpu import small_launches
 
-from regnet_fast.backends import cuda_launch
-from regnet_fast.backends.cuda_plans import Target
+from regnet_fast.backends.cuda import launcher
+from regnet_fast.backends.cuda.plans import Target
 
 PROGRAM = Path(small_launches.__file__)
 ROOT = PROGRAM.parents[2]
@@ -24,7 +24,7 @@ def test_no_hazard(tool):
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    ways = cuda_launch.ways(cuda_launch.architecture("cuda:0"))
+    ways = launcher.ways(launcher.architecture("cuda:0"))
     if all(ways.values()):
         pytest.skip("; ".join(ways.values()))
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, PROGRAM]
@@ -42,6 +42,6 @@ def test_every_source_is_launched():
             if name in ("y", "parts", "moments", "mean", "var", "gate", "dx", "sums", "dweight") and tensor is not None:
                 tensor.fill_(1)
 
-    with cuda_launch.standing_in(run, Target(90, 3)), torch.inference_mode():
+    with launcher.standing_in(run, Target(90, 3)), torch.inference_mode():
         small_launches.launch_all("cpu")
     assert launched == {path.name for path in (ROOT / "csrc").glob("*.cu")}

@@ -9,10 +9,11 @@ from timm.models.resnetv2 import PreActBottleneck
 from torch import nn
 
 import regnet_fast
-from bench import block_figure, modelled
+from bench.report import block_figure
+from bench.roofline import modelled
 from regnet_fast.backends import backend
-from regnet_fast.counting import launch_bytes
-from regnet_fast.explanation import Row
+from regnet_fast.inspect.counting import launch_bytes
+from regnet_fast.inspect.explanation import Row
 from regnet_fast.observer import observing
 
 pytestmark = pytest.mark.usefixtures("unchecked_integers")
@@ -142,7 +143,7 @@ def test_bytes_grow_evenly_with_the_batch():
 )
 def test_the_table_of_the_documentation(name):
     line = modelled.table({name: modelled.modelled(name, 256, 224)}).splitlines()[-1]
-    assert line in modelled.DOCUMENT.read_text(), "out of date: run python -m bench.modelled --write"
+    assert line in modelled.DOCUMENT.read_text(), "out of date: run python -m bench.roofline.modelled --write"
 
 
 def test_the_table_has_every_model_and_a_place():

@@ -12,7 +12,8 @@ from timm.models import byobnet, regnet, resnetv2
 from torch import nn
 
 import regnet_fast
-from regnet_fast.backends import BackendError, backend, cuda_launch
+from regnet_fast.backends import BackendError, backend
+from regnet_fast.backends.cuda import launcher
 from regnet_fast.backends.passes import TORCH, passes_for
 from regnet_fast.backends.passes.torch import Passes
 from regnet_fast.backends.passes.triton import TritonPasses
@@ -120,7 +121,7 @@ def test_with_grouped_convolutions_of_csrc():
         heard.append(launch.source)
         simulate(launch, tensors)
 
-    with cuda_launch.standing_in(hear, TARGET):
+    with launcher.standing_in(hear, TARGET):
         check(NETWORKS["regnet_y"](), torch.bfloat16, torch.randn(4, 3, 32, 32), "cuda,triton")
     assert heard.count("grouped_conv_backward.cu") == 5  # of six, the first is of one group
 

@@ -10,14 +10,14 @@ import torch
 from typer.testing import CliRunner
 
 import regnet_fast
-from regnet_fast import tune
 from regnet_fast.backends import backend
 from regnet_fast.blocks.fused import Fused
 from regnet_fast.cli import app
+from regnet_fast.inspect import tune
+from regnet_fast.inspect.verify import randomize_norms
 from regnet_fast.kernels import implicit_gemm, pointwise_conv, pointwise_pair, squeeze_excite, tables
 from regnet_fast.kernels.tables import TableError
 from regnet_fast.observer import observing
-from regnet_fast.verify import randomize_norms
 
 pytestmark = pytest.mark.usefixtures("unchecked_integers")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from regnet_fast.backends.cuda_plans import Launch
+from regnet_fast.backends.cuda.plans import Launch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

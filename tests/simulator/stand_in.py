@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from regnet_fast.backends import cuda_launch
-from regnet_fast.backends.cuda_plans import Launch, Target
+from regnet_fast.backends.cuda import launcher
+from regnet_fast.backends.cuda.plans import Launch, Target
 
 from . import machine
 
@@ -38,4 +38,4 @@ def simulate(launch: Launch, tensors: dict[str, Tensor | None]) -> None:
 
 def simulated(target: Target = TARGET) -> AbstractContextManager:
     """Every launch runs in the simulator, planned for a machine that stands for every device."""
-    return cuda_launch.standing_in(simulate, target)
+    return launcher.standing_in(simulate, target)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close_to_reference
 
-from regnet_fast.backends import cuda_plans
-from regnet_fast.backends.cuda_plans import GroupedConv, Target, grouped_forward
+from regnet_fast.backends.cuda import plans
+from regnet_fast.backends.cuda.plans import GroupedConv, Target, grouped_forward
 from simulator.machine import ORDERS, SimulationError, flattened, run
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,7 +39,7 @@ class Forward:
     def run(self, order="ascending", text=None, target=Target(arch=90, processors=3), config=None):  # noqa: B008
         p = self.problem
         training = {"read": self.read, "moments": True} if self.read or self.has_moments else {}
-        launch = cuda_plans.grouped_conv_forward(p, self.activation, self.has_parts, target, config, **training)
+        launch = plans.grouped_conv_forward(p, self.activation, self.has_parts, target, config, **training)
         y = nhwc(p.images, p.channels, *p.out_size, dtype=self.x.dtype).fill_(torch.nan)
         outputs = {"y": y, "parts": None, "moments": None}
         outputs |= {name: torch.full(shape, torch.nan) for name, shape in launch.buffers.items()}
@@ -69,7 +69,7 @@ class Forward:
     @staticmethod
     def check_moments(y, moments):
         """Merged by their own kernel they are the statistics of the rounded results."""
-        launch = cuda_plans.merged_moments(len(moments), moments.shape[2])
+        launch = plans.merged_moments(len(moments), moments.shape[2])
         merged = {name: torch.full(shape, torch.nan) for name, shape in launch.buffers.items()}
         run(launch, {"moments": moments}, merged, "random")
         var, mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
@@ -216,7 +216,7 @@ def test_seeded_bugs_are_seen(bug):
 
 def test_refusals():
     good = GroupedConv(2, 9, 9, 2, 24, 1, "bfloat16")
-    assert cuda_plans.refuse(good) is None
+    assert plans.refuse(good) is None
     for changes, words in (
         ({"width": 12}, "multiples of 8"),
         ({"width": 272}, "from 8 to 264"),
@@ -227,12 +227,12 @@ def test_refusals():
         ({"images": 2**26}, "too many pixels"),
     ):
         bad = dataclasses.replace(good, **changes)
-        assert words in cuda_plans.refuse(bad)
+        assert words in plans.refuse(bad)
         with pytest.raises(ValueError, match=words):
-            cuda_plans.grouped_conv_forward(bad)
-    assert "dilation" in cuda_plans.refuse(good, dilation=(2, 2))
-    assert "padding" in cuda_plans.refuse(good, padding=(0, 0))
-    assert "8.0" in cuda_plans.refuse(good, arch=75)
+            plans.grouped_conv_forward(bad)
+    assert "dilation" in plans.refuse(good, dilation=(2, 2))
+    assert "padding" in plans.refuse(good, padding=(0, 0))
+    assert "8.0" in plans.refuse(good, arch=75)
 
 
 @pytest.mark.parametrize("width", [8, 24, 40, 72])
@@ -241,13 +241,13 @@ def test_some_configurations(width):
     configs = [c for c in grouped_forward._configs(width, 3) if c.warps_m * c.warps_n <= 12]
     for config in random.sample(configs, 5):
         problem = GroupedConv(2, 11, 19, 3 if width < 72 else 1, width, random.choice((1, 2)), "bfloat16")
-        if config.shared_bytes(width, problem.stride) <= cuda_plans.SHARED_BYTES[90]:
+        if config.shared_bytes(width, problem.stride) <= plans.SHARED_BYTES[90]:
             Forward(problem, "relu", parts=True).check("random", config=config)
 
 
 def test_shared_memory_is_what_the_kernel_takes():
     for width in (24, 112):
-        launch = cuda_plans.grouped_conv_forward(GroupedConv(1, 9, 9, 1, width, 1, "bfloat16"), parts=True)
+        launch = plans.grouped_conv_forward(GroupedConv(1, 9, 9, 1, width, 1, "bfloat16"), parts=True)
         less = dataclasses.replace(launch, shared=launch.shared - 4)
         one = Forward(GroupedConv(1, 9, 9, 1, width, 1, "bfloat16"), parts=True)
         outputs = {"y": torch.zeros_like(one.x), "parts": torch.zeros(launch.buffers["parts"])}
@@ -258,18 +258,18 @@ def test_shared_memory_is_what_the_kernel_takes():
 
 def test_every_problem_has_a_plan():
     """For every machine, width and stride, few pixels and many: within shared memory, with at most 384 threads."""
-    for arch, shared in cuda_plans.SHARED_BYTES.items():
+    for arch, shared in plans.SHARED_BYTES.items():
         for width in (8, 24, 56, 64, 72, 120, 232, 264):
             for stride, batch in ((1, 1), (2, 256)):
                 problem = GroupedConv(batch, 28, 28, 6, width, stride, "float16")
-                target = Target(arch, cuda_plans.PROCESSORS[arch])
+                target = Target(arch, plans.PROCESSORS[arch])
                 training = {"affine": 2, "norm": True, "sums": True, "target": target}
-                launches = [cuda_plans.grouped_conv_forward(problem, parts=True, target=target)]
-                launches.append(cuda_plans.grouped_conv_forward(problem, target=target, read="relu", moments=True))
-                launches += cuda_plans.grouped_conv_backward(problem, **training)
+                launches = [plans.grouped_conv_forward(problem, parts=True, target=target)]
+                launches.append(plans.grouped_conv_forward(problem, target=target, read="relu", moments=True))
+                launches += plans.grouped_conv_backward(problem, **training)
                 assert all(launch.shared <= shared and launch.threads <= 384 for launch in launches)
     with pytest.raises(ValueError, match="600000 groups: more than a grid takes"):
-        cuda_plans.grouped_conv_forward(GroupedConv(1, 1, 1, 600000, 24, 1, "float16"))
+        plans.grouped_conv_forward(GroupedConv(1, 1, 1, 600000, 24, 1, "float16"))
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close_to_reference
 
-from regnet_fast.backends import cuda_plans
-from regnet_fast.backends.cuda_plans import GroupedConv, Target, grouped_backward
+from regnet_fast.backends.cuda import plans
+from regnet_fast.backends.cuda.plans import GroupedConv, Target, grouped_backward
 from simulator.machine import ORDERS, SimulationError, flattened, run
 from simulator.test_grouped_conv import ACTIVATIONS, DTYPES, nhwc
 
@@ -30,7 +30,7 @@ class Backward:
 
     def run(self, order="ascending", text=None, target=TARGET, **options):
         p = self.problem
-        launches = cuda_plans.grouped_conv_backward(
+        launches = plans.grouped_conv_backward(
             p, affine=self.affine, norm=self.norm, sums=self.sums, activation=self.activation, target=target, **options
         )
         weight = self.packed(self.weight, p)
@@ -202,13 +202,13 @@ def test_some_configurations(width, gradients):
     needs_input, needs_weight = map(bool, gradients)
     for stride in (1, 2):
         problem = GroupedConv(1, 11, 19, groups, width, stride, "bfloat16")
-        work = cuda_plans.BackwardWork(problem, needs_input, needs_weight, 2, needs_weight, needs_input)
+        work = plans.BackwardWork(problem, needs_input, needs_weight, 2, needs_weight, needs_input)
         configs = [
             config
             for config in grouped_backward._configs(work)
             if config.warps_m * config.warps_n <= 12
             and config.accumulators(work) <= 112
-            and config.shared_bytes(work) <= cuda_plans.SHARED_BYTES[90]
+            and config.shared_bytes(work) <= plans.SHARED_BYTES[90]
         ]
         for config in random.sample(configs, 3):
             one = Backward(problem, 2, True, needs_input, "silu")

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close_to_reference
 
-from regnet_fast.backends import cuda_plans
-from regnet_fast.backends.cuda_plans import DepthwiseConv, GroupedConv, Target
+from regnet_fast.backends.cuda import plans
+from regnet_fast.backends.cuda.plans import DepthwiseConv, GroupedConv, Target
 from simulator.machine import ORDERS, SimulationError, flattened, run
 from simulator.test_grouped_conv import ACTIVATIONS, DTYPES, Forward
 from simulator.test_grouped_conv_backward import Backward
@@ -22,13 +22,13 @@ def planned(monkeypatch, problem):
     """The tests of groups run this depthwise problem's plans, with its weights' layout."""
 
     def forward(_, activation, parts, target, config):
-        return cuda_plans.depthwise_conv_forward(problem, activation, parts)
+        return plans.depthwise_conv_forward(problem, activation, parts)
 
     def backward(_, **options):
-        return cuda_plans.depthwise_conv_backward(problem, **options)
+        return plans.depthwise_conv_backward(problem, **options)
 
-    monkeypatch.setattr(cuda_plans, "grouped_conv_forward", forward)
-    monkeypatch.setattr(cuda_plans, "grouped_conv_backward", backward)
+    monkeypatch.setattr(plans, "grouped_conv_forward", forward)
+    monkeypatch.setattr(plans, "grouped_conv_backward", backward)
 
 
 def by_tap(weight):
@@ -97,9 +97,7 @@ def test_squeeze_excite(images, tiles, channels, hidden, activation):
             return F.linear(h, fc2, bias2).sigmoid()
 
         for processors in (1, 2, 132):
-            launch = cuda_plans.squeeze_excite(
-                images, tiles, channels, hidden, dtype, activation, Target(90, processors)
-            )
+            launch = plans.squeeze_excite(images, tiles, channels, hidden, dtype, activation, Target(90, processors))
             found = torch.full((images, channels), torch.nan, dtype=kind)
             for order in ORDERS:
                 run(launch, {"parts": parts, **weights}, {"gate": found}, order)
@@ -119,7 +117,7 @@ def test_missing_barriers_are_seen(source, right, wrong):
     text = flattened(source)
     assert text.count(right) == 1, "the source has changed: seed the bug again"
     if source == "squeeze_excite.cu":
-        launch = cuda_plans.squeeze_excite(1, 1, 48, 6, "bfloat16")
+        launch = plans.squeeze_excite(1, 1, 48, 6, "bfloat16")
         inputs = {"parts": torch.randn(1, 1, 48), "fc1": torch.randn(6, 48), "bias1": torch.randn(6)}
         inputs |= {"fc2": torch.randn(48, 6), "bias2": torch.randn(48)}
         outputs = {"gate": torch.zeros(1, 48, dtype=torch.bfloat16)}
@@ -129,10 +127,10 @@ def test_missing_barriers_are_seen(source, right, wrong):
         maps = {name: torch.randn(1, 9, 9, 8).bfloat16() for name in names}
         weight = torch.randn(9, 8).bfloat16()
         if "forward" in source:
-            launch = cuda_plans.depthwise_conv_forward(problem, parts=True)
+            launch = plans.depthwise_conv_forward(problem, parts=True)
             inputs, outputs = {"x": maps["x"], "weight": weight, "bias": None}, {"y": maps["y"]}
         else:
-            launch = cuda_plans.depthwise_conv_backward(problem)[0]
+            launch = plans.depthwise_conv_backward(problem)[0]
             inputs = {"x": maps["x"], "dz": maps["dz"], "weight": weight}
             inputs |= dict.fromkeys(("y", "a", "q", "b", "scale", "shift", "mean", "invstd", "sums"))
             outputs = {"dx": maps["dx"]}
@@ -145,12 +143,12 @@ def test_missing_barriers_are_seen(source, right, wrong):
 
 def test_refusals():
     good = DepthwiseConv(2, 9, 9, 24, 1, "bfloat16")
-    assert cuda_plans.refuse_depthwise(good) is None
-    assert "20 channels" in cuda_plans.refuse_depthwise(DepthwiseConv(2, 9, 9, 20, 1, "bfloat16"))
-    assert "dilation" in cuda_plans.refuse_depthwise(good, dilation=(2, 2))
+    assert plans.refuse_depthwise(good) is None
+    assert "20 channels" in plans.refuse_depthwise(DepthwiseConv(2, 9, 9, 20, 1, "bfloat16"))
+    assert "dilation" in plans.refuse_depthwise(good, dilation=(2, 2))
     with pytest.raises(ValueError, match="a stride of 3"):
-        cuda_plans.depthwise_conv_forward(DepthwiseConv(2, 9, 9, 24, 3, "bfloat16"))
+        plans.depthwise_conv_forward(DepthwiseConv(2, 9, 9, 24, 3, "bfloat16"))
     with pytest.raises(ValueError, match="pairs"):
-        cuda_plans.squeeze_excite(1, 1, 7, 2, "bfloat16")
+        plans.squeeze_excite(1, 1, 7, 2, "bfloat16")
     with pytest.raises(ValueError, match="shared memory"):
-        cuda_plans.squeeze_excite(1, 1, 40000, 20000, "bfloat16", target=Target(86, 84))
+        plans.squeeze_excite(1, 1, 40000, 20000, "bfloat16", target=Target(86, 84))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regnet_fast.backends.cuda_plans import Launch
+from regnet_fast.backends.cuda.plans import Launch
 from simulator.machine import ORDERS, SimulationError, run
 
 CPP = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}

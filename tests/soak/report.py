@@ -9,7 +9,7 @@ from pathlib import Path
 
 from amount import RESULTS
 
-from regnet_fast.info import conditions
+from regnet_fast.inspect.info import conditions
 
 DOCS = Path(__file__).parents[2] / "docs"
 DATA = DOCS / "figures" / "robustness.json"

@@ -36,9 +36,9 @@ NOT_OFFERED = re.compile(
 
 TESTS = (
     "tests/versions",
-    "tests/test_training_models.py::test_one_step",
-    "tests/test_cpu_passes.py::test_statistics",
-    "tests/test_cpu_passes.py::test_joins",
+    "tests/blocks/test_training_models.py::test_one_step",
+    "tests/backends/test_cpu_passes.py::test_statistics",
+    "tests/backends/test_cpu_passes.py::test_joins",
 )
 
 

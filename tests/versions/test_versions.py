@@ -14,9 +14,9 @@ import torch
 from helpers import assert_close_to_reference, compare, randomize_bn
 
 import regnet_fast
-from bench import compilation, cuda_compilation
+from bench.compile import csrc, kernels
 from csrc.extension import cuda_launches
-from regnet_fast.backends import cuda_nvrtc
+from regnet_fast.backends.cuda import nvrtc
 
 FAMILIES = dict(regnetx_002=64, regnety_002=64, regnetz_005=64, regnetv_040=48, repvgg_a0=64, resnetv2_18=64)
 """A small model of each, and the size of its images."""
@@ -39,12 +39,12 @@ def _sources():
     return launches | {launch.source: launch for launch in cuda_launches.of_depthwise(["float16"])}
 
 
-@pytest.mark.parametrize("source", sorted(path.name for path in cuda_compilation.CSRC.glob("*.cu")))
+@pytest.mark.parametrize("source", sorted(path.name for path in csrc.CSRC.glob("*.cu")))
 def test_nvrtc_compiles(source, monkeypatch, tmp_path):
     """As the package does at first use, for a GPU of the middle."""
-    assert cuda_nvrtc.refuse() is None
+    assert nvrtc.refuse() is None
     monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path))
-    made = cuda_nvrtc.compiled(source, _sources()[source].kernel, 90)
+    made = nvrtc.compiled(source, _sources()[source].kernel, 90)
     assert made.cubin.startswith(b"\x7fELF") and made.name in made.cubin.decode("latin1")
 
 
@@ -58,10 +58,10 @@ def _size(job):
 def test_triton_compiles(arch):
     """One job of each kernel: the largest where shared memory is the least, else the smallest."""
     kinds = {}
-    for job in compilation.jobs(["regnety_016", "resnetv2_18"], [arch], ["bfloat16"]):
+    for job in kernels.jobs(["regnety_016", "resnetv2_18"], [arch], ["bfloat16"]):
         kinds.setdefault(job.kernel, []).append(job)
     assert len(kinds) == 18
-    made = [compilation.compile_job((max if arch == 89 else min)(same, key=_size)) for same in kinds.values()]
+    made = [kernels.compile_job((max if arch == 89 else min)(same, key=_size)) for same in kinds.values()]
     faults = [f"{one.job.kernel}, {one.job.config}: {one.fault}" for one in made if one.fault]
     assert not faults, "\n".join(faults)
 

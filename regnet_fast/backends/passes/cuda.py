@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import cuda, cuda_launch, cuda_plans
-from ..cuda_plans import Launch, Target
+from .. import cuda
+from ..cuda import launcher, plans
+from ..cuda.plans import Launch, Target
 from ..problem import ConvProblem, Geometry
 from ..triton import current
 from .operands import Conv, ConvGradients, Excite, Norm, OutputGrad, Sums
@@ -30,7 +31,7 @@ def refuse(x: Tensor, excite: Excite | None, convs: Sequence[Conv]) -> str | Non
     if len(convs) > 1:
         return "convolutions that read their map together"
     problem = _problem(x, convs[0])
-    reason = cuda_launch.refuse_device(problem.device)
+    reason = launcher.refuse_device(problem.device)
     if reason is None and problem.geometry.groups == 1:
         return "csrc/ has grouped convolutions alone"
     return reason or cuda.refuse_conv(problem)
@@ -74,18 +75,18 @@ class CudaConvs(Passes):
 
 @functools.lru_cache(maxsize=1024)
 def _forward_launches(problem: ConvProblem, target: Target, read: str | None, moments: bool) -> tuple[Launch, ...]:
-    launch = cuda_plans.grouped_conv_forward(cuda.plan_of(problem), target=target, read=read, moments=moments)
+    launch = plans.grouped_conv_forward(cuda.plan_of(problem), target=target, read=read, moments=moments)
     if not moments:
         return (launch,)
-    return launch, cuda_plans.merged_moments(launch.grid[0], problem.out_channels)
+    return launch, plans.merged_moments(launch.grid[0], problem.out_channels)
 
 
 @functools.lru_cache(maxsize=1024)
 def _backward_launches(problem: ConvProblem, target: Target, switches: tuple) -> tuple[Launch, ...]:
     plan, options = cuda.plan_of(problem), dict(switches, target=target)
     if problem.depthwise:
-        return cuda_plans.depthwise_conv_backward(plan, **options)
-    return cuda_plans.grouped_conv_backward(plan, **options)
+        return plans.depthwise_conv_backward(plan, **options)
+    return plans.grouped_conv_backward(plan, **options)
 
 
 def _launched(launches: Sequence[Launch], x: Tensor, given: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
@@ -96,7 +97,7 @@ def _launched(launches: Sequence[Launch], x: Tensor, given: dict[str, Tensor | N
     with current(x):
         for launch in launches:
             names = (name for name in launch.arguments if isinstance(name, str))
-            cuda_launch.kernel(launch, x.device)(**{name: tensors.get(name) for name in names})
+            launcher.kernel(launch, x.device)(**{name: tensors.get(name) for name in names})
     return tensors
 
 
@@ -107,7 +108,7 @@ def _forward(
     problem, read = _problem(x, one), None if norm is None else norm.activation
     if problem.depthwise:
         return None
-    launches = _forward_launches(problem, cuda_launch.target(problem.device), read, measured)
+    launches = _forward_launches(problem, launcher.target(problem.device), read, measured)
     if cuda.no_way(launches, problem.device) is not None:
         return None
     scale, shift = (None, None) if norm is None else norm.affine()
@@ -133,7 +134,7 @@ def _backward(
         "sums": sums,
         "activation": "none" if norm is None else norm.activation,
     }
-    launches = _backward_launches(problem, cuda_launch.target(problem.device), tuple(switches.items()))
+    launches = _backward_launches(problem, launcher.target(problem.device), tuple(switches.items()))
     if cuda.no_way(launches, problem.device) is not None:
         return None
     scale, shift = (None, None) if norm is None else norm.affine()

@@ -1,0 +1,179 @@
+"""The backend `cuda`: the CUDA C++ kernels of csrc/, on a GPU since sm_80.
+
+Nothing of CUDA is touched, and nothing compiled, before it is asked to serve on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .. import activations
+from ..problem import ConvProblem, Problem, Run, SqueezeExciteProblem
+from ..triton import current
+from . import launcher, plans
+from .plans import DepthwiseConv, Launch
+from .plans import GroupedConv as Groups
+
+LABEL = "CUDA C++"
+NOT_BY_ITSELF = "the CUDA C++ kernels have not been measured on a GPU yet, so that they run only where they are forced"
+"""Why `auto` leaves a backend aside that could serve."""
+
+
+def refuse(problem: Problem) -> str | None:
+    """Why there is no kernel for a problem, or no way to it, or None."""
+    reason = launcher.refuse_device(problem.device)
+    if reason is not None:
+        return reason
+    if isinstance(problem, SqueezeExciteProblem):
+        return _refuse_squeeze_excite(problem)
+    if not isinstance(problem, ConvProblem) or problem.geometry.groups == 1:
+        return "csrc/ has kernels for grouped convolutions and squeeze-excite alone"
+    return refuse_conv(problem) or no_way((_launch(problem, means) for means in (False, True)), problem.device)
+
+
+def refuse_conv(problem: ConvProblem) -> str | None:
+    """Why there are no kernels for a grouped convolution on a device that nothing is said against, or None."""
+    reason = activations.refuse(problem.activation)
+    if reason is not None:
+        return reason
+    if problem.gate or problem.residual:
+        return f"a grouped convolution with a {'gate' if problem.gate else 'residual'}"
+    if problem.out_channels != problem.input_shape[1]:
+        return f"{problem.input_shape[1]} channels in and {problem.out_channels} out: only as many out as in"
+    stride, padding, dilation, _ = problem.geometry
+    if stride[0] != stride[1]:
+        return f"two different strides, {stride}"
+    geometry = {"kernel": problem.kernel, "padding": padding, "dilation": dilation}
+    refuse_plan = plans.refuse_depthwise if problem.depthwise else plans.refuse
+    return refuse_plan(plan_of(problem), arch=launcher.target(problem.device).arch, **geometry)
+
+
+def no_way(launches: Iterable[Launch], device: str) -> str | None:
+    """Why some plans cannot be launched on a device that nothing is said against, or None."""
+    return next(filter(None, (launcher.refuse(launch, device) for launch in launches)), None)
+
+
+def refuse_training(x: Tensor) -> str:
+    """Why there are no kernels for a whole training step."""
+    return "csrc/ has the grouped convolutions of a training step alone: name what computes the rest, as 'cuda,triton'"
+
+
+def plan_of(problem: ConvProblem) -> Groups | DepthwiseConv:
+    """A convolution as the plans take it."""
+    images, channels, height, columns = problem.input_shape
+    groups, facts = problem.geometry.groups, (problem.geometry.stride[0], _plain(problem.dtype))
+    if problem.depthwise:
+        return DepthwiseConv(images, height, columns, channels, *facts)
+    return Groups(images, height, columns, groups, channels // groups, *facts)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _launch(problem: ConvProblem, means: bool) -> Launch:
+    if problem.depthwise:
+        return plans.depthwise_conv_forward(plan_of(problem), problem.activation, means)
+    target = launcher.target(problem.device)
+    return plans.grouped_conv_forward(plan_of(problem), problem.activation, means, target)
+
+
+def packed_weight(problem: ConvProblem, weight: Tensor) -> Tensor:
+    """(K, C / groups, 3, 3) as the kernels read it, tap by tap: (K, 9 * C / groups), or (9, K) of a depthwise one."""
+    if problem.depthwise:
+        return weight.flatten(1).t().contiguous()
+    return weight.permute(0, 2, 3, 1).flatten(1).contiguous()
+
+
+class GroupedConv(Run):
+    """A grouped 3x3 convolution bound to its weights; it takes no gate and no residual."""
+
+    def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
+        self.problem, self.weight = problem, aligned(packed_weight(problem, weight))
+        self.bias = None if bias is None else aligned(bias.float().contiguous())
+        self._kernels: dict[bool, launcher.Kernel] = {}
+        self.label = f"{LABEL}, {launcher.way(_launch(problem, False), problem.device)}"
+
+    def _kernel(self, means: bool) -> launcher.Kernel:
+        kernel = self._kernels.get(means)
+        if kernel is None:
+            kernel = launcher.Kernel(_launch(self.problem, means), self.weight.device)
+            self._kernels = {**self._kernels, means: kernel}  # a new one, since other threads may be reading
+        return kernel
+
+    def __call__(
+        self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool
+    ) -> Tensor:
+        return self._run(x, False)[0]
+
+    def with_parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`Run.with_parts`."""
+        return self._run(x, True)
+
+    def _run(self, x: Tensor, means: bool) -> tuple[Tensor, Tensor | None]:
+        kernel = self._kernel(means)
+        y = torch.empty(self.problem.output_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        parts = x.new_empty(kernel.launch.buffers["parts"], dtype=torch.float32) if means else None
+        unused = dict.fromkeys(("scale", "shift", "moments"))
+        with current(x):
+            kernel(x=aligned(x), weight=self.weight, bias=self.bias, y=y, parts=parts, **unused)
+        return y, parts
+
+
+def aligned(t: Tensor) -> Tensor:
+    """A dense tensor, or a copy of one that begins in the middle of something."""
+    return t.clone() if t.data_ptr() % launcher.ALIGNMENT else t
+
+
+def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Run:
+    """The convolution bound to its packed weights.
+
+    The first run raises `nvrtc.CompileError` where the kernel has to be compiled and cannot.
+    """
+    return GroupedConv(problem, weight, bias)
+
+
+def _refuse_squeeze_excite(problem: SqueezeExciteProblem) -> str | None:
+    if _plain(problem.dtype) not in plans.GATES:
+        return f"the gate is in {', '.join(plans.GATES)}, not in {problem.dtype}"
+    sizes = problem.batch, problem.channels, problem.hidden
+    reason = plans.refuse_squeeze_excite(*sizes, launcher.target(problem.device))
+    reason = reason or activations.refuse(problem.activation) or activations.refuse_gate(problem.gate_activation)
+    return reason or no_way([_gate_launch(problem, 1, problem.dtype)], problem.device)
+
+
+def _gate_launch(problem: SqueezeExciteProblem, tiles: int, dtype: torch.dtype) -> Launch:
+    sizes, target = (problem.batch, tiles, problem.channels, problem.hidden), launcher.target(problem.device)
+    return plans.squeeze_excite(*sizes, _plain(dtype), problem.activation, target)
+
+
+class SqueezeExcite(Run):
+    """The gate bound to its weights."""
+
+    def __init__(self, problem: SqueezeExciteProblem, *weights: Tensor):
+        self.problem, self.weights = problem, [aligned(t.float().contiguous()) for t in weights]
+        self._kernels: dict[tuple, launcher.Kernel] = {}
+        self.label = f"{LABEL}, {launcher.way(_gate_launch(problem, 1, problem.dtype), problem.device)}"
+
+    def __call__(self, means: Tensor) -> Tensor:
+        return self.from_parts(means[:, None], means.dtype)
+
+    def from_parts(self, parts: Tensor, dtype: torch.dtype) -> Tensor:
+        """`Run.from_parts`."""
+        key = (parts.shape[1], dtype)
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            kernel = launcher.Kernel(_gate_launch(self.problem, *key), parts.device)
+            self._kernels = {**self._kernels, key: kernel}
+        gate = torch.empty((parts.shape[0], parts.shape[2]), dtype=dtype, device=parts.device)
+        names = ("fc1", "bias1", "fc2", "bias2")
+        with current(parts):
+            weights = dict(zip(names, self.weights, strict=True))
+            kernel(parts=aligned(parts.float().contiguous()), **weights, gate=gate)
+        return gate
+
+
+prepare_squeeze_excite = SqueezeExcite

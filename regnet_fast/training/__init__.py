@@ -1,0 +1,1 @@
+"""Training and evaluation on images, as timm's own scripts do them."""

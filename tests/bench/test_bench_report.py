@@ -1,0 +1,581 @@
+"""The reports of the benchmarks: what the tables say, the markers, losses, figures, and that no text breaks out."""
+
+import copy
+import json
+import math
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from bench import record, report
+from bench.record import RecordError
+from bench.report import figures, tables
+
+CPU, GPU = "cpu-test-2-threads", "test-gpu"
+HOSTILE = "a | b <i onclick=alert(1)>\n\n<!-- /bench:models -->\n# `c` $d$ [e](javascript:f) \\| &amp;"
+
+
+def variant(ms, batch=1, **more):
+    spread = {"q1_ms": 0.9 * ms, "q3_ms": 1.1 * ms, "samples_ms": [ms] * 7, "iterations": 2}
+    known = {"images_per_s": 1e3 * batch / ms, "first_s": 0.5, "working_mib": None, "kernels": None}
+    return {"status": "timed", "median_ms": ms, **spread, **known, **more}
+
+
+def ratio(peer, value, spread=0.01):
+    return {"peer": peer, "ratio": value, "low": value - spread, "high": value + spread}
+
+
+def case(name="regnetx_002", batch=1, dtype="float32", eager=15.0, compiled=12.0, ours=10.0, **more):
+    times = {"timm": 1.5 * eager, "timm channels_last": eager, "compile": compiled, "regnet_fast": ours}
+    best = "compile" if compiled < eager else "timm channels_last"
+    return {
+        "id": f"{name}/b{batch}/{dtype}",
+        "name": name,
+        "batch": batch,
+        "size": [224, 224],
+        "dtype": dtype,
+        "details": {},
+        "status": "timed",
+        "reason": "",
+        "work": None,
+        "variants": {variant_name: variant(ms, batch) for variant_name, ms in times.items()},
+        "ratios": {
+            "eager": ratio("timm channels_last", eager / ours),
+            "compile": ratio("compile", compiled / ours),
+            "peer": ratio(best, min(eager, compiled) / ours),
+        },
+        **more,
+    }
+
+
+def untimed(status, reason, **more):
+    return case(**more) | {"status": status, "reason": reason, "variants": {}, "ratios": {}}
+
+
+def work(flops, ideal_bytes):
+    amounts = {"eager": 3 * ideal_bytes, "compiled": 2 * ideal_bytes, "ideal": ideal_bytes}
+    return {"flops": flops, "bytes": amounts, "kernels": {"eager": 9, "compiled": 5, "ideal": 3}}
+
+
+def run(kind, *cases, machine="Test CPU, 2 threads", **more):
+    conditions = {"device": "cpu", "machine": machine, "threads": 2, "driver": None, "cuda": None, "cudnn": None}
+    versions = {"python": "3.11.7", "torch": "2.15.0", "triton": None, "timm": "1.0.31", "regnet_fast": "0.1.0"}
+    return {
+        "schema": record.SCHEMA,
+        "kind": kind,
+        "command": f"python -m bench {kind} --batch 1",
+        "conditions": {**conditions, **versions, "commit": "0123456789abcdef", "dirty": False},
+        "started": "2026-11-20T13:00:00+00:00",
+        "finished": "2026-11-20T13:10:00+00:00",
+        "ceilings": {"bytes_per_s": 2e10, "launch_s": 5e-6, "flops_per_s": {"float32": 2e11, "bfloat16": 4e11}},
+        "cases": list(cases),
+        **more,
+    }
+
+
+def operation(op, channels, **more):
+    details = {"op": op, "in": channels, "out": channels, "hw": 28, "models": {"regnetx_002": 3, "regnety_002": 1}}
+    return case(f"{op}/{channels}", details={**details, "auto": "aten: direct"}, **more)
+
+
+def every_kind():
+    """Two machines, all four kinds: failed and skipped peers, a wrong case, a failed one, missing ratios."""
+    failed = case("repvgg_a0", 8)
+    failed["variants"]["compile"] = {"status": "failed", "reason": "CompileError: no compiler"}
+    failed["variants"]["regnet_fast aten"] = {"status": "skipped", "reason": "nothing fused"}
+    failed["ratios"] = {"eager": ratio("timm channels_last", 1.5), "peer": ratio("timm channels_last", 1.5)}
+    alone = case("resnetv2_50", dtype="bfloat16", ratios={})
+    alone["variants"] = {"regnet_fast": alone["variants"]["regnet_fast"]}
+    models = run(
+        "models",
+        case("regnetx_002", 8, work=work(4e9, 1e8)),
+        case("regnetx_002", 1, compiled=9.0),
+        failed,
+        alone,
+        untimed("wrong", "logits: max error 3, eager's 1", name="regnety_002"),
+        untimed("failed", "RuntimeError: no memory", name="regnety_320"),
+    )
+    step = case("regnetx_002", 32)
+    for name, one in step["variants"].items():
+        step["variants"][name] = {**one, "forward_ms": 0.25 * one["median_ms"], "backward_ms": 0.5 * one["median_ms"]}
+    large = case("regnetx_002", 256)
+    for share, one in enumerate(large["variants"].values()):
+        one.update(working_mib=100.0 * (4 - share), kernels=70 - share)
+    block = case("regnety_002/s2.b1", details={"model": "regnety_002", "path": "s2.b1", "input": [1, 48, 56, 56]})
+    ops = [operation("grouped_conv", 24, work=work(1e8, 1e6)), operation("pointwise_conv", 24, ours=20.0)]
+    return {
+        CPU: {"models": models, "train": run("train", step), "blocks": run("blocks", block), "ops": run("ops", *ops)},
+        GPU: {"models": run("models", large, case("regnetx_002", 1), machine="Test GPU")},
+    }
+
+
+def save(folder, results):
+    for machine, runs in results.items():
+        for kind, content in runs.items():
+            path = folder / machine / f"{kind}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A repository's folder of results, of which no figures are drawn."""
+    monkeypatch.setattr(figures, "draw", lambda runs: {})
+    return save(tmp_path / "bench" / "results", every_kind())
+
+
+def put(folder, path, text):
+    """A file of the repository that holds the results."""
+    file = folder.parent.parent / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return file
+
+
+def cells(line):
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def parse_tables(text):
+    """The tables of a Markdown text: a list of rows by title each. Every row has as many cells as the titles."""
+    found = []
+    for lines in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        titles, rule, *rows = map(cells, lines.splitlines())
+        assert all(re.fullmatch("-+:?", cell) for cell in rule)
+        assert {len(row) for row in (rule, *rows)} <= {len(titles)}, lines
+        found.append([dict(zip(titles, row, strict=True)) for row in rows])
+    return found
+
+
+def section(text, heading):
+    """What stands under a heading, up to the next of its level or above."""
+    level = heading.partition(" ")[0]
+    return re.split(rf"^#{{1,{len(level)}}} ", text.split(f"\n{heading}\n")[1], flags=re.MULTILINE)[0]
+
+
+def report_of(results, machine=CPU):
+    report.write(results)
+    return (results / machine / "report.md").read_text()
+
+
+# What the tables say
+
+
+def test_times_and_ratios_of_models(results):
+    models = section(report_of(results), "## Models, inference")
+    rows = parse_tables(section(models, "### Times"))[0]
+    assert [(row["model"], row["batch"], row["dtype"]) for row in rows] == [
+        ("regnetx_002", "1", "float32"),
+        ("regnetx_002", "8", "float32"),
+        ("repvgg_a0", "8", "float32"),
+        ("resnetv2_50", "1", "bfloat16"),
+    ]
+    slower, faster, failed, alone = rows
+    assert faster["timm, ms"] == "22.50" and faster["timm channels_last, ms"] == "15.00"
+    assert faster["regnet_fast, ms"] == "10.00" and faster["over best eager"] == "1.50x (1.49-1.51)"
+    assert slower["over best compile"] == "0.90x (0.89-0.91)" and slower["best peer"] == "compile"
+    assert failed["compile, ms"] == "failed" and failed["regnet_fast aten, ms"] == "skipped"
+    assert failed["over best compile"] == "-" and failed["best peer"] == "timm channels_last"
+    assert alone["timm, ms"] == alone["over best peer"] == "-"
+
+
+def test_geometric_means_with_extremes(results):
+    rows = parse_tables(section(section(report_of(results), "## Models, inference"), "### Geometric means"))[0]
+    eager, compiled, peer = rows
+    assert eager["geometric mean"] == "1.50x" and eager["cases"] == "3" and eager["slower in"] == "0"
+    assert compiled["geometric mean"] == f"{math.sqrt(1.2 * 0.9):.2f}x" and compiled["slower in"] == "1"
+    assert compiled["smallest"] == "0.90x regnetx_002/b1/float32"
+    assert compiled["largest"] == "1.20x regnetx_002/b8/float32"
+    assert peer["cases"] == "3" and peer["largest"] == "1.50x repvgg_a0/b8/float32"
+
+
+def test_what_was_not_timed_is_listed_with_its_reason(results):
+    rows = parse_tables(section(section(report_of(results), "## Models, inference"), "### Not timed"))[0]
+    assert [tuple(row.values()) for row in rows] == [
+        ("regnety_002/b1/float32", "regnet_fast", "wrong", "logits: max error 3, eager's 1"),
+        ("regnety_320/b1/float32", "regnet_fast", "failed", "RuntimeError: no memory"),
+        ("repvgg_a0/b8/float32", "compile", "failed", "CompileError: no compiler"),
+        ("repvgg_a0/b8/float32", "regnet_fast aten", "skipped", "nothing fused"),
+    ]
+
+
+def test_use_of_the_machine_beside_its_ceilings(results):
+    rows = parse_tables(section(section(report_of(results), "## Models, inference"), "### Use of the machine"))[0]
+    with_work = next(row for row in rows if row["batch"] == "8" and row["model"] == "regnetx_002")
+    # 4e9 operations at 2e11 per second are 20 ms; 1e8 bytes at 2e10 per second are 5 ms
+    assert with_work["at least, ms"] == "20.0"
+    assert with_work["regnet_fast % of roofline"] == "200" and with_work["eager % of roofline"] == "133"
+    assert with_work["GB/s"] == "10.0" and with_work["TFLOP/s"] == "0.400" and with_work["images/s"] == "800.0"
+    assert with_work["compile first result, s"] == "0.500"
+    assert rows[0]["at least, ms"] == rows[0]["GB/s"] == "-"
+    assert not any("MiB" in title or title == "eager kernels" for title in rows[0])
+
+
+def test_no_lower_bound_without_a_ceiling_for_the_dtype():
+    ceilings = run("models")["ceilings"]
+    # 1e9 bytes at 2e10 per second are 50 ms
+    assert tables.lower_bound_ms(case(work=work(4e9, 1e9)), ceilings) == pytest.approx(50)
+    assert tables.lower_bound_ms(case(work=work(4e9, 1e9), dtype="float16"), ceilings) is None
+    assert tables.lower_bound_ms(case(), ceilings) is None
+
+
+def test_memory_and_kernels_where_they_are_known(results):
+    rows = parse_tables(section(report_of(results, GPU), "### Use of the machine"))[0]
+    unknown, known = rows
+    assert known["eager working MiB"] == "300" and known["regnet_fast working MiB"] == "100"
+    assert known["compile kernels"] == "68" and unknown["compile kernels"] == "-"
+
+
+def test_forward_and_backward_apart(results):
+    (row,) = parse_tables(section(report_of(results), "### Forward and backward"))[0]
+    assert (row["eager forward, ms"], row["compile backward, ms"]) == ("3.750", "6.000")
+    assert (row["regnet_fast forward, ms"], row["regnet_fast backward, ms"]) == ("2.500", "5.000")
+
+
+def test_operations_and_blocks_in_groups(results):
+    text = report_of(results)
+    (row,) = parse_tables(section(text, "### pointwise_conv"))[0]
+    assert (row["in"], row["hw"], row["used by"], row["auto"]) == ("24", "28", "regnetx_002 +1", "aten: direct")
+    overview = parse_tables(section(text, "## Operations"))[1]
+    assert [row["op"] for row in overview] == ["grouped_conv", "pointwise_conv"]
+    assert overview[1]["over best peer"] == "0.60x, slower in 1 of 1"
+    (block,) = parse_tables(section(text, "### regnety_002"))[0]
+    assert (block["path"], block["input"]) == ("s2.b1", "1x48x56x56")
+
+
+def test_ceilings(results):
+    rows = parse_tables(section(report_of(results), "## Ceilings"))[0]
+    assert {row["run"] for row in rows} == set(tables.KINDS)
+    assert (rows[0]["GB/s"], rows[0]["launch, us"], rows[0]["bfloat16 TFLOP/s"]) == ("20.0", "5.00", "0.400")
+
+
+def test_conditions_tell_a_dirty_tree_and_an_unfinished_run():
+    unfinished = run("models", finished=None)
+    unfinished["conditions"]["dirty"] = True
+    text = report.conditions(unfinished)
+    assert "uncommitted" in text and "not finished" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (0.0, "0.00"), (0.012345, "0.0123"), (9.996, "10.0"), (47.849, "47.8"), (12345.6, "12346")],
+)
+def test_numbers_have_three_significant_digits(value, text):
+    assert tables.number(value) == text
+
+
+def test_a_size_is_told_where_there_are_several():
+    one, other = case(), case(size=[288, 288])
+    assert "size" not in tables.compact("models", [one]).titles
+    assert [row[1] for row in tables.compact("models", [one, other]).rows] == ["224x224", "288x288"]
+
+
+def test_cases_that_ours_did_not_run(results):
+    skipped = case("regnety_002")
+    skipped["variants"]["regnet_fast"] = {"status": "skipped", "reason": "runs the host's own forward: training"}
+    skipped["ratios"] = {}
+    save(results, {CPU: {"train": run("train", skipped, case())}})
+    readme = put(results, "README.md", f"<!-- bench:train {CPU} -->\n<!-- /bench:train -->\n")
+    text = section(report_of(results), "## Training steps")
+    first, second = parse_tables(section(text, "### Times"))[0]
+    assert (first["regnet_fast, ms"], second["regnet_fast, ms"]) == ("skipped", "10.00") and first[
+        "timm, ms"
+    ] == "22.50"
+    assert parse_tables(section(text, "### Not timed"))[0][0]["reason"] == "runs the host's own forward: training"
+    (row,) = parse_tables(readme.read_text())[0]
+    assert row["model"] == "regnetx_002"
+
+
+# Losses
+
+
+def test_losses_are_sorted_and_tell_the_spread(results):
+    near = case("repvgg_a0", compiled=9.95, details={"auto": "5 of 5 blocks fused"})
+    save(results, {GPU: {"models": run("models", near, case("regnetx_002"), machine="Test GPU")}})
+    report.write(results)
+    (rows,) = parse_tables((results / "losses.md").read_text())
+    assert [(row["machine"], row["kind"], row["case"]) for row in rows] == [
+        (CPU, "ops", "pointwise_conv/24/b1/float32"),
+        (CPU, "models", "regnetx_002/b1/float32"),
+        (GPU, "models", "repvgg_a0/b1/float32"),
+    ]
+    assert [row["the spread"] for row in rows] == ["outside", "outside", "within"]
+    assert [row["we take longer by"] for row in rows] == ["66.7 %", "11.1 %", "0.5 %"]
+    assert [row["auto"] for row in rows] == ["aten: direct", "-", "5 of 5 blocks fused"]
+    assert rows[1]["faster peer"] == "compile" and rows[1]["its time / ours"] == "0.90x (0.89-0.91)"
+
+
+def test_no_losses():
+    models = run("models", case(), untimed("wrong", "why"), case("alone", ratios={}))
+    assert tables.losses({CPU: {"models": models}}).rows == ()
+
+
+# Markers
+
+
+def test_markers_are_filled_and_the_rest_is_kept(results):
+    before, after = "# Title\r\n\ntext | <b>\n", "\nthe end, without a newline"
+    readme = put(results, "README.md", f"{before}<!-- bench:models {CPU} -->\nold\n<!-- /bench:models -->{after}")
+    page_of_docs = put(results, "docs/deep/x.md", "<!-- bench:models -->\n<!-- /bench:models -->\n")
+    unmarked = put(results, "docs/other.md", "Say `<!-- bench:models -->` where you want it.\n")
+    written = report.write(results)
+    text = readme.read_bytes().decode()
+    assert text.startswith(before) and text.endswith(after) and "old" not in text
+    rows = parse_tables(text)[0]
+    assert len(rows) == 4 and rows[1]["best timm, ms"] == "15.00" and rows[1]["compile first result, s"] == "0.500"
+    assert "1.50x (3 cases, slower in 0)" in text
+    assert f"](bench/results/{CPU}/report.md)" in text
+    of_all = page_of_docs.read_text()
+    assert f"](../../bench/results/{CPU}/report.md)" in of_all and f"](../../bench/results/{GPU}/report.md)" in of_all
+    assert "#### Test CPU, 2 threads" in of_all and "#### Test GPU" in of_all
+    assert {readme, page_of_docs} < set(written) and unmarked not in written
+
+
+def test_summary_marker(results):
+    readme = put(results, "README.md", "<!-- bench:summary -->\n<!-- /bench:summary -->\n")
+    report.write(results)
+    rows = parse_tables(readme.read_text())[0]
+    assert {(row["machine"], row["kind"]) for row in rows} == {(CPU, kind) for kind in tables.KINDS} | {(GPU, "models")}
+    assert rows[0]["batch"] == "1" and rows[0]["over best compile"] == "0.90x, slower in 1 of 1"
+
+
+def test_families_marker(results):
+    """A row for each family that was measured, from its own cases of one dtype."""
+    first = [
+        case("regnetx_032", 1, compiled=9.0),
+        case("regnetx_032", 32),
+        case("regnetx_032", 1, "bfloat16", ours=1.0),
+    ]
+    cases = [*first, case("resnetv2_50", 32, ours=20.0), case("regnetx_002", 32)]
+    save(results, {CPU: {"models": run("models", *cases)}})
+    readme = put(results, "README.md", f"<!-- bench:families {CPU} -->\n<!-- /bench:families -->\n")
+    report.write(results)
+    (rows,) = parse_tables(readme.read_text())
+    assert [list(row.values()) for row in rows] == [
+        ["regnetx_032", "1.50x", "1.50x", "0.90x", "1.20x"],
+        ["resnetv2_50", "-", "0.75x", "-", "0.60x"],
+    ]
+    titles = "model, float32", "over timm, batch 1", "over timm, batch 32"
+    assert tuple(rows[0])[:3] == titles and f"](bench/results/{CPU}/report.md)" in readme.read_text()
+
+
+def test_results_elsewhere_have_no_markers_to_fill(results, tmp_path):
+    elsewhere = results.rename(tmp_path / "bench" / "other")
+    readme = put(elsewhere, "README.md", "<!-- bench:models -->\n<!-- /bench:models -->\n")
+    assert readme not in report.write(elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            f"\n<!-- bench:modles {CPU} -->\n<!-- /bench:modles -->",
+            "line 2: <!-- bench:modles .* are summary, families",
+        ),
+        ("<!-- bench:models cpu -->\n<!-- /bench:models -->", rf"no machine 'cpu' has results; there are {CPU}, {GPU}"),
+        (f"<!-- bench:ops {GPU} -->\n<!-- /bench:ops -->", f"{GPU} has no ops; it has models"),
+        (f"<!-- bench:summary {GPU} -->\n<!-- /bench:summary -->", "takes no name"),
+        ("x\n<!-- bench:models -->\ny", "line 2: <!-- bench:models --> has no end: add .* <!-- /bench:models -->"),
+        ("<!-- bench:models -->\n<!-- bench:ops -->\n<!-- /bench:ops -->", "line 2: .* before the end of bench:models"),
+        ("<!-- bench:models -->\n<!-- /bench:ops -->", "line 2: <!-- /bench:ops --> ends nothing"),
+        ("<!-- /bench:ops -->", "line 1: <!-- /bench:ops --> ends nothing"),
+    ],
+)
+def test_markers_that_cannot_be_filled(results, text, told):
+    put(results, "docs/page.md", text)
+    before = {path: path.read_bytes() for path in results.parent.parent.rglob("*.*") if path.is_file()}
+    with pytest.raises(report.ReportError, match=told) as error:
+        report.write(results)
+    assert str(error.value).startswith("docs/page.md, line ")
+    assert before == {path: path.read_bytes() for path in results.parent.parent.rglob("*.*") if path.is_file()}
+
+
+# Up to date or not
+
+
+def test_check_finds_what_is_stale_and_writes_nothing(results):
+    readme = put(results, "README.md", "<!-- bench:models -->\nold\n<!-- /bench:models -->\n")
+    expected = [readme, results / CPU / "report.md", results / "losses.md", results / GPU / "report.md"]
+    assert set(report.write(results, check=True)) == set(expected)
+    assert "old" in readme.read_text() and not (results / "losses.md").exists()
+    assert set(report.write(results)) == set(expected)
+    assert report.write(results, check=True) == report.write(results) == []
+    (results / "losses.md").write_text("None!\n")
+    assert report.write(results, check=True) == [results / "losses.md"]
+
+
+def test_the_same_results_give_the_same_bytes(results, tmp_path):
+    other = save(tmp_path / "again" / "bench" / "results", every_kind())
+    for folder in (results, other):
+        put(folder, "README.md", "<!-- bench:ops -->\n<!-- /bench:ops -->\n")
+        report.write(folder)
+    written = [path.relative_to(results.parent.parent) for path in results.rglob("*.*")] + [Path("README.md")]
+    for path in written:
+        assert (results.parent.parent / path).read_bytes() == (other.parent.parent / path).read_bytes(), path
+
+
+def test_this_repository_is_up_to_date():
+    folder = Path(__file__).resolve().parents[2] / "bench" / "results"
+    stale = report.write(folder, check=True)
+    assert stale == [], "run python -m bench report"
+
+
+# Results that cannot be read
+
+
+def test_an_older_form_is_refused_by_name(results):
+    file = results / CPU / "regnetx_002.json"
+    file.write_text(json.dumps({"command": "regnet-fast compare", "conditions": {}, "cases": []}))
+    with pytest.raises(RecordError, match=r"regnetx_002\.json: .*older form.*measure again"):
+        report.load_results(results)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("models.json", "{", "models.json: is not JSON"),
+        ("models.json", json.dumps({**run("models"), "schema": 99}), "models.json: .*schema 99"),
+        ("models.json", json.dumps(run("ops")), "models.json: holds ops, not models"),
+        ("more.json", json.dumps(run("ops")), "more.json: holds a run of ops, which belongs in ops.json"),
+    ],
+)
+def test_other_files_are_refused_by_name(results, name, content, told):
+    (results / GPU / name).write_text(content)
+    with pytest.raises(ValueError, match=told):
+        report.write(results)
+
+
+def test_json_that_is_no_run_is_left_alone(results):
+    (results / GPU / "tuning.json").write_text('{"configurations": []}')
+    assert list(report.load_results(results)[GPU]) == ["models"]
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(report.ReportError, match="is no folder"):
+        report.write(tmp_path / "bench" / "results")
+
+
+# Text that would break out
+
+
+def hostile_results():
+    bad = case(HOSTILE, ours=20.0, dtype=HOSTILE, details={HOSTILE: HOSTILE, "auto": HOSTILE})
+    bad["variants"] |= {HOSTILE: variant(5.0), f"{HOSTILE} failed": {"status": "failed", "reason": HOSTILE}}
+    bad["ratios"]["peer"]["peer"] = HOSTILE
+    spoiled = run("models", bad, untimed("wrong", HOSTILE, name=HOSTILE), machine=HOSTILE, command=HOSTILE)
+    spoiled["conditions"]["torch"] = HOSTILE
+    op = operation(HOSTILE, 24, ours=20.0)
+    return {CPU: {"models": spoiled, "ops": run("ops", op, machine=HOSTILE)}}
+
+
+def test_no_text_breaks_out_of_markdown(results):
+    save(results, hostile_results())
+    readme = put(results, "README.md", "<!-- bench:models -->\n<!-- /bench:models -->\n\nkept\n")
+    report.write(results)
+    assert report.write(results, check=True) == []
+    for path in (readme, results / CPU / "report.md", results / "losses.md"):
+        text = path.read_text()
+        parse_tables(text)
+        assert "alert(1)" in text
+        outside_code = re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
+        assert not re.search(r"<(?!!-- /?bench:models -->$)", outside_code, re.MULTILINE)
+        assert not re.search(r"(?<!\\)[`*]|(?<!\\)\[e", outside_code)
+        assert text.count("\n<!-- /bench:models -->\n") == (path == readme)
+    assert readme.read_text().endswith("<!-- /bench:models -->\n\nkept\n")
+
+
+# Figures
+
+
+@pytest.fixture
+def runs():
+    pytest.importorskip("matplotlib")
+    return every_kind()
+
+
+def test_figures_of_what_there_is(runs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = figures.draw(runs[CPU])
+    assert list(drawn) == figures.in_order(drawn)
+    assert list(drawn) == [
+        "models-speedup.svg",
+        "models-batch-float32.svg",
+        "models-roofline.svg",
+        "train-speedup.svg",
+        "ops-roofline.svg",
+    ]
+    assert all(figures.title(name) and figures.kind_of(name) for name in drawn)
+    assert "models-memory.svg" in figures.draw(runs[GPU])
+    speedup = drawn["models-speedup.svg"]
+    assert all(text in speedup for text in (">1.50<", ">0.90<", "repvgg_a0", "over the fastest compiled", "float32"))
+    assert "bfloat16" not in speedup  # its only case has no ratio
+
+
+def test_the_figure_of_the_families_has_the_smallest_and_the_largest_batch(runs):
+    found = [case(name, batch) for name in ("regnetx_002", "regnetx_032", "resnetv2_50") for batch in (1, 8, 32)]
+    drawn = figures.draw({"models": run("models", *found)})["models-families.svg"]
+    assert "regnetx_032" in drawn and "resnetv2_50" in drawn and "regnetx_002" not in drawn
+    assert ">32<" in drawn and ">8<" not in drawn
+
+
+def test_no_figures_without_data(runs):
+    nothing = run("models", untimed("failed", "no memory"))
+    single = run("models", case(ratios={}), ceilings={})
+    single["cases"][0]["work"] = work(1e9, 1e6)
+    assert figures.draw({"models": nothing}) == figures.draw({"models": single}) == figures.draw({}) == {}
+
+
+def test_figures_without_ours(runs):
+    skipped = {"status": "skipped", "reason": "runs the host's own forward"}
+    cases = [case(batch=batch, work=work(1e9, 1e6)) for batch in (1, 8)]
+    for one in cases:
+        one["variants"]["regnet_fast"], one["ratios"] = skipped, {}
+    assert figures.draw({"models": run("models", *cases)}) == {}
+    rows = tables.times("models", cases).rows
+    assert "skipped" in rows[0] and tables.use("models", cases, {}).titles[-2:] == ("dtype", "ideal kernels")
+
+
+def test_figures_are_deterministic_and_in_a_style_of_their_own(runs):
+    import matplotlib
+
+    first = figures.draw(runs[GPU])
+    with matplotlib.rc_context({"font.size": 20, "lines.linewidth": 9, "axes.grid": True, "svg.fonttype": "path"}):
+        assert figures.draw(copy.deepcopy(runs[GPU])) == first
+    assert not any(re.search("<dc:date>|Matplotlib v", svg) for svg in first.values())
+
+
+@pytest.mark.filterwarnings("ignore:constrained_layout")  # such names leave no room for axes
+def test_figures_take_any_text(runs):
+    for name, svg in figures.draw(hostile_results()[CPU]).items():
+        assert "<i " not in svg and "<!--" not in svg, name
+        assert "&lt;i onclick=alert(1)&gt;" in svg and "$d$" in svg
+
+
+def test_figures_are_written_shown_and_removed(tmp_path, runs):
+    folder = save(tmp_path / "results", {GPU: runs[GPU]})
+    drawn = folder / GPU / "figures"
+    drawn.mkdir()
+    (drawn / "train-speedup.svg").write_text("of a run that is gone")
+    (drawn / "mine.svg").write_text("of somebody else")
+    report.write(folder)
+    names = {path.name for path in drawn.iterdir()}
+    assert names == {"models-speedup.svg", "models-memory.svg", "models-batch-float32.svg", "mine.svg"}
+    shown = re.findall(r"!\[.*\]\(figures/(.*)\)", (folder / GPU / "report.md").read_text())
+    assert set(shown) == names - {"mine.svg"} and shown[0] == "models-speedup.svg"
+    assert report.write(folder) == report.write(folder, check=True) == []
+
+
+def test_without_matplotlib_the_rest_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="figures need matplotlib: pip install matplotlib"):
+        figures.draw({})
+    folder = save(tmp_path / "results", every_kind())
+    assert folder / CPU / "report.md" in report.write(folder)
+    assert "figures need matplotlib: pip install matplotlib" in capsys.readouterr().err
+    assert not (folder / CPU / "figures").exists()
