@@ -22,6 +22,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 # The tests run one torch thread per worker: on small shapes two processes beat two threads.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS)
+MAIN := tests --ignore=tests/test_models.py --ignore=tests/versions -m "not slow"
 # Whole models run with all threads, as users run them: torch chooses other libraries with one thread. Threads of two
 # processes on the same cores wait passively, or they wait for each other.
 PYTEST_MODELS := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -q tests/test_models.py
@@ -32,13 +33,14 @@ NOT_NEWEST := --ignore=tests/kernels/test_training_backend.py --ignore=tests/ker
 NOT_OLDEST := -k "not every_configuration"
 PYTEST_OLDEST := OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python -m pytest -q -n $(WORKERS)
 
-.PHONY: help environments demo digits docs test matrix soak kernels test-oldest versions lint host-suite bench gpu gpu-dry-run sanitize clean
+.PHONY: help environments demo digits docs test test-all test-rest matrix soak kernels test-oldest versions lint host-suite bench gpu gpu-dry-run sanitize clean
 
 help:
 	@echo "make demo         what it does and how much faster it is here"
 	@echo "make digits       trains a small model on handwritten digits, and timm's own beside it: some ten minutes"
 	@echo "make docs         the documentation as a site, in build/site; fails on a broken link"
-	@echo "make test         lint, every test but the slow ones, the site of the documentation, and the quick part of timm's own model tests"
+	@echo "make test         lint, the site of the documentation, and of every kind of test a few: ten minutes"
+	@echo "make test-all     every test but the slow ones, the quick part of timm's own model tests, and all versions of torch"
 	@echo "make test-oldest  the tests that must hold on the oldest supported versions"
 	@echo "make versions     a short set of tests on every minor version of torch, and on every Python"
 	@echo "make matrix       the numbers of all 75 architectures, the largest too (16 GB of memory)"
@@ -65,9 +67,16 @@ docs: $(VENV)/installed
 
 test: lint docs
 	$(VENV)/bin/python tests/versions/here.py
-	$(PYTEST) tests --ignore=tests/test_models.py --ignore=tests/versions -m "not slow"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST_KERNELS) $(NOT_NEWEST)
-	$(PYTEST_MODELS) -n $(WORKERS) -m "not slow"
+	$(PYTEST) $(MAIN) --part short
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST_KERNELS) $(NOT_NEWEST) --part short
+	$(PYTEST_MODELS) -n $(WORKERS) -m "not slow" --part short
+
+test-all: test test-rest test-oldest versions
+
+test-rest: $(VENV)/installed
+	$(PYTEST) $(MAIN) --part rest
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST_KERNELS) $(NOT_NEWEST) --part rest
+	$(PYTEST_MODELS) -n $(WORKERS) -m "not slow" --part rest
 	$(VENV)/bin/python tests/host_suite/run.py --quick -n $(WORKERS)
 	$(VENV)/bin/python -m pytest -q bench --benchmark-disable
 	$(MAKE) gpu-dry-run

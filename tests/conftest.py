@@ -25,8 +25,17 @@ if hypothesis is not None:
     hypothesis.settings.load_profile("regnet_fast")
 
 
+SHORT = 3
+"""Sets of parameters of a test in the short part."""
+
+
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=None, help="seed of every test (default: made from the test's name)")
+    parser.addoption(
+        "--part",
+        choices=("short", "rest"),
+        help=f"short: no long test, and {SHORT} sets of parameters of each other one; rest: what that leaves out",
+    )
 
 
 def pytest_configure(config):
@@ -35,11 +44,26 @@ def pytest_configure(config):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    part = config.getoption("--part")
+    if part:
+        short = set(_short(items))
+        config.hook.pytest_deselected(items=[item for item in items if (item in short) != (part == "short")])
+        items[:] = [item for item in items if (item in short) == (part == "short")]
     if not torch.cuda.is_available() and "REGNET_FAST_TEST_DEVICE" not in os.environ:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _short(items):
+    """The short part: of each function the first set of parameters and others evenly spread behind it."""
+    functions = {}
+    for item in items:
+        if not item.get_closest_marker("long") and not item.get_closest_marker("slow"):
+            functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for same in functions.values():
+        yield from {same[i * len(same) // SHORT] for i in range(SHORT)}
 
 
 def _seed_of(item) -> int:

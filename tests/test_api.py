@@ -81,6 +81,7 @@ def test_other_families_scriptable_and_exportable_are_timms():
     assert fused(regnet_fast.model_entrypoint("regnetx_002")())
 
 
+@pytest.mark.long
 def test_in_the_place_of_timms_create_model(monkeypatch):
     monkeypatch.setattr(timm, "create_model", regnet_fast.create_model)
     monkeypatch.setattr(timm.models, "create_model", regnet_fast.create_model)
@@ -119,6 +120,7 @@ def test_explain_reports_every_layer_and_restores_the_mode():
     assert {row.operation for row in others} == {"host"}
 
 
+@pytest.mark.long
 def test_importing_touches_nothing():
     """No CUDA, no compiler, no network, no file written, and torch itself only when something is used."""
     code = """

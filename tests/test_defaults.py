@@ -273,6 +273,7 @@ def test_verification(value):
         assert dataclasses.asdict(found) == dataclasses.asdict(expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("value", DEFAULTS)
 def test_deployed_weights_into_a_model_in_its_training_form_and_back(value, tmp_path):
     """timm's reparameterisation makes new convolutions, on the default device and of the default dtype."""
@@ -322,6 +323,7 @@ def test_evaluation_on_a_loader(value):
 # Threads
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["regnet_y", "resnet_v2"])
 def test_two_threads_train_while_another_one_changes_the_default(name):
     """The dtype is the process's: any call may find another one than the call before."""

@@ -63,6 +63,7 @@ def run_file(path, x):
 # ONNX
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*NETWORKS, "bit"])
 def test_onnx_file(name, onnx, tmp_path):
     """It computes what the model computes for any number of images, and the model stays as it was."""
@@ -96,6 +97,7 @@ def test_a_border_of_zeros_is_not_merged_into_a_max_pool(onnx, tmp_path):
         close(run_file(tmp_path / "pool.onnx", x)[0], model(x))
 
 
+@pytest.mark.long
 def test_features_and_float16(onnx, tmp_path):
     model = timm.create_model("resnetv2_18", features_only=True, out_indices=(1, 2)).eval()
     model = regnet_fast.rebuild(randomize_bn(model, 0, torch.randn(2, *SIZE))).model.half()
@@ -104,6 +106,7 @@ def test_features_and_float16(onnx, tmp_path):
     assert all(check.ok for check in found.checks) and len(found.checks) == 2
 
 
+@pytest.mark.long
 def test_onnx_by_torch_alone(onnx, tmp_path):
     """Both of torch's exporters record the host's own forward."""
     model, x = small(), torch.randn(2, *SIZE)
@@ -122,6 +125,7 @@ def test_opsets_that_cannot_be_written(opset, onnx, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_an_opset_that_torch_does_not_keep_is_refused(onnx, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "OPSET", 17)
     with pytest.raises(export.ExportError, match=r"RegNet cannot be written in opset 17; 18 works"):
@@ -157,6 +161,7 @@ def test_requests_that_cannot_be_met(onnx, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_no_wrong_file_is_left(onnx, tmp_path, monkeypatch):
     shipped = export._shipped_form
 
@@ -175,6 +180,7 @@ def command(*arguments):
     return CliRunner().invoke(app, ["export", *map(str, arguments)])
 
 
+@pytest.mark.long
 def test_command(onnx, tmp_path):
     checkpoint, file = tmp_path / "weights.pt", tmp_path / "model.onnx"
     model = randomize_bn(timm.create_model("repvgg_a0", num_classes=3)).eval()
@@ -222,6 +228,7 @@ torch.save({name: y.detach() for name, y in found.items()}, f"{folder}/found.pt"
 """
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
 def test_a_process_that_imports_regnet_fast_late_or_never(tmp_path):
     """Pickles import it, exported programs need its operators, TorchScript and the host's programs need nothing."""
@@ -258,6 +265,7 @@ class Features(torch.utils.data.Dataset):
         return self.model(x)[0], reasons(self.model, x) == {None}
 
 
+@pytest.mark.long
 def test_spawned_workers():
     model = small()
     dataset = Features(model)

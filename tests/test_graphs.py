@@ -258,6 +258,7 @@ def test_the_models_own_error_is_the_users(captures, model, x):
     assert torch.equal(model(x), copy.deepcopy(model)(x))
 
 
+@pytest.mark.long
 def test_training_tracing_and_compilation_pass_by(captures, model, x):
     regnet_fast.graphed(model)
     model.train()(x).sum().backward()

@@ -244,6 +244,7 @@ def test_the_environment_forces_and_a_block_overrules_it(monkeypatch):
         forced_backend()
 
 
+@pytest.mark.long
 def test_the_environment_forces_a_new_process():
     code = (
         "import torch, regnet_fast.functional as R\n"

@@ -99,6 +99,7 @@ def test_sizes_of_rows(shape):
     assert width == shape[1] or (width % 16 == 0 and width < 128 + 16 * shape[1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("activation", "gated"), list(itertools.product(ACTIVATIONS, [False, True])))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_reading_and_its_gradients(shape, activation, gated):
@@ -429,6 +430,7 @@ def kept(folder: Path) -> list[Path]:
     return [path for path in (folder / "cache" / "kernels").iterdir() if path.suffix != ".lock"]
 
 
+@pytest.mark.long
 def test_compiled_once(fresh, monkeypatch):
     """The second process takes what the first one kept; a compiler with options of its own has another entry."""
     log = fresh / "log"
@@ -444,6 +446,7 @@ def test_compiled_once(fresh, monkeypatch):
     assert len(kept(fresh)) == 2
 
 
+@pytest.mark.long
 def test_a_folder_for_kernels_that_cannot_be_written(fresh, monkeypatch):
     (fresh / "file").write_text("")
     monkeypatch.setenv("REGNET_FAST_CACHE", str(fresh / "file"))
@@ -458,6 +461,7 @@ def test_info_says_what_compiled_them():
     assert facts["compiler"] in CliRunner().invoke(app, ["info"]).stdout.replace("\n", " ")
 
 
+@pytest.mark.long
 def test_nothing_is_compiled_at_import():
     code = "import regnet_fast; from regnet_fast.backends import cpu_library as c; print(c._loaded.cache_info()[-1])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)

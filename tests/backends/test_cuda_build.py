@@ -260,6 +260,7 @@ def backend_hook(source, hook, environment):
     return done.returncode, (done.stdout if done.returncode == 0 else done.stdout + done.stderr).strip()
 
 
+@pytest.mark.long
 @needs("setuptools")
 def test_what_was_built_is_where_it_is_looked_for(checkout, pretended):
     """A wheel has module and build_info.json; an editable install finds them in the checkout, and no wheel does."""
@@ -349,6 +350,7 @@ def letters(launch):
     return "".join("p" if isinstance(a, str) else "f" if isinstance(a, float) else "i" for a in launch.arguments)
 
 
+@pytest.mark.long
 @needs("nvcc", "pybind11")
 def test_wrong_calls_of_the_module_are_errors(small_module):
     assert extension.refuse(90) is None

@@ -206,6 +206,7 @@ def check_step(theirs, dtype, x, forced="cuda,aten", device="cpu"):
     return heard
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{}, {"se_ratio": 0.25}, {"preact": True}], ids=str)
 @pytest.mark.parametrize("group_size", [8, 24])
 def test_models(group_size, options):

@@ -183,6 +183,7 @@ def test_calls_take_turns_on_copies_of_the_inputs():
 TRAINING = Case("train", "regnetx_002", 2, "float32", 64)
 
 
+@pytest.mark.long
 def test_training_is_measured():
     found = measure.measure(TRAINING, "cpu", EAGER, 2, lambda text: None)
     assert found["status"] == "timed"
@@ -214,6 +215,7 @@ def test_a_wrong_gradient_is_refused_and_not_timed(serving, monkeypatch):
     assert found["status"] == "wrong" and "gradients are" in found["reason"] and not found["variants"]
 
 
+@pytest.mark.long
 def test_a_peer_that_corrupts_memory_is_left_out():
     case, chosen = Case("train", "repvgg_a0", 2, "float32", 32), peers.choose(["timm*"], "cpu", "train")
     found = measure.measure(case, "cpu", chosen, 1, lambda text: None)
@@ -223,6 +225,7 @@ def test_a_peer_that_corrupts_memory_is_left_out():
 # A run, its processes and its file
 
 
+@pytest.mark.long
 def test_a_run_goes_on_where_it_ended(tmp_path):
     path = tmp_path / "ops.json"
     chosen = [operation(1), operation(2)]
@@ -239,6 +242,7 @@ def test_a_run_goes_on_where_it_ended(tmp_path):
     assert record.load(path) == second
 
 
+@pytest.mark.long
 def test_a_case_that_ends_its_process_fails_alone():
     worker = runner.Worker("ops", "cpu", ["timm"], 1)
     try:
@@ -254,6 +258,7 @@ def test_a_case_that_takes_too_long_is_stopped():
     assert not worker.process.is_alive()
 
 
+@pytest.mark.long
 def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path):
     path = tmp_path / "ops.json"
     words = ["ops", "--case", "squeeze_excite/24-8", OPERATION, "--dtype", "float32", "--peers", "timm"]
@@ -362,6 +367,7 @@ def test_a_confidence_interval_holds_the_mean_of_another_run():
     assert sum(agreed) >= 0.97 * len(agreed)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("peers", [["timm"], pytest.param(["timm", "compile"], marks=pytest.mark.slow)])
 def test_models_are_measured_in_several_processes(peers, tmp_path):
     """With torch.compile the first process compiles, and the others find what it compiled."""

@@ -15,6 +15,7 @@ from regnet_fast.backends.cuda.plans import PROCESSORS
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
 
+@pytest.mark.long
 @needs_nvcc
 @pytest.mark.parametrize(
     "arch", [pytest.param(arch, marks=() if arch in (90, 120) else pytest.mark.slow) for arch in PROCESSORS]
@@ -151,6 +152,7 @@ def test_a_summary_shows_the_worst():
     assert forward[1].split("|")[3:5] == [" 2 ", " 128 / 128 / 12 "]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(nvrtc.refuse() is not None or shutil.which("c++filt") is None, reason="no NVRTC or no c++filt")
 def test_nvrtc_takes_the_same_sources():
     """One kernel of each source, by its name expression: it takes what the plan passes."""

@@ -250,6 +250,7 @@ def test_eager_runs_the_operations_that_are_recorded(name):
     assert len(counter.take()) == sum(op.name != "bias" for op in recorded)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SAMPLE[::3])
 def test_each_execution_does_less_than_the_one_before(name):
     model = meta_model(name)
@@ -347,6 +348,7 @@ def test_the_command_prints_what_is_counted(capsys):
     assert float(cells["eager / ideal"]) == pytest.approx(ratio, rel=0.02)
 
 
+@pytest.mark.long
 def test_the_documentation_shows_what_the_command_prints(capsys):
     text = DOCUMENT.read_text()
     commands = [line.split()[3:] for line in text.splitlines() if line.startswith("    python") and "--peak" in line]

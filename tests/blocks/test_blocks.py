@@ -32,6 +32,7 @@ def test_evaluation_runs_fused_with_and_without_grad(name):
     close(y, theirs(x))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SMALL)
 def test_gradients_in_evaluation(name):
     ours, theirs = pair(name)
@@ -55,6 +56,7 @@ def test_gradients_in_evaluation(name):
         assert error(a.grad, r.grad) <= 3 * error(b.grad, r.grad) + 1e-5, path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SMALL)
 def test_training_runs_fused_and_the_reference_is_timms_bit_for_bit(name):
     ours, theirs = pair(name, drop_path_rate=0.2)
@@ -80,6 +82,7 @@ def test_training_runs_fused_and_the_reference_is_timms_bit_for_bit(name):
         ours.train()(x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["regnety_002", "repvgg_a0", "resnetv2_18", "regnetv_040"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_autocast(name, dtype):
@@ -115,6 +118,7 @@ COMPILED_LONG = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "grad"), [*COMPILED, *(pytest.param(*case, marks=pytest.mark.slow) for case in COMPILED_LONG)]
 )

@@ -105,6 +105,7 @@ def test_no_stale_weights(change):
     assert after.shape != before.shape or not torch.allclose(after, before, rtol=1e-3)
 
 
+@pytest.mark.long
 def test_compiled_weights_follow_changes():
     ours, theirs = pair("regnety_002")
     torch._dynamo.reset()
@@ -132,6 +133,7 @@ def test_backward_after_train_and_after_a_changed_weight():
         y.sum().backward()
 
 
+@pytest.mark.long
 def test_copies_and_pickles_keep_the_fused_class_and_no_cache(tmp_path):
     ours, theirs = pair("regnety_002")
     x = torch.randn(1, 3, 64, 64)
@@ -368,6 +370,7 @@ def test_quantised_weights_run_the_host(change, layer):
             ours(x)
 
 
+@pytest.mark.long
 def test_quantised_weights_compiled_and_trained(fresh_compiler):
     ours, theirs = pair("regnety_002")
     x = torch.randn(2, 3, 64, 64)
@@ -501,6 +504,7 @@ def test_jit_trace_records_the_host():
         assert reasons(ours, x) == {None}
 
 
+@pytest.mark.long
 def test_scripting_compiles_timms_blocks_and_rebuild_brings_ours_back():
     """torch.jit.script puts what it compiles into the model that it was given."""
     ours, theirs = pair("regnety_002")

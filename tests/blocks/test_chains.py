@@ -131,6 +131,7 @@ def test_copies_and_restored_models(pair, x):
     assert [type(m) for m in ours.modules()] == [type(m) for m in theirs.modules()]
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_a_block_of_timms_between_ours(pair, x):
     theirs, ours, path = pair
@@ -246,6 +247,7 @@ def test_parts_of_a_chain_that_ends_in_a_head(narrow):
     close(ours(x), theirs(x))
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_parts_are_counted(narrow):
     ours = randomized("regnety_002")

@@ -39,6 +39,7 @@ def foreign_convolutions(graph) -> list[str]:
     return [str(node.target) for node in graph.nodes if "aten.conv" in str(node.target)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_exported_with_any_batch(name, seed):
     model = make(name)
@@ -53,6 +54,7 @@ def test_exported_with_any_batch(name, seed):
             torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
@@ -72,6 +74,7 @@ def test_compiled_once_for_any_batch(name, mode, seed, fresh_compiler):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
 def test_exported_for_a_gpu_without_one(name, dtype):

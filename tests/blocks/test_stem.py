@@ -36,6 +36,7 @@ def test_intermediates_are_those_of_forward(name):
     assert ours.state_dict().keys() == theirs.state_dict().keys()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("train", [False, True])
 def test_compiled_whole(train, fresh_compiler):
     """Nothing in the way of iterating breaks a compiler's graph."""

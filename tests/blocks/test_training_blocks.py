@@ -667,6 +667,7 @@ def test_modes_that_are_set_by_hand():
 # Around the operations
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "compiler"), [("regnet_v", "eager"), ("repvgg", "eager"), ("regnet_y", "aot_eager")])
 def test_compiled_steps(name, compiler, in_float64, fresh_compiler):
     ours, theirs = in_double(name)

@@ -63,6 +63,7 @@ def mean(states):
     return {k: sum(state[k] for state in states) / len(states) for k in states[0]}
 
 
+@pytest.mark.long
 def test_data_parallel_with_fixed_norms(found):
     _, theirs = processes.networks("regnet_y")
     expected = of_one_process(processes.freeze_norms(theirs), *processes.images(), times=2)

@@ -80,6 +80,7 @@ def runs(name, size, steps, orders, **options):
     return train(ours, x, target, steps), found, exact
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in MODELS]
 )

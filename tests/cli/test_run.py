@@ -36,6 +36,7 @@ def start(*command, status=0, env=HERE):
     return done
 
 
+@pytest.mark.long
 def test_the_script_does_what_it_does_under_python(data, tmp_path):
     arguments = (data, "--mixup", "0.2", "--output", tmp_path)
     plain = json.loads(start(sys.executable, SCRIPT, data, "--mixup", "0.2", "--output", tmp_path).stdout)
@@ -50,6 +51,7 @@ def test_the_script_does_what_it_does_under_python(data, tmp_path):
     assert line.startswith("regnet-fast: regnetx_002: ") and line.endswith(" modules rebuilt (2 times)")
 
 
+@pytest.mark.long
 def test_mixed_precision_and_spawned_workers(data):
     """A worker that is spawned imports the script again, and finds the dataset that is defined there."""
     arguments = (data, "--epochs", "1", "--workers", "1", "--start-method", "spawn", "--amp")
@@ -57,6 +59,7 @@ def test_mixed_precision_and_spawned_workers(data):
     assert len(found["losses"]) == 3 and "regnet_fast" in found["seen"]["classes"]
 
 
+@pytest.mark.long
 def test_under_torchrun(data):
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = start(*command, "-m", "regnet_fast", "run", SCRIPT, data, "--epochs", "1")
@@ -148,6 +151,7 @@ def test_a_script_without_models_is_told_so(tmp_path):
     assert run(tmp_path, "print(1)")[1] == ["the script built no model with timm's create_model"]
 
 
+@pytest.mark.long
 def test_control_c_reaches_the_script(tmp_path):
     script = tmp_path / "script.py"
     waits = "try:\n    time.sleep(60)\nfinally:\n    print('cleaned')\n"

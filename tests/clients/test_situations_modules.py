@@ -480,6 +480,7 @@ def test_patched_instances(name, patch, training):
 # Tracing
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["evaluation", "no_grad", "after a gradient", "of a stage"])
 @each_of_few
 def test_jit_trace_with_default_settings(name, how):

@@ -44,6 +44,7 @@ def with_a_default(name: str, what: str, default: str, batch: int) -> None:
         same(*results, f"training is {training}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("what", "default"), [("dtype", "float64"), ("dtype", "float16"), ("dtype", "bfloat16"), ("device", "meta")]
 )

@@ -91,6 +91,7 @@ def run_page(page, wanted: Callable[[str], bool]) -> int:
     return ran
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=documents.name)
 def test_python_runs(page, tmp_path, monkeypatch, without_downloads, one_thread):
     monkeypatch.chdir(tmp_path)
@@ -139,6 +140,7 @@ def test_command_is_understood(command):
         assert not words or words[0] in program.commands
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", SHORT)
 def test_short_command_runs(command):
     assert any(command in documents.commands(page) for page in PAGES), "no page shows it any more"

@@ -194,6 +194,7 @@ def test_feature_map_extraction(name, internet, no_silent_fallback, capsys):
         helpers.close(a, b)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SHAPES)
 def test_image_embeddings(name, internet, no_silent_fallback):
     ours, theirs = both(EMBEDDINGS, name)

@@ -27,6 +27,7 @@ def test_digits(digits, tmp_path, capsys):
     assert "agree" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_two_libraries_train_alike(digits):
     curves = [digits.train(name, 0, 1) for name in ("timm", "regnet_fast")]
     assert abs(curves[0][0]["loss"] - curves[1][0]["loss"]) < 1e-3

@@ -154,6 +154,7 @@ def test_rebuilt_twice_frozen_copied_pickled_and_restored():
     assert torch.equal(ours(x), expected)
 
 
+@pytest.mark.long
 def test_compiled_before_it_is_rebuilt(fresh_compiler):
     theirs = of_torchvision()
     x = torch.randn(2, 3, 64, 64)

@@ -264,6 +264,7 @@ def test_rebuilt_twice_frozen_copied_pickled_and_restored():
     assert torch.equal(ours(x).logits, expected)
 
 
+@pytest.mark.long
 def test_compiled_in_place_before_it_is_rebuilt(fresh_compiler):
     theirs = of_transformers()
     x = torch.randn(2, 3, 64, 64)
@@ -415,6 +416,7 @@ def run(code: str, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
 
 
+@pytest.mark.long
 def test_it_is_imported_by_nobody_else():
     found = run(
         """

@@ -113,6 +113,7 @@ def network_operands(n=2, h=7, w=5):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("grad", "dynamic"), [(False, False), (True, True)], ids=["inference", "training-any-size"])
 def test_compiled_without_a_graph_break(fresh_compiler, grad, dynamic):
     """`aot_eager` traces the operators and their gradients through the fakes, and leaves out the code generator."""

@@ -195,6 +195,7 @@ def test_seeded_bugs_are_seen(bug):
             caught.match(words)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("width", "gradients"), [(8, (1, 1)), (24, (1, 1)), (40, (0, 1)), (72, (1, 0)), (72, (0, 1))])
 def test_some_configurations(width, gradients):
     """Some of the search space, whatever the model of the machine would choose."""

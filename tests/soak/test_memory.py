@@ -82,6 +82,7 @@ def assert_bounded(model) -> None:
             assert len(packed) <= 2 and not (packed and use in one._unpacked)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NETWORKS if FACTOR > 1 else ["repvgg"])
 def test_inference(name, tally):
     theirs = randomize_bn(NETWORKS[name](), 0, (4, 3, 32, 32)).eval()
@@ -103,6 +104,7 @@ def test_inference(name, tally):
         assert_bounded(model)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NETWORKS if FACTOR > 1 else ["resnet_v2"])
 def test_training(name, tally):
     """Half of the steps under autocast, and between them evaluations whose packed weights the next step outdates."""
@@ -125,6 +127,7 @@ def test_training(name, tally):
     assert_level(call, kinds, times(15), tally, f"{name}, training")
 
 
+@pytest.mark.long
 def test_models_come_and_go(tally):
     """A model that nobody holds any more leaves nothing behind."""
     x = torch.randn(2, 3, 32, 32)

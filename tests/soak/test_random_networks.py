@@ -88,6 +88,7 @@ def misses(ours, theirs, deployed, x):
     return ""
 
 
+@pytest.mark.long
 @each_family
 @examples(2)
 @given(data=st.data())
@@ -123,6 +124,7 @@ def step(model, x):
     return {"y": y.detach()} | state_of(model)
 
 
+@pytest.mark.long
 @each_family
 @examples(2)
 @given(data=st.data())

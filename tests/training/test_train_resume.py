@@ -81,6 +81,7 @@ def run(*arguments):
     return CliRunner().invoke(app, ["train", *map(str, arguments)])
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_to_the_bit(data, tmp_path):
     """SIGKILL in the middle of the second epoch of three, against a run that nobody killed."""
     code = f"""
@@ -211,6 +212,7 @@ def torchrun(*arguments):
     return done.stdout
 
 
+@pytest.mark.long
 def test_two_processes_train_one_model_and_go_on_to_the_bit(data, tmp_path):
     """Under torchrun with gloo: every image evaluated once, one summary, and exact resumption."""
     given = {"batch_size": 4, "epochs": 2, "aa": "rand-m9-mstd0.5", "drop_path": 0.1, "grad_accum_steps": 2}
