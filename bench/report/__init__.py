@@ -1,4 +1,4 @@
-"""The reports of all results: a page per machine, the losses, the tables in README and docs, and figures.
+"""The reports of all results: a page per machine with its figure, the losses, and the tables in README and docs.
 
 The same JSON gives the same bytes.
 """
@@ -60,7 +60,8 @@ def write(folder: Path, check: bool = False) -> list[Path]:
     if not folder.is_dir():
         raise ReportError(f"{folder} is no folder; measure first, with python -m bench models")
     results = load_results(folder)
-    drawn = _drawn(folder, results)
+    paths = {machine: folder / machine / "figures" / figures.FILE for machine in results}
+    drawn = {machine: path.read_text("utf-8") if path.is_file() else None for machine, path in paths.items()}
     if not check:
         try:
             drawn = {machine: figures.draw(runs) for machine, runs in results.items()}
@@ -68,29 +69,27 @@ def write(folder: Path, check: bool = False) -> list[Path]:
             print(f"{error}; the figures stay as they are", file=sys.stderr)
 
     files = {
-        folder / machine / "report.md": render(machine_report(runs, figures.in_order(drawn[machine])))
+        folder / machine / "report.md": render(machine_report(runs, drawn[machine] is not None))
         for machine, runs in results.items()
     }
     files[folder / "losses.md"] = render(losses_report(results))
     files |= _filled(folder, results)
     if not check:
-        for machine, found in drawn.items():
-            files |= {folder / machine / "figures" / name: svg for name, svg in found.items()}
+        files |= {paths[machine]: svg for machine, svg in drawn.items() if svg is not None}
 
     stale = [path for path, text in files.items() if not path.is_file() or path.read_bytes() != text.encode()]
     if not check:
         for path in stale:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(files[path].encode())
-        for machine in results:
-            for path in _figure_files(folder / machine):
-                if path.name not in drawn[machine]:
-                    path.unlink()
-                    stale.append(path)
+        for machine, path in paths.items():
+            if drawn[machine] is None and path.is_file():
+                path.unlink()
+                stale.append(path)
     return sorted(stale)
 
 
-def machine_report(runs: dict[str, Run], figure_names: list[str]) -> list[Block]:
+def machine_report(runs: dict[str, Run], with_figure: bool) -> list[Block]:
     """All that was measured on a machine."""
     blocks: list[Block] = [Heading(1, str(next(iter(runs.values()))["conditions"]["machine"])), _NOTES]
     ceilings = tables.ceilings(runs)
@@ -98,7 +97,8 @@ def machine_report(runs: dict[str, Run], figure_names: list[str]) -> list[Block]
         blocks += [Heading(2, "Ceilings"), _CEILINGS, ceilings]
     for kind, run in runs.items():
         blocks += [Heading(2, KINDS[kind]), conditions(run), Code(run["command"])]
-        blocks += [Figure(name, figures.title(name)) for name in figure_names if figures.kind_of(name) == kind]
+        if with_figure and kind == "models":
+            blocks.append(Figure(figures.FILE, figures.TITLE))
         cases, missing = timed(run), tables.not_timed(run)
         if cases:
             blocks += _case_sections(kind, run)
@@ -247,14 +247,3 @@ def _compact(name: str, run: Run) -> list[Block]:
 
 def _link(machine: str, results_url: str) -> str:
     return f"[Every variant and case]({quote(f'{results_url}/{machine}/report.md')})"
-
-
-def _figure_files(folder: Path) -> list[Path]:
-    return [path for path in sorted((folder / "figures").glob("*.svg")) if figures.title(path.name)]
-
-
-def _drawn(folder: Path, results: Results) -> dict[str, dict[str, str]]:
-    """The figures that are there, by machine and file name."""
-    return {
-        machine: {path.name: path.read_text("utf-8") for path in _figure_files(folder / machine)} for machine in results
-    }

@@ -1,6 +1,5 @@
 """The reports of the benchmarks: what the tables say, the markers, losses, figures, and that no text breaks out."""
 
-import copy
 import json
 import math
 import re
@@ -125,7 +124,7 @@ def save(folder, results):
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A repository's folder of results, of which no figures are drawn."""
-    monkeypatch.setattr(figures, "draw", lambda runs: {})
+    monkeypatch.setattr(figures, "draw", lambda runs: None)
     return save(tmp_path / "bench" / "results", every_kind())
 
 
@@ -489,92 +488,76 @@ def test_no_text_breaks_out_of_markdown(results):
     assert readme.read_text().endswith("<!-- /bench:models -->\n\nkept\n")
 
 
-# Figures
+# The figure
+
+
+def families(batches=(1, 8, 32), **more):
+    cases = [case(name, batch, **more) for name in ("regnetx_002", "regnetx_032", "resnetv2_50") for batch in batches]
+    return {"models": run("models", *cases)}
 
 
 @pytest.fixture
-def runs():
+def draw():
     pytest.importorskip("matplotlib")
-    return every_kind()
+    return figures.draw
 
 
-def test_figures_of_what_there_is(runs):
+def test_the_figure_has_the_smallest_and_the_largest_batch_of_one_model_of_each_family(draw):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        drawn = figures.draw(runs[CPU])
-    assert list(drawn) == figures.in_order(drawn)
-    assert list(drawn) == [
-        "models-speedup.svg",
-        "models-batch-float32.svg",
-        "models-roofline.svg",
-        "train-speedup.svg",
-        "ops-roofline.svg",
-    ]
-    assert all(figures.title(name) and figures.kind_of(name) for name in drawn)
-    assert "models-memory.svg" in figures.draw(runs[GPU])
-    speedup = drawn["models-speedup.svg"]
-    assert all(text in speedup for text in (">1.50<", ">0.90<", "repvgg_a0", "over the fastest compiled", "float32"))
-    assert "bfloat16" not in speedup  # its only case has no ratio
-
-
-def test_the_figure_of_the_families_has_the_smallest_and_the_largest_batch(runs):
-    found = [case(name, batch) for name in ("regnetx_002", "regnetx_032", "resnetv2_50") for batch in (1, 8, 32)]
-    drawn = figures.draw({"models": run("models", *found)})["models-families.svg"]
+        drawn = draw(families(eager=25.0))
     assert "regnetx_032" in drawn and "resnetv2_50" in drawn and "regnetx_002" not in drawn
     assert ">32<" in drawn and ">8<" not in drawn
+    assert ">2.50<" in drawn and "over the fastest eager" in drawn and "float32" in drawn
 
 
-def test_no_figures_without_data(runs):
-    nothing = run("models", untimed("failed", "no memory"))
-    single = run("models", case(ratios={}), ceilings={})
-    single["cases"][0]["work"] = work(1e9, 1e6)
-    assert figures.draw({"models": nothing}) == figures.draw({"models": single}) == figures.draw({}) == {}
+def test_no_figure_without_data(draw):
+    nothing = run("models", untimed("failed", "no memory", name="regnetx_032"))
+    assert draw({"models": nothing}) is draw(families(ratios={})) is draw({}) is None
 
 
-def test_figures_without_ours(runs):
+def test_tables_without_ours():
     skipped = {"status": "skipped", "reason": "runs the host's own forward"}
     cases = [case(batch=batch, work=work(1e9, 1e6)) for batch in (1, 8)]
     for one in cases:
         one["variants"]["regnet_fast"], one["ratios"] = skipped, {}
-    assert figures.draw({"models": run("models", *cases)}) == {}
     rows = tables.times("models", cases).rows
     assert "skipped" in rows[0] and tables.use("models", cases, {}).titles[-2:] == ("dtype", "ideal kernels")
 
 
-def test_figures_are_deterministic_and_in_a_style_of_their_own(runs):
+def test_the_figure_is_deterministic_and_in_a_style_of_its_own(draw):
     import matplotlib
 
-    first = figures.draw(runs[GPU])
+    first = draw(families())
     with matplotlib.rc_context({"font.size": 20, "lines.linewidth": 9, "axes.grid": True, "svg.fonttype": "path"}):
-        assert figures.draw(copy.deepcopy(runs[GPU])) == first
-    assert not any(re.search("<dc:date>|Matplotlib v", svg) for svg in first.values())
+        assert draw(families()) == first
+    assert not re.search("<dc:date>|Matplotlib v", first)
 
 
-@pytest.mark.filterwarnings("ignore:constrained_layout")  # such names leave no room for axes
-def test_figures_take_any_text(runs):
-    for name, svg in figures.draw(hostile_results()[CPU]).items():
-        assert "<i " not in svg and "<!--" not in svg, name
-        assert "&lt;i onclick=alert(1)&gt;" in svg and "$d$" in svg
+def test_the_figure_takes_any_text(draw):
+    svg = draw({"models": run("models", case("regnetx_032"), machine="<i onclick=alert(1)> <!-- $d$")})
+    assert "<i " not in svg and "<!-- $" not in svg
+    assert "&lt;i onclick=alert(1)&gt;" in svg and "$d$" in svg
 
 
-def test_figures_are_written_shown_and_removed(tmp_path, runs):
-    folder = save(tmp_path / "results", {GPU: runs[GPU]})
-    drawn = folder / GPU / "figures"
-    drawn.mkdir()
-    (drawn / "train-speedup.svg").write_text("of a run that is gone")
-    (drawn / "mine.svg").write_text("of somebody else")
+def test_a_figure_is_written_shown_and_removed(tmp_path, draw):
+    folder = save(tmp_path / "results", {CPU: families(), GPU: every_kind()[GPU]})
+    for machine in (CPU, GPU):
+        (folder / machine / "figures").mkdir()
+        (folder / machine / "figures" / "mine.svg").write_text("of somebody else")
+        (folder / machine / "figures" / figures.FILE).write_text("of a run that is gone")
     report.write(folder)
-    names = {path.name for path in drawn.iterdir()}
-    assert names == {"models-speedup.svg", "models-memory.svg", "models-batch-float32.svg", "mine.svg"}
-    shown = re.findall(r"!\[.*\]\(figures/(.*)\)", (folder / GPU / "report.md").read_text())
-    assert set(shown) == names - {"mine.svg"} and shown[0] == "models-speedup.svg"
+    assert (folder / CPU / "figures" / figures.FILE).read_text() == draw(families())
+    assert [path.name for path in (folder / GPU / "figures").iterdir()] == ["mine.svg"]
+    shown = [re.findall(r"!\[.*\]\(figures/(.*)\)", (folder / one / "report.md").read_text()) for one in (CPU, GPU)]
+    assert shown == [[figures.FILE], []]
     assert report.write(folder) == report.write(folder, check=True) == []
 
 
 def test_without_matplotlib_the_rest_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="figures need matplotlib: pip install matplotlib"):
-        figures.draw({})
+        figures.draw(families())
     folder = save(tmp_path / "results", every_kind())
     assert folder / CPU / "report.md" in report.write(folder)
     assert "figures need matplotlib: pip install matplotlib" in capsys.readouterr().err
