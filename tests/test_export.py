@@ -86,6 +86,7 @@ def test_onnx_file(name, onnx, tmp_path):
         assert not {"BatchNormalization", "Pad"} & {node.op_type for node in graph.graph.node}
 
 
+@pytest.mark.long
 def test_a_border_of_zeros_is_not_merged_into_a_max_pool(onnx, tmp_path):
     """ONNX Runtime merges a Pad of zeros into a MaxPool, whose own border is minus infinity."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConstantPad2d((1, 2, 0, 1), 0.0), nn.MaxPool2d(3, 2)).eval()

@@ -366,6 +366,7 @@ def test_wrong_calls_of_the_module_are_errors(small_module):
         start(launch.kernel, *facts, [1] * 10)
 
 
+@pytest.mark.long
 @needs("nvcc", "pybind11")
 @pytest.mark.skipif(
     shutil.which("nvidia-smi") is not None, reason="there may be a GPU, which null pointers would crash"

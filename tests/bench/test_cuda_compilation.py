@@ -124,6 +124,7 @@ def test_the_content_of_a_source_has_its_headers(tmp_path, monkeypatch):
     assert csrc._content("a.cu") != before
 
 
+@pytest.mark.long
 def test_every_width_stride_and_dtype_is_compiled():
     found = set()
     for job in csrc.jobs():

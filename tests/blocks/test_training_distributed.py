@@ -72,6 +72,7 @@ def test_data_parallel_with_fixed_norms(found):
         assert_equal_states(state, expected)
 
 
+@pytest.mark.long
 def test_data_parallel_with_norms_of_each_batch(found):
     halves = []
     for rank in range(processes.WORLD):

@@ -149,7 +149,7 @@ def test_explain():
     assert found["totals"]["launches"] == sum(len(row["launches"]) for row in found["layers"]) > 0
     table = run("explain", MODEL, *SMALL).output
     assert all(row["layer"] in table for row in found["layers"])
-    assert "norm.act: host, because ReLU is no part of a fused block" in table
+    assert "norm: host, because BatchNormAct2d is no part of a fused block" in table
     assert max(map(len, table.splitlines())) <= 120
 
 

@@ -53,6 +53,7 @@ def test_other_defaults(name, what, default):
     isolated(with_a_default, name, what, default, 4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("what", "default"), [("dtype", "float16"), ("dtype", "float64"), ("device", "meta")])
 def test_other_defaults_on_a_whole_model_and_a_batch_in_parts(what, default):
     isolated(with_a_default, "regnety_002", what, default, 64)

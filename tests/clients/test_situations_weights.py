@@ -541,7 +541,7 @@ def test_replicas_of_data_parallel(name, training):
                 if p is None:
                     replica._parameters[key] = None
                 else:
-                    setattr(replica, key, p * 1.2)
+                    setattr(replica, key, p * 0.9)
                     replica._former_parameters[key] = getattr(replica, key)
             for key, b in module._buffers.items():
                 if b is not None:

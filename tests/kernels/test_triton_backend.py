@@ -28,11 +28,13 @@ def check(name: str, dtype: torch.dtype) -> None:
         compare(randomize_bn(timm.create_model(name), 0), torch.randn(1, 3, 32, 32, dtype=dtype), name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", MODELS)
 def test_whole_models(model):
     check(model, torch.float32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["regnety_002", *(pytest.param(m, marks=pytest.mark.slow) for m in REST)])
 def test_whole_models_in_bfloat16(model):
     check(model, torch.bfloat16)

@@ -67,6 +67,7 @@ def plain_loop(data, steps):
     return losses, model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("plain", [True, False], ids=["timm", "rebuilt"])
 def test_the_numbers_are_those_of_a_plain_timm_loop(data, tmp_path, plain, steps):
@@ -132,6 +133,7 @@ def test_a_step_that_overflows_is_left_out(data, tmp_path, monkeypatch):
     assert all(torch.isfinite(value).all() for value in found.values())
 
 
+@pytest.mark.long
 def test_bfloat16_learns(data, tmp_path):
     result = train(options(data, tmp_path / "run", amp=True, amp_dtype="bfloat16"))
     assert result.epochs[2].train_loss < result.epochs[0].train_loss

@@ -110,6 +110,7 @@ def test_a_killed_run_goes_on_to_the_bit(data, tmp_path):
     assert summaries[0] == summaries[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "given",
     [
