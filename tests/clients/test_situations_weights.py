@@ -524,6 +524,7 @@ def test_pruned_and_normalised_weights(name):
 def test_replicas_of_data_parallel(name, training):
     """What DataParallel does for each device, on the CPU: replicas whose weights are plain tensors for one call."""
     models, x = twins(name), images()
+    factor = 1.2 if training else 0.9  # with the other one rounding is amplified, in timm's gradients too
     results = []
     for model in models:
         model.train(training)
@@ -541,7 +542,7 @@ def test_replicas_of_data_parallel(name, training):
                 if p is None:
                     replica._parameters[key] = None
                 else:
-                    setattr(replica, key, p * 0.9)
+                    setattr(replica, key, p * factor)
                     replica._former_parameters[key] = getattr(replica, key)
             for key, b in module._buffers.items():
                 if b is not None:
