@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from backends.test_cuda_training import GRADIENTS, Conv, check_forward, check_gradients, check_step, network
 from helpers import assert_close_to_reference
-from test_cuda_training import GRADIENTS, Conv, check_forward, check_gradients, check_step, network
 
 from regnet_fast.backends import ConvProblem, Geometry, cuda
 from regnet_fast.backends.cuda import extension, launcher, nvrtc
