@@ -84,7 +84,7 @@ test-rest: $(VENV)/installed
 test-oldest: $(VENV_OLDEST)/installed
 	$(VENV_OLDEST)/bin/python tests/versions/here.py
 	$(PYTEST_OLDEST) -m "not slow" $(OLDEST_TESTS) --part short
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python $(PYTEST_KERNELS) $(NOT_OLDEST)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV_OLDEST)/bin/python $(PYTEST_KERNELS) $(NOT_OLDEST) --part short
 	$(VENV_OLDEST)/bin/python tests/host_suite/run.py --models $(OLDEST_MODELS) -n $(WORKERS)
 
 # Environments of 5 GB, two at a time, in .cache/versions; ONLY="--only 2.13" makes that one alone.

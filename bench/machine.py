@@ -113,6 +113,8 @@ def run(device: str, results: Path, budget_s: float | None = None, dry_run: bool
     for path in report.write(root):
         print(path)
     print("the run is complete" if finished else "there is more to measure: the same command goes on")
+    if not good:
+        print("a test failed, or a case is wrong or failed: see above", file=sys.stderr)
     return 0 if good else 1
 
 
