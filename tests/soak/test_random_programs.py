@@ -139,23 +139,27 @@ class Twins:
 
         self.same(*self.each(backward), "output with gradients")
         self.same(inputs[0].grad, inputs[1].grad, "gradient of the image")
-        parameters = [dict(model.named_parameters()) for model in self.both]
-        sizes = [p.grad.abs().max() for p in parameters[1].values() if p.grad is not None]
-        typical = 1e-2 * torch.stack(sizes).double().median().item() if sizes else 0.0
-        exact = None
-        for name, b in parameters[1].items():
-            a = parameters[0][name]
-            try:
-                self.same(a.grad, b.grad, f"gradient of {name}", typical)
-            except Different:
-                exact = exact or self.in_float64(x, backward)
-                if not as_exact(a.grad, b.grad, exact.get(name), typical):
-                    raise
+        ours, theirs = (dict(model.named_parameters()) for model in self.both)
+        self.same_gradients(ours, theirs, "gradient of", lambda: self.in_float64(backward))
+        for name, b in theirs.items():
             if b.grad is not None:
                 b.grad.mul_(rms(b.detach()).clamp(min=0.1) / rms(b.grad).clamp(min=1e-20))
-                a.grad.copy_(b.grad)
+                ours[name].grad.copy_(b.grad)
 
-    def in_float64(self, x, backward):
+    def same_gradients(self, ours, theirs, what, exactly):
+        """Those of leaves by name. One that differs is judged by float64's, `exactly()` by name."""
+        sizes = [b.grad.abs().max() for b in theirs.values() if b.grad is not None]
+        typical = 1e-2 * torch.stack(sizes).double().median().item() if sizes else 0.0
+        exact = None
+        for name, b in theirs.items():
+            try:
+                self.same(ours[name].grad, b.grad, f"{what} {name}", typical)
+            except Different:
+                exact = exactly() if exact is None else exact
+                if not as_exact(ours[name].grad, b.grad, exact.get(name), typical):
+                    raise
+
+    def in_float64(self, backward):
         """timm's gradients in float64 by name; none where its twin cannot be had, as with weights that are computed."""
         try:
             twin = copy.deepcopy(self.theirs).double()
@@ -312,11 +316,15 @@ def call_with_substitutes(t, random):
             y.square().mean().backward()
         return y
 
+    def exactly():
+        """The same weights in float64."""
+        twin = copy.deepcopy(t.theirs).double()
+        weights = {n: w.detach().double().requires_grad_() for n, w in given[1].items()}
+        functional_call(twin, weights, (x.double(),)).square().mean().backward()
+        return {n: w.grad for n, w in weights.items()}
+
     t.same(*t.each(call), "output of functional_call")
-    sizes = [w.grad.abs().max() for w in given[1].values() if w.grad is not None]
-    typical = 1e-2 * torch.stack(sizes).double().median().item() if sizes else 0.0
-    for name in given[1]:
-        t.same(given[0][name].grad, given[1][name].grad, f"gradient of the substitute of {name}", typical)
+    t.same_gradients(*given, "gradient of the substitute of", exactly)
 
 
 def compute_weights(t, random):
