@@ -140,45 +140,53 @@ class Twins:
         self.same(*self.each(backward), "output with gradients")
         self.same(inputs[0].grad, inputs[1].grad, "gradient of the image")
         ours, theirs = (dict(model.named_parameters()) for model in self.both)
-        self.same_gradients(ours, theirs, "gradient of", lambda: self.in_float64(backward))
+        self.same_gradients(ours, theirs, "gradient of", lambda model: self.again(model, backward))
         for name, b in theirs.items():
             if b.grad is not None:
                 b.grad.mul_(rms(b.detach()).clamp(min=0.1) / rms(b.grad).clamp(min=1e-20))
                 ours[name].grad.copy_(b.grad)
 
-    def same_gradients(self, ours, theirs, what, exactly):
-        """Those of leaves by name. One that differs is judged by float64's, `exactly()` by name."""
+    def same_gradients(self, ours, theirs, what, again):
+        """Those of leaves by name. One that differs is judged by float64's: `again(model)` are those of another twin of
+        timm's by name, or none where it cannot be had.
+        """
         sizes = [b.grad.abs().max() for b in theirs.values() if b.grad is not None]
         typical = 1e-2 * torch.stack(sizes).double().median().item() if sizes else 0.0
         exact = None
         for name, b in theirs.items():
+            a = ours[name].grad
             try:
-                self.same(ours[name].grad, b.grad, f"{what} {name}", typical)
+                self.same(a, b.grad, f"{what} {name}", typical)
             except Different:
-                exact = exactly() if exact is None else exact
-                if not as_exact(ours[name].grad, b.grad, exact.get(name), typical):
+                if exact is None:
+                    exact = again(copy.deepcopy(self.theirs).double())
+                    rounded = again(copy.deepcopy(self.theirs).to(memory_format=torch.channels_last))
+                if not as_exact(a, (b.grad, rounded.get(name)), exact.get(name), typical):
                     raise
 
-    def in_float64(self, backward):
-        """timm's gradients in float64 by name; none where its twin cannot be had, as with weights that are computed."""
+    def again(self, model, backward):
         try:
-            twin = copy.deepcopy(self.theirs).double()
             torch.manual_seed(0)
-            backward(twin)
-        except RuntimeError:
+            backward(model)
+        except RuntimeError:  # weights that are computed are of another dtype
             return {}
-        return {name: p.grad for name, p in twin.named_parameters()}
+        return {name: p.grad for name, p in model.named_parameters()}
 
 
 def as_exact(ours, theirs, exact, typical):
-    """Whether a gradient is as near to float64's as timm's: what cancels out leaves nothing but rounding in both.
+    """Whether a gradient is as near to float64's as timm's in one of its two layouts: what cancels out leaves nothing
+    but rounding in all of them.
 
     A difference of more than a typical gradient's hundredth is none of rounding.
     """
-    if ours is None or theirs is None or exact is None:
+    if ours is None or exact is None or any(one is None for one in theirs):
         return False
-    error, other = ((one.double() - exact).abs().max().item() for one in (ours, theirs))
-    return error <= min(8 * other, typical)
+    error, *others = ((one.double() - exact).abs().max().item() for one in (ours, *theirs))
+    return error <= min(8 * max(others), typical)
+
+
+def channels_last(t):
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
 
 
 def rms(t):
@@ -316,15 +324,18 @@ def call_with_substitutes(t, random):
             y.square().mean().backward()
         return y
 
-    def exactly():
-        """The same weights in float64."""
-        twin = copy.deepcopy(t.theirs).double()
-        weights = {n: w.detach().double().requires_grad_() for n, w in given[1].items()}
-        functional_call(twin, weights, (x.double(),)).square().mean().backward()
+    def again(model):
+        """timm's with the same weights."""
+        dtype = next(model.parameters()).dtype
+        weights = {n: w.detach().to(dtype, copy=True) for n, w in given[1].items()}
+        if dtype == t.dtype:
+            weights = {n: channels_last(w) for n, w in weights.items()}
+        weights = {n: w.requires_grad_() for n, w in weights.items()}
+        functional_call(model, weights, (x.to(dtype),)).square().mean().backward()
         return {n: w.grad for n, w in weights.items()}
 
     t.same(*t.each(call), "output of functional_call")
-    t.same_gradients(*given, "gradient of the substitute of", exactly)
+    t.same_gradients(*given, "gradient of the substitute of", again)
 
 
 def compute_weights(t, random):
