@@ -171,9 +171,16 @@ FAMILIES = {
 }
 
 
-def networks(family: str, acts: tuple[str, ...] = ACTIVATIONS, rates: bool = False) -> st.SearchStrategy[Network]:
-    """Networks of a family; with `rates` some of stochastic depth and dropout."""
-    return st.builds(Network, st.just(family), FAMILIES[family][0](acts, rates), st.integers(0, 2**16))
+def networks(
+    family: str, acts: tuple[str, ...] = ACTIVATIONS, rates: bool = False, smooth: bool = False
+) -> st.SearchStrategy[Network]:
+    """Networks of a family; with `rates` some of stochastic depth and dropout; `smooth` ones have SiLU and no global
+    maximum, whose gradient leaps from one pixel to another.
+    """
+    options = FAMILIES[family][0](("silu",) if smooth else acts, rates)
+    if smooth:
+        options = options.map(lambda o: {**o, "global_pool": "avg"} if "global_pool" in o else o)
+    return st.builds(Network, st.just(family), options, st.integers(0, 2**16))
 
 
 def images(least: int = 1, layouts: tuple[str, ...] = tuple(LAYOUTS)) -> st.SearchStrategy[Images]:
