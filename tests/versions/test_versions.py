@@ -18,7 +18,7 @@ from bench.compile import csrc, kernels
 from csrc.extension import cuda_launches
 from regnet_fast.backends.cuda import nvrtc
 
-FAMILIES = dict(regnetx_002=64, regnety_002=64, regnetz_005=64, regnetv_040=48, repvgg_a0=64, resnetv2_18=64)
+FAMILIES = dict(regnetx_002=64, regnety_002=64, regnetz_005=64, regnetv_040=64, repvgg_a0=64, resnetv2_18=64)
 """A small model of each, and the size of its images."""
 
 ARCHITECTURES = (80, 89, 90)
