@@ -1,4 +1,4 @@
-"""Compiled kernels on disk. The key of an entry is a digest of all that its content depends on.
+"""What is kept on disk: compiled kernels and verdicts. The key of an entry is a digest of all that it depends on.
 
 An entry is one file: the SHA-256 of its content, then the content. It is made under a lock of its own that ends with
 the process, and put in place whole, so that readers, races and killed processes never see half of one; a file whose
@@ -24,15 +24,15 @@ _DIGEST = hashlib.sha256().digest_size
 
 
 class CacheWarning(UserWarning):
-    """Compiled kernels cannot be kept on disk."""
+    """Compiled kernels or verdicts cannot be kept on disk."""
 
 
-def user_folder() -> Path:
-    """$REGNET_FAST_CACHE/kernels, else the user's cache directory."""
+def user_folder(kind: str = "kernels") -> Path:
+    """$REGNET_FAST_CACHE, else the user's cache directory; and in it the folder of a kind of entries."""
     root = os.environ.get("REGNET_FAST_CACHE")
     if not root:
         root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "regnet_fast"
-    return Path(root) / "kernels"
+    return Path(root) / kind
 
 
 def key(*parts: str | bytes) -> str:
@@ -50,23 +50,29 @@ def stored(key: str, make: Callable[[], bytes], folder: Path | None = None) -> b
     Warns once for each folder that cannot keep it.
     """
     path = (folder or user_folder()) / key
-    found = _read(path)
-    if found is None:
-        with _locked(path):
-            found = _read(path)  # by whoever held the lock
-            if found is None:
-                found = make()
-                _write(path, found)
-    return found
+    return read(path) or updated(path, lambda found: make() if found is None else found)
 
 
-def _read(path: Path) -> bytes | None:
+def read(path: Path) -> bytes | None:
+    """The content of an entry, or None where there is none that is whole."""
     try:
         data = path.read_bytes()
     except OSError:
         return None
     digest, content = data[:_DIGEST], data[_DIGEST:]
     return content if hashlib.sha256(content).digest() == digest else None
+
+
+def updated(path: Path, change: Callable[[bytes | None], bytes]) -> bytes:
+    """What `change` makes of an entry's content, None where there is none; kept in its place. Nobody else writes the
+    entry meanwhile.
+    """
+    with _locked(path):
+        before = read(path)
+        after = change(before)
+        if after != before:
+            _write(path, after)
+        return after
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -107,5 +113,5 @@ def _warn(folder: str, reason: str | None) -> None:
     if folder in _warned:
         return
     _warned.add(folder)
-    message = f"compiled kernels cannot be kept in {folder}: {reason}; each process compiles its own. "
+    message = f"nothing can be kept in {folder}: {reason}; each process makes its own. "
     warnings.warn(message + "REGNET_FAST_CACHE names another folder", CacheWarning, stacklevel=5)
