@@ -168,28 +168,32 @@ class WinogradConv(winograd.Transformed, Convolution):
     """`winograd.Transformed`."""
 
 
-def matmul_faster(problem: ConvProblem) -> bool:
-    """Whether a matrix product is faster than oneDNN's convolution for such a problem, by the table of docs/cpu.md."""
+CONVS: dict[str, type[Convolution]] = {"direct": DirectConv, "winograd": WinogradConv, "matmul": MatmulConv}
+"""The variants of a convolution."""
+
+
+def conv_variants(problem: ConvProblem) -> tuple[str, ...]:
+    """The variants that can compute a convolution, that which is probably the fastest first (docs/cpu.md)."""
+    able = {"direct": True, "winograd": winograd.able(problem), "matmul": _matmul_able(problem)}
+    first = "winograd" if winograd.probable(problem) else "matmul" if _matmul_probable(problem) else "direct"
+    return (first, *(name for name in CONVS if able[name] and name != first))
+
+
+def _matmul_able(problem: ConvProblem) -> bool:
     p = problem
-    return (
-        p.op == "pointwise_conv"
-        and p.dtype == torch.float32
-        and p.geometry.stride == (1, 1)
-        and max(p.input_shape[1], p.out_channels) <= 320
-        and p.flops <= 5e6
-    )
+    return p.op == "pointwise_conv" and p.dtype == torch.float32 and p.geometry.stride == (1, 1)
 
 
-def way(problem: ConvProblem) -> type[Convolution]:
-    """The way that was measured fastest for such a problem: `way(problem)(problem, weight, bias)` binds it."""
-    if winograd.faster(problem):
-        return WinogradConv
-    return MatmulConv if matmul_faster(problem) else DirectConv
+def _matmul_probable(problem: ConvProblem) -> bool:
+    p = problem
+    return _matmul_able(p) and max(p.input_shape[1], p.out_channels) <= 320 and p.flops <= 5e6
 
 
-def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None, packed: bool = True) -> Convolution:
-    """The convolution bound to its weights, packed or not."""
-    return way(problem)(problem, weight, bias, packed)
+def prepare_conv(
+    problem: ConvProblem, weight: Tensor, bias: Tensor | None, packed: bool = True, variant: str | None = None
+) -> Convolution:
+    """The convolution bound to its weights, packed or not, in the probably fastest variant unless one is named."""
+    return CONVS[variant or conv_variants(problem)[0]](problem, weight, bias, packed)
 
 
 class SqueezeExcite(Run):
@@ -245,6 +249,15 @@ class DepthwiseNormAct(Run):
         return self.conv(x, gate, None, consume, False)
 
 
-def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Run:
-    """The affine map and activation bound to scale and shift."""
-    return (AffineNormAct if problem.dtype == torch.float32 else DepthwiseNormAct)(problem, scale, shift)
+NORM_ACTS: dict[str, type[Run]] = {"addcmul": AffineNormAct, "depthwise": DepthwiseNormAct}
+"""The variants of scale, shift and activation."""
+
+
+def norm_act_variants(problem: NormActProblem) -> tuple[str, ...]:
+    """The variants that can compute a problem, that which is probably the fastest first (docs/cpu.md)."""
+    return ("addcmul", "depthwise") if problem.dtype == torch.float32 else ("depthwise", "addcmul")
+
+
+def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor, variant: str | None = None) -> Run:
+    """The affine map and activation bound to scale and shift, in the probably fastest variant unless one is named."""
+    return NORM_ACTS[variant or norm_act_variants(problem)[0]](problem, scale, shift)

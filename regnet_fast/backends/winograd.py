@@ -18,16 +18,27 @@ from .activations import ACTIVATIONS
 from .problem import ConvProblem
 
 
-def faster(problem: ConvProblem) -> bool:
-    """Whether Winograd is faster than oneDNN's direct convolution for such a problem, by the table of docs/cpu.md.
+LEAST_CHANNELS = 64
+"""With fewer the direct convolution sums so few products that it is the more exact one."""
+
+
+def able(problem: ConvProblem) -> bool:
+    """Whether a problem is a dense 3x3 convolution in float32 with stride 1, of channels enough to be as exact."""
+    p = problem
+    same = p.kernel == (3, 3) and p.geometry == ((1, 1), (1, 1), (1, 1), 1) and not p.gate
+    return same and p.dtype == torch.float32 and min(p.input_shape[1], p.out_channels) >= LEAST_CHANNELS
+
+
+def probable(problem: ConvProblem) -> bool:
+    """Whether Winograd is probably faster than oneDNN's direct convolution: so it was in the table of docs/cpu.md.
 
     It needs channels enough for the products to outweigh the transforms, work enough to outweigh some forty calls,
     and maps small enough for the transformed tiles to stay in the cache.
     """
     p = problem
-    n, c, h, w = p.input_shape
-    if p.dtype != torch.float32 or p.kernel != (3, 3) or p.geometry != ((1, 1), (1, 1), (1, 1), 1) or p.gate:
+    if not able(p):
         return False
+    n, c, h, w = p.input_shape
     tiles = n * ((h + 1) // 2) * ((w + 1) // 2)
     least = 1e7 if h % 2 == w % 2 == 0 else 4e7  # an odd size leaves part of its last tiles unused
     transformed = 16 * tiles * max(c, p.out_channels) * p.dtype.itemsize

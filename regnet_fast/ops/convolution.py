@@ -19,6 +19,7 @@ from ..backends import (
     onednn,
     select,
 )
+from ..trials import cpu
 from .packed import Packed
 
 _SHARED_KEPT = 32
@@ -92,7 +93,8 @@ class PackedConv(Packed):
 
     def _share(self, key: tuple, problem: ConvProblem) -> Run:
         """What serves an input shape on a CPU, with the weights of other shapes where it can."""
-        use = onednn.way(problem), *key[1:]
+        variant = cpu.conv_variant(problem, self.folded)
+        use = onednn.CONVS[variant], *key[1:]
         run = self._unpacked.get(use)
         if run is None:
             packed = {other: run for other, run in self._runs.items() if (type(run), *other[1:]) == use and run.shape}
@@ -100,7 +102,7 @@ class PackedConv(Packed):
             if len(packed) < _SHAPES_PACKED:
                 run = next((one for one in kinds.values() if one.fits(problem)), None)
             if run is None or len(kinds) > 1:
-                run = onednn.prepare_conv(problem, *self.folded(), len(packed) < 2)
+                run = onednn.prepare_conv(problem, *self.folded(), len(packed) < 2, variant)
             if run.shape is None:
                 self._unpacked = {**self._unpacked, use: run}
                 self._runs = {other: run for other, run in self._runs.items() if other not in packed}

@@ -1,0 +1,184 @@
+"""Trials on a CPU, in this process: its libraries are trusted, and a trial takes milliseconds.
+
+The first time that a problem is met its variants are timed, and the fastest one serves it from then on, so that every
+call of a process gives the same bits. Trials take at most a third of the time of the calls that meet new problems, and
+at most `BUDGET_S` of it; what is not tried then is served by what is probably the fastest, to the end of the process,
+and tried by another one. Verdicts are kept on disk.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..backends import ConvProblem, NormActProblem, onednn
+from ..backends.problem import Run
+from .environment import environment
+from .modes import budget, current_mode, watched
+from .verdicts import Outcome, Verdict, Verdicts
+
+BUDGET_S = 2.0
+"""Seconds of trials in a row of calls, unless REGNET_FAST_TRIALS_BUDGET says otherwise."""
+
+_SHARE = 3  # trials take at most one part in so many
+_APART_S = 1.0  # calls that meet new problems so long after each other are not of one row
+_ENOUGH_S = 4e-3  # a variant is timed for so long, in
+_ROUNDS = (3, 25)  # so many rounds at least and at most
+_HOPELESS = 1.5  # a variant so many times as slow as the fastest in its first round is not timed further
+_MARGIN = 1.03  # what is faster by less stays untaken
+_WRONG = 0.05  # two variants that differ by more of the largest value do not compute the same
+_LARGEST = 32e6  # bytes; of larger problems fewer images are tried
+
+
+class Purse:
+    """How much time trials may take: of a row of calls that meet new problems, each soon after the one before."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock, self._begin, self._last, self._spent = clock, 0.0, float("-inf"), 0.0
+
+    def allows(self) -> bool:
+        """Whether another trial may begin now."""
+        now = self._clock()
+        if now - self._last > _APART_S:
+            self._begin, self._spent = now, 0.0
+        self._last = now
+        return self._spent <= (now - self._begin) / _SHARE and self._spent < budget(BUDGET_S)
+
+    def time(self, trial: Callable[[], Verdict]) -> Verdict:
+        """The verdict of a trial, whose time is paid."""
+        start = self._clock()
+        try:
+            return trial()
+        finally:
+            self._last = self._clock()
+            self._spent += self._last - start
+
+
+_purse = Purse()
+_lock = threading.Lock()
+_decided: dict[tuple[int, object], str] = {}
+"""What serves a problem with a number of threads, to the end of the process."""
+
+
+@lru_cache(maxsize=8)
+def _verdicts(threads: int) -> Verdicts:
+    return Verdicts(environment("cpu"))
+
+
+def conv_variant(problem: ConvProblem, folded: Callable[[], tuple[Tensor, Tensor | None]]) -> str:
+    """The variant of oneDNN's convolutions that serves a problem. `folded()` is the weight and bias."""
+
+    def bind(variant: str) -> Run:
+        return onednn.prepare_conv(problem, *folded(), variant=variant)
+
+    return _chosen(problem, onednn.conv_variants(problem), bind)
+
+
+def norm_act_variant(problem: NormActProblem, scale: Tensor, shift: Tensor) -> str:
+    """The variant of scale, shift and activation that serves a problem."""
+
+    def bind(variant: str) -> Run:
+        return onednn.prepare_norm_act(problem, scale, shift, variant)
+
+    return _chosen(problem, onednn.norm_act_variants(problem), bind)
+
+
+def _chosen(problem: ConvProblem | NormActProblem, variants: Sequence[str], bind: Callable[[str], Run]) -> str:
+    if len(variants) == 1 or current_mode() == "off" or torch.are_deterministic_algorithms_enabled():
+        return variants[0]
+    key = (torch.get_num_threads(), problem)
+    found = _decided.get(key)
+    if found is not None:
+        return found
+    if not _lock.acquire(timeout=BUDGET_S):  # held by a thread that a fork left behind
+        return variants[0]
+    try:
+        found = _decided.get(key)  # by whoever held it
+        if found is None:
+            found = _decided[key] = _found(problem, variants, bind)
+        return found
+    finally:
+        _lock.release()
+
+
+def _found(problem: ConvProblem | NormActProblem, variants: Sequence[str], bind: Callable[[str], Run]) -> str:
+    """By a verdict, a trial where there is time for one, or by what is probable."""
+    verdicts, name = _verdicts(torch.get_num_threads()), str(problem)
+    verdict = verdicts.find(name)
+    if (verdict is None or not set(variants) <= set(verdict.outcomes)) and current_mode() == "on" and not watched():
+        if _purse.allows():
+            verdict = verdicts.keep(_purse.time(lambda: tried(problem, variants, bind)))
+    return variants[0] if verdict is None or verdict.chosen not in variants else verdict.chosen
+
+
+def tried(problem: ConvProblem | NormActProblem, variants: Sequence[str], bind: Callable[[str], Run]) -> Verdict:
+    """Time every variant of a problem, in rounds that take turns.
+
+    Args:
+        variants: the first serves where no other one is faster.
+        bind: the run of a variant.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        arguments = operands(problem)
+        runs = {name: bind(name) for name in variants}
+        outcomes = {name: Outcome("refused") for name in variants}
+        first, expected, times = variants[0], None, {}
+        for name, run in runs.items():
+            result = run(*arguments())
+            if expected is None:
+                expected = result
+            elif _differ(result, expected):
+                outcomes[name] = Outcome("wrong", reason=f"its values are not those of {first}")
+                continue
+            times[name] = [_timed(run, arguments)]
+        fastest = min(samples[0] for samples in times.values())
+        left = [name for name, samples in times.items() if name == first or samples[0] <= _HOPELESS * fastest]
+        least, most = _ROUNDS
+        rounds = min(max(least, round(_ENOUGH_S / max(fastest, 1e-9))), most) if len(left) > 1 else 0
+        for i in range(rounds):
+            for name in left if i % 2 else reversed(left):
+                times[name].append(_timed(runs[name], arguments))
+    best = {name: min(samples) for name, samples in times.items()}
+    outcomes.update({name: Outcome("verified", 1e6 * seconds) for name, seconds in best.items()})
+    fastest = min(best, key=best.get)
+    return Verdict(str(problem), fastest if best[first] > _MARGIN * best[fastest] else first, outcomes)
+
+
+def operands(problem: ConvProblem | NormActProblem) -> Callable[[], tuple]:
+    """A function that gives what a run of a problem is called with. Nothing of torch's random numbers is taken."""
+    n, c, h, w = problem.input_shape
+    images = max(1, min(n, int(n * _LARGEST / problem.bytes)))
+    x = _numbers((images, c, h, w), problem.dtype)
+    gate = torch.full((images, c), 0.5, dtype=problem.dtype, device="cpu") if problem.gate else None
+    if isinstance(problem, NormActProblem):
+        return lambda: (x, gate, False)
+    residual = _numbers((images, *problem.output_shape[1:]), problem.dtype) if problem.residual else None
+    return lambda: (x, gate, residual, False, False)
+
+
+def _numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A map in channels_last of numbers between -1 and 1 with little order."""
+    n, c, h, w = shape
+    y = torch.empty((n, h, w, c), dtype=dtype, device="cpu")
+    period = torch.arange(4093, dtype=torch.float32, device="cpu").mul_(12.9898).sin_().to(dtype)
+    flat, whole = y.view(-1), y.numel() // 4093 * 4093
+    flat[:whole].view(-1, 4093).copy_(period)
+    flat[whole:].copy_(period[: y.numel() - whole])
+    return y.permute(0, 3, 1, 2)
+
+
+def _timed(run: Run, arguments: Callable[[], tuple]) -> float:
+    given = arguments()
+    start = time.perf_counter()
+    run(*given)
+    return time.perf_counter() - start
+
+
+def _differ(result: Tensor, expected: Tensor) -> bool:
+    size = expected.abs().max()
+    return not bool((result - expected).abs().max() <= _WRONG * size)
