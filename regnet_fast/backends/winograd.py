@@ -17,7 +17,6 @@ from torch import Tensor
 from .activations import ACTIVATIONS
 from .problem import ConvProblem
 
-
 LEAST_CHANNELS = 64
 """With fewer the direct convolution sums so few products that it is the more exact one."""
 

@@ -29,7 +29,7 @@ _SHARE = 3  # trials take at most one part in so many
 _APART_S = 1.0  # calls that meet new problems so long after each other are not of one row
 _ENOUGH_S = 4e-3  # a variant is timed for so long, in
 _ROUNDS = (3, 25)  # so many rounds at least and at most
-_HOPELESS = 1.5  # a variant so many times as slow as the fastest in its first round is not timed further
+_HOPELESS = 1.5  # a variant so many times as slow as the fastest in two calls is not timed further
 _MARGIN = 1.03  # what is faster by less stays untaken
 _WRONG = 0.05  # two variants that differ by more of the largest value do not compute the same
 _LARGEST = 32e6  # bytes; of larger problems fewer images are tried
@@ -110,9 +110,9 @@ def _found(problem: ConvProblem | NormActProblem, variants: Sequence[str], bind:
     """By a verdict, a trial where there is time for one, or by what is probable."""
     verdicts, name = _verdicts(torch.get_num_threads()), str(problem)
     verdict = verdicts.find(name)
-    if (verdict is None or not set(variants) <= set(verdict.outcomes)) and current_mode() == "on" and not watched():
-        if _purse.allows():
-            verdict = verdicts.keep(_purse.time(lambda: tried(problem, variants, bind)))
+    untried = verdict is None or not set(variants) <= set(verdict.outcomes)
+    if untried and current_mode() == "on" and not watched() and _purse.allows():
+        verdict = verdicts.keep(_purse.time(lambda: tried(problem, variants, bind)))
     return variants[0] if verdict is None or verdict.chosen not in variants else verdict.chosen
 
 
@@ -124,20 +124,22 @@ def tried(problem: ConvProblem | NormActProblem, variants: Sequence[str], bind: 
         bind: the run of a variant.
     """
     with torch.inference_mode(False), torch.no_grad():
-        arguments = operands(problem)
-        runs = {name: bind(name) for name in variants}
-        outcomes = {name: Outcome("refused") for name in variants}
-        first, expected, times = variants[0], None, {}
-        for name, run in runs.items():
-            result = run(*arguments())
-            if expected is None:
-                expected = result
-            elif _differ(result, expected):
-                outcomes[name] = Outcome("wrong", reason=f"its values are not those of {first}")
+        arguments, first = operands(problem), variants[0]
+        runs, times, outcomes = {first: bind(first)}, {}, {}
+        expected = runs[first](*arguments())
+        for name in variants[1:]:
+            try:
+                runs[name] = bind(name)
+                wrong = _differ(runs[name](*arguments()), expected)
+            except RuntimeError as error:
+                outcomes[name] = Outcome("refused", reason=str(error))
                 continue
-            times[name] = [_timed(run, arguments)]
-        fastest = min(samples[0] for samples in times.values())
-        left = [name for name, samples in times.items() if name == first or samples[0] <= _HOPELESS * fastest]
+            if wrong:
+                outcomes[name] = Outcome("wrong", reason=f"its values are not those of {first}")
+        for name in [name for name in variants if name not in outcomes]:
+            times[name] = [_timed(runs[name], arguments) for _ in range(2)]
+        fastest = min(map(min, times.values()))
+        left = [name for name, samples in times.items() if min(samples) <= _HOPELESS * fastest]
         least, most = _ROUNDS
         rounds = min(max(least, round(_ENOUGH_S / max(fastest, 1e-9))), most) if len(left) > 1 else 0
         for i in range(rounds):

@@ -22,7 +22,7 @@ def environment(device: str) -> dict[str, str]:
     On a CPU the processor with its instructions, the threads and oneDNN; on a GPU its model, the driver, CUDA and
     cuDNN; and everywhere torch, Triton and the text of all kernels.
     """
-    kind, _, index = device.partition(":")
+    kind = device.partition(":")[0]
     facts = {"torch": torch.__version__, "regnet_fast": __version__, "kernels": kernels_digest()}
     if kind == "cpu":
         return {"device": _cpu(), "threads": str(torch.get_num_threads()), "onednn": _onednn(), **facts}

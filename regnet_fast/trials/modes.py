@@ -52,7 +52,7 @@ def budget(otherwise: float) -> float:
         seconds = float(text)
     except ValueError:
         seconds = float("nan")
-    if not 0 <= seconds:
+    if not seconds >= 0:
         raise ValueError(f"REGNET_FAST_TRIALS_BUDGET is {text!r}; it is a number of seconds, such as 60")
     return seconds
 

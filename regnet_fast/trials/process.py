@@ -57,7 +57,7 @@ class Child:
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None):
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._asked, self._unread = 0, b""
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()

@@ -128,7 +128,11 @@ def imported(content: Any) -> int:
 
     Raises VerdictError, before anything is kept, where one is not a verdict.
     """
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("verdicts"), list):
+    if (
+        not isinstance(content, dict)
+        or content.get("schema") != SCHEMA
+        or not isinstance(content.get("verdicts"), list)
+    ):
         raise VerdictError(f"an object of schema {SCHEMA} with a list of verdicts is expected")
     found = []
     for entry in content["verdicts"]:

@@ -155,9 +155,8 @@ def test_no_descriptor_is_left():
 )
 def test_a_child_that_cannot_start_is_told(command, words, monkeypatch):
     monkeypatch.setattr(process, "START_S", 1.0 if "600" in command[-1] or "slow" in command else 60.0)
-    with pytest.raises(StartError, match=words):
-        with Child(command) as one:
-            one.started()
+    with pytest.raises(StartError, match=words), Child(command) as one:
+        one.started()
 
 
 def test_a_child_ends_with_its_parent():
@@ -184,5 +183,3 @@ os._exit(0)
 def test_a_death_in_words():
     assert death(0) == "the process ended with status 0"
     assert "SIGBUS" in death(-7)
-
-

@@ -1,0 +1,347 @@
+"""Trials in this process: what is chosen, what is paid for it, and who is left in peace."""
+
+import threading
+import time
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import regnet_fast
+from regnet_fast.backends import ConvProblem, Geometry, NormActProblem, onednn, store
+from regnet_fast.trials import cpu
+from regnet_fast.trials.modes import budget, current_mode, mode
+from regnet_fast.trials.verdicts import entries
+
+POINTWISE = ConvProblem((1, 64, 8, 8), 32, (1, 1), Geometry(), "relu", False, False, torch.float32, "cpu")
+WEIGHTS = torch.randn(32, 64, 1, 1), torch.randn(32)
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """As a process that starts with an empty cache folder."""
+    monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path))
+    again(monkeypatch)
+    with mode("on"):
+        yield
+
+
+def again(monkeypatch):
+    """As the next process with the same folder."""
+    monkeypatch.setattr(cpu, "_decided", {})
+    monkeypatch.setattr(cpu, "_purse", cpu.Purse())
+    cpu._verdicts.cache_clear()
+    store._warned.clear()
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Two variants of every convolution: the first is said to be the faster one and waits."""
+
+    def plant(slow_s=30e-3, factor=1.0, name="slow"):
+        class Slow(onednn.DirectConv):
+            def __call__(self, *arguments):
+                time.sleep(slow_s)
+                return super().__call__(*arguments)
+
+        class Other(onednn.DirectConv):
+            def __call__(self, *arguments):
+                return super().__call__(*arguments) * factor
+
+        monkeypatch.setattr(onednn, "CONVS", {name: Slow, "other": Other})
+        monkeypatch.setattr(onednn, "conv_variants", lambda problem: (name, "other"))
+
+    return plant
+
+
+def variant(problem=POINTWISE, folded=lambda: WEIGHTS):
+    return cpu.conv_variant(problem, folded)
+
+
+def forbidden(*_):
+    raise AssertionError("nothing is tried here")
+
+
+def test_a_wrong_prior_is_corrected_and_the_next_process_tries_nothing(planted, monkeypatch):
+    planted()
+    assert variant() == "other"
+    again(monkeypatch)
+    monkeypatch.setattr(cpu, "tried", forbidden)
+    assert variant() == "other"
+    ((_, verdict, _),) = entries()
+    assert verdict.chosen == "other" and verdict.gain("slow") > 2
+    assert {outcome.status for outcome in verdict.outcomes.values()} == {"verified"}
+
+
+def test_a_model_takes_what_was_chosen(planted):
+    planted()
+    model = regnet_fast.create_model("regnetx_002").eval()
+    with torch.inference_mode():
+        model(torch.randn(1, 3, 64, 64))
+    assert set(cpu._decided.values()) <= {"slow", "other"} and "other" in cpu._decided.values()
+
+
+def test_what_is_hardly_faster_is_not_taken(planted):
+    planted(slow_s=0.0)
+    assert variant() == "slow"
+
+
+def test_what_computes_something_else_is_never_taken(planted):
+    planted(factor=1.2)
+    assert variant() == "slow"
+    ((_, verdict, _),) = entries()
+    assert verdict.outcomes["other"].status == "wrong" and "not those of slow" in verdict.outcomes["other"].reason
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_taken(planted, factor):
+    planted(factor=factor)
+    assert variant() == "slow"
+
+
+def test_other_threads_and_problems_are_tried_again(planted, monkeypatch):
+    planted()
+    variant()
+    again(monkeypatch)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        variant()
+    finally:
+        torch.set_num_threads(before)
+    assert len(list(entries())) == 2
+    monkeypatch.setattr(cpu, "_purse", cpu.Purse())
+    variant(ConvProblem((2, 64, 8, 8), *list(vars(POINTWISE).values())[1:]))
+    assert len(list(entries())) == 3
+
+
+def test_a_new_variant_is_tried_beside_the_known_ones(planted, monkeypatch):
+    planted()
+    variant()
+    again(monkeypatch)
+    planted(name="direct")
+    assert variant() == "other"
+    ((_, verdict, _),) = entries()
+    assert set(verdict.outcomes) == {"slow", "direct", "other"}
+
+
+@pytest.mark.parametrize("how", ["off", "stored"])
+def test_modes(planted, monkeypatch, how):
+    planted()
+    with mode(how):
+        assert variant() == "slow" and not list(entries())
+    again(monkeypatch)
+    assert variant() == "other"
+    again(monkeypatch)
+    with mode(how):
+        assert variant() == ("slow" if how == "off" else "other")
+
+
+def test_the_environment_sets_the_mode(monkeypatch):
+    def in_a_thread():
+        found = []
+        one = threading.Thread(target=lambda: found.append(current_mode()))
+        one.start()
+        one.join()
+        return found[0]
+
+    for how in ("stored", "off"):
+        monkeypatch.setenv("REGNET_FAST_TRIALS", how)
+        assert in_a_thread() == how and current_mode() == "on"
+
+
+def test_a_mode_is_set_with_and_without_a_block():
+    with mode("off"):
+        assert current_mode() == "off"
+        mode("stored")
+        assert current_mode() == "stored"
+    assert current_mode() == "on"
+    with pytest.raises(ValueError, match="choose one of: on, stored, off"):
+        mode("maybe")
+
+
+@pytest.mark.parametrize("text", ["many", "-1", "nan"])
+def test_a_budget_is_a_number_of_seconds(monkeypatch, text):
+    monkeypatch.setenv("REGNET_FAST_TRIALS_BUDGET", text)
+    with pytest.raises(ValueError, match="number of seconds"):
+        budget(2.0)
+
+
+def test_deterministic_algorithms_are_never_a_matter_of_time(planted):
+    planted()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert variant() == "slow" and not list(entries())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_who_counts_operations_sees_no_trials(planted):
+    planted()
+    with FlopCounterMode(display=False) as counter:
+        assert variant() == "slow"
+    assert counter.get_total_flops() == 0 and not list(entries())
+
+
+def test_a_decision_holds_to_the_end_of_the_process(planted):
+    """Every call of a model gives the same bits, also where there was no time for a trial at first."""
+    planted()
+    with FlopCounterMode(display=False):
+        assert variant() == "slow"
+    assert variant() == "slow"
+
+
+def test_random_numbers_and_gradients_are_left_alone(planted):
+    planted()
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    weight = WEIGHTS[0].clone().requires_grad_()
+    assert variant(folded=lambda: (weight, None)) == "other"
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_two_threads_decide_alike(planted):
+    planted(slow_s=0.02)
+    found = []
+    both = [threading.Thread(target=lambda: found.append(variant())) for _ in range(4)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    assert len(set(found)) == 1
+
+
+def test_a_lock_that_nobody_gives_back_costs_the_trial(planted, monkeypatch):
+    planted()
+    monkeypatch.setattr(cpu, "BUDGET_S", 0.05)
+    cpu._lock.acquire()
+    try:
+        assert variant() == "slow"
+    finally:
+        cpu._lock.release()
+    assert variant() == "other"
+
+
+def test_a_folder_that_cannot_be_written_costs_the_keeping(planted, tmp_path, monkeypatch):
+    planted()
+    (tmp_path / "verdicts").write_text("in the way")
+    with pytest.warns(store.CacheWarning):
+        assert variant() == "other"
+    assert variant() == "other"
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_trials_take_a_third_of_a_row_of_calls():
+    clock = Clock()
+    purse = cpu.Purse(clock)
+
+    def trial(seconds):
+        def run():
+            clock.now += seconds
+            return "verdict"
+
+        return run
+
+    assert purse.allows() and purse.time(trial(0.3)) == "verdict"
+    assert not purse.allows()
+    spent, begin = 0.3, 100.0
+    for _ in range(60):
+        clock.now += 0.05  # other work
+        if purse.allows():
+            purse.time(trial(0.04))
+            spent += 0.04
+    assert 0.25 <= spent / (clock.now - begin) <= 0.36
+
+
+def test_trials_end_with_their_budget_and_begin_anew_with_the_next_row(monkeypatch):
+    monkeypatch.setenv("REGNET_FAST_TRIALS_BUDGET", "0.5")
+    clock = Clock()
+    purse, count = cpu.Purse(clock), 0
+    for _ in range(100):
+        clock.now += 0.9
+        if purse.allows():
+            purse.time(lambda: setattr(clock, "now", clock.now + 0.2))
+            count += 1
+    assert count == 3
+    clock.now += 60
+    assert purse.allows()
+
+
+def test_a_trial_that_fails_is_raised_and_decides_nothing(planted, monkeypatch):
+    planted()
+
+    def broken():
+        raise RuntimeError("of the weights")
+
+    with pytest.raises(RuntimeError, match="of the weights"):
+        variant(folded=broken)
+    monkeypatch.setattr(cpu, "_purse", cpu.Purse())
+    assert variant() == "other"
+
+
+def test_what_cannot_run_is_refused(planted, monkeypatch):
+    planted()
+
+    def no(*_):
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(onednn.CONVS["other"], "__call__", no)
+    assert variant() == "slow"
+    ((_, verdict, _),) = entries()
+    assert verdict.outcomes["other"].status == "refused" and "primitive" in verdict.outcomes["other"].reason
+
+
+# What is tried
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_every_variant_runs_on_what_it_is_tried_with(kernel, dtype, residual, gate):
+    geometry = Geometry(padding=(kernel // 2,) * 2)
+    problem = ConvProblem((2, 64, 9, 7), 64, (kernel, kernel), geometry, "silu", gate, residual, dtype, "cpu")
+    if onednn.refuse(problem):
+        pytest.skip(onednn.refuse(problem))
+    weights = (torch.randn(64, 64, kernel, kernel) / 8).to(dtype), torch.randn(64)
+    names = onednn.conv_variants(problem)
+    assert names[0] == "direct" or dtype == torch.float32
+    found = cpu.tried(problem, names, lambda name: onednn.prepare_conv(problem, *weights, variant=name))
+    assert {outcome.status for outcome in found.outcomes.values()} == {"verified"} and set(found.outcomes) == set(names)
+
+
+def test_which_variants_there_are():
+    def names(**changes):
+        return set(onednn.conv_variants(ConvProblem(**{**vars(POINTWISE), **changes})))
+
+    same = dict(kernel=(3, 3), geometry=Geometry(padding=(1, 1)), out_channels=64)
+    assert names() == {"direct", "matmul"} and names(dtype=torch.bfloat16) == {"direct"}
+    assert names(**same) == {"direct", "winograd"}
+    assert names(**{**same, "out_channels": 32}) == {"direct"} and names(**same, gate=True) == {"direct"}
+    assert names(kernel=(3, 3), geometry=Geometry(padding=(1, 1), groups=2)) == {"direct"}
+    assert names(geometry=Geometry(stride=(2, 2))) == {"direct"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norm_act(dtype):
+    problem = NormActProblem((2, 16, 9, 7), "relu", True, dtype, "cpu")
+    if onednn.refuse(problem):
+        pytest.skip(onednn.refuse(problem))
+    assert cpu.norm_act_variant(problem, torch.rand(16) + 0.5, torch.randn(16)) in onednn.NORM_ACTS
+    ((_, verdict, _),) = entries()
+    assert set(verdict.outcomes) == set(onednn.NORM_ACTS)
+
+
+def test_large_problems_are_tried_with_fewer_images():
+    problem = ConvProblem((512, 64, 56, 56), 64, (1, 1), Geometry(), "relu", False, True, torch.float32, "cpu")
+    x, _, residual, *_ = cpu.operands(problem)()
+    assert 1 <= x.shape[0] < 32 and residual.shape == x.shape
+    assert x.is_contiguous(memory_format=torch.channels_last) and x.std() > 0.3 and x.isfinite().all()
