@@ -81,8 +81,17 @@ def test_a_model_takes_what_was_chosen(planted):
     assert set(cpu._decided.values()) <= {"slow", "other"} and "other" in cpu._decided.values()
 
 
-def test_what_is_hardly_faster_is_not_taken(planted):
+@pytest.mark.parametrize(("gain", "chosen"), [(1.02, "slow"), (1.05, "other")])
+def test_what_is_hardly_faster_is_not_taken(planted, monkeypatch, gain, chosen):
     planted(slow_s=0.0)
+    monkeypatch.setattr(cpu, "_timed", lambda run, arguments: 1e-3 * gain if type(run).__name__ == "Slow" else 1e-3)
+    assert variant() == chosen
+
+
+def test_one_lucky_call_is_not_faster(planted, monkeypatch):
+    planted(slow_s=0.0)
+    lucky = iter([1e-4])
+    monkeypatch.setattr(cpu, "_timed", lambda run, _: next(lucky, 1e-3) if type(run).__name__ == "Other" else 1e-3)
     assert variant() == "slow"
 
 
