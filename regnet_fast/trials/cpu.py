@@ -139,7 +139,7 @@ def tried(problem: ConvProblem | NormActProblem, variants: Sequence[str], bind: 
                 outcomes[name] = Outcome("wrong", reason=f"its values are not those of {first}")
         for name in [name for name in variants if name not in outcomes]:
             times[name] = [_timed(runs[name], arguments) for _ in range(2)]
-        fastest = min(map(min, times.values()))
+        fastest = min(map(max, times.values()))
         left = [name for name, samples in times.items() if min(samples) <= _HOPELESS * fastest]
         least, most = _ROUNDS
         rounds = min(max(least, round(_ENOUGH_S / max(fastest, 1e-9))), most) if len(left) > 1 else 0
