@@ -7,7 +7,7 @@ the next block sees a block's output, and adding into it touches less memory tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..backends import forced_backend
 from ..observer import observer
 from ..ops.convolution import autocast_enabled
+from ..trials import cpu
 from .fused import Fused, Plan, unfit
 from .watch import only_forwards, transformed
 
@@ -48,7 +49,7 @@ class Chain:
         plans = self._plans(links, x)
         if plans is None:
             return self._one_by_one(links, x)
-        count = parts(plans[0], x)
+        count = self._parts(links, plans, x)
         if count == 1:
             return self._run(links, plans, x)
         y, end = None, 0
@@ -61,6 +62,15 @@ class Chain:
                 y = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
             y[start:end] = part
         return y
+
+    @staticmethod
+    def _parts(links: list[nn.Module], plans: list[Plan], x: Tensor) -> int:
+        """Into how many parts to cut the batch: by the images that a trial found fastest, else by `images`."""
+        if not x.is_cpu or x.shape[0] == 1 or forced_backend() is not None:
+            return parts(plans[0], x)
+        stage = cpu.Stage(" ".join([plan.described for plan in plans]), tuple(x.shape[1:]), x.dtype)
+        count = cpu.images(stage, images(plans[0], x), x.shape[0], lambda: _fresh(links, plans, x))
+        return -(-x.shape[0] // count)
 
     @staticmethod
     def _plans(links: list[nn.Module], x: Tensor) -> list[Plan] | None:
@@ -111,14 +121,32 @@ class Chain:
 
 
 def parts(first: Plan, x: Tensor) -> int:
-    """Into how many parts to cut the batch, so that the widest map of the first block, a stage's widest, fits.
+    """Into how many parts to cut the batch where nothing was tried."""
+    return -(-x.shape[0] // images(first, x))
+
+
+def images(first: Plan, x: Tensor) -> int:
+    """How many images go through a stage at a time, so that the widest map of the first block, a stage's widest, fits.
 
     Triton's interpreter stands in for a GPU, which takes a batch whole.
     """
     if not x.is_cpu or x.shape[0] == 1 or forced_backend() == "triton":
-        return 1
+        return x.shape[0]
     room = _BYTES_PER_THREAD * torch.get_num_threads()
     if first.unbound.dense and x.element_size() == 2:
         room *= 2  # arithmetic and not memory is short there, and it is faster on more images
-    images = int(room / (first.unbound.widest(*x.shape[1:]) * x.element_size()))
-    return -(-x.shape[0] // (1 << max(images, 1).bit_length() - 1))
+    fit = int(room / (first.unbound.widest(*x.shape[1:]) * x.element_size()))
+    return 1 << max(fit, 1).bit_length() - 1
+
+
+def _fresh(links: list[nn.Module], plans: list[Plan], x: Tensor) -> Callable[[int], Tensor]:
+    """What takes some images through a stage, with weights that are packed for it alone."""
+    forms = [plan.unbound.bind(lambda unit: unit.pack(x.dtype)) for plan in plans]
+
+    def run(count: int) -> Tensor:
+        y, own = x[:count].contiguous(memory_format=torch.channels_last), False
+        for form in forms:
+            y, own = form.run(y, own), True
+        return y
+
+    return run

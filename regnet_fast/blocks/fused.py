@@ -76,6 +76,12 @@ class Plan(Watch):
         with torch.inference_mode(False), torch.no_grad():
             return self.unbound.bind(lambda unit: unit.pack(self.dtype))
 
+    @cached_property
+    def described(self) -> str:
+        """What the block's time depends on: its form and the shapes of its weights."""
+        shapes = ("x".join(map(str, t.shape)) for t in self.tensors if t.dim() > 1)
+        return f"{type(self.unbound).__name__}({', '.join(shapes)})"
+
     def waits(self) -> bool:
         """Whether weights that are other ones in every call, as computed ones are, are left to the host: packing them
         pays from the second call on.

@@ -11,14 +11,16 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import ConvProblem, NormActProblem, onednn
-from ..backends.problem import Run
 from .environment import environment
 from .modes import budget, current_mode, watched
 from .verdicts import Outcome, Verdict, Verdicts
@@ -36,6 +38,9 @@ _WRONG = 0.05  # two variants that differ by more of the largest value do not co
 _LARGEST = 32e6  # bytes; of larger problems fewer images are tried
 
 
+_unhurried: ContextVar[bool] = ContextVar("regnet_fast_unhurried", default=False)
+
+
 class Purse:
     """How much time trials may take: of a row of calls that meet new problems, each soon after the one before."""
 
@@ -44,6 +49,8 @@ class Purse:
 
     def allows(self) -> bool:
         """Whether another trial may begin now."""
+        if _unhurried.get():
+            return True
         now = self._clock()
         if now - self._last > _APART_S:
             self._begin, self._spent = now, 0.0
@@ -60,8 +67,25 @@ class Purse:
             self._spent += self._last - start
 
 
+Call = Callable[[], Tensor]
+
+
+class Stage(NamedTuple):
+    """Blocks that run one after another, as far as their time depends on it: each with what it computes, the shape of
+    an image, and the dtype.
+    """
+
+    blocks: str
+    image: tuple[int, int, int]
+    dtype: torch.dtype
+
+
+def _same(variant: str) -> float:
+    return 1.0
+
+
 _purse = Purse()
-_lock = threading.Lock()
+_lock = threading.RLock()  # a stage's trial meets those of its convolutions
 _decided: dict[tuple[int, object], str] = {}
 """What serves a problem with a number of threads, to the end of the process."""
 
@@ -74,8 +98,8 @@ def _verdicts(threads: int) -> Verdicts:
 def conv_variant(problem: ConvProblem, folded: Callable[[], tuple[Tensor, Tensor | None]]) -> str:
     """The variant of oneDNN's convolutions that serves a problem. `folded()` is the weight and bias."""
 
-    def bind(variant: str) -> Run:
-        return onednn.prepare_conv(problem, *folded(), variant=variant)
+    def bind(variant: str) -> Call:
+        return partial(onednn.prepare_conv(problem, *folded(), variant=variant), *operands(problem))
 
     return _chosen(problem, onednn.conv_variants(problem), bind)
 
@@ -83,86 +107,145 @@ def conv_variant(problem: ConvProblem, folded: Callable[[], tuple[Tensor, Tensor
 def norm_act_variant(problem: NormActProblem, scale: Tensor, shift: Tensor) -> str:
     """The variant of scale, shift and activation that serves a problem."""
 
-    def bind(variant: str) -> Run:
-        return onednn.prepare_norm_act(problem, scale, shift, variant)
+    def bind(variant: str) -> Call:
+        return partial(onednn.prepare_norm_act(problem, scale, shift, variant), *operands(problem))
 
     return _chosen(problem, onednn.norm_act_variants(problem), bind)
 
 
-def _chosen(problem: ConvProblem | NormActProblem, variants: Sequence[str], bind: Callable[[str], Run]) -> str:
+def images(stage: Stage, probable: int, most: int, bind: Callable[[], Callable[[int], Tensor]]) -> int:
+    """How many images of a batch go through a stage at a time: `probable`, unless another number was tried and faster.
+    It is tried inside `unhurried` alone, since that takes the time of many calls.
+
+    Args:
+        most: the images of the batch.
+        bind: makes what takes so many images through the stage.
+    """
+    counts = [str(n) for n in (probable, probable // 2, probable * 2) if 1 <= n <= most]
+    if not counts:
+        return probable
+
+    def calls(count: str) -> Call:
+        return partial(bind(), int(count))
+
+    return int(_chosen(stage, counts, calls, int, _unhurried.get()))
+
+
+def _chosen(
+    problem: Any,
+    variants: Sequence[str],
+    bind: Callable[[str], Call],
+    work: Callable[[str], float] = _same,
+    tries: bool = True,
+) -> str:
     if len(variants) == 1 or current_mode() == "off" or torch.are_deterministic_algorithms_enabled():
         return variants[0]
     key = (torch.get_num_threads(), problem)
     found = _decided.get(key)
-    if found is not None:
+    if found in variants:
         return found
     if not _lock.acquire(timeout=BUDGET_S):  # held by a thread that a fork left behind
         return variants[0]
     try:
         found = _decided.get(key)  # by whoever held it
-        if found is None:
-            found = _decided[key] = _found(problem, variants, bind)
+        if found not in variants:
+            found = _decided[key] = _found(str(problem), variants, bind, work, tries)
         return found
     finally:
         _lock.release()
 
 
-def _found(problem: ConvProblem | NormActProblem, variants: Sequence[str], bind: Callable[[str], Run]) -> str:
+def _found(
+    problem: str, variants: Sequence[str], bind: Callable[[str], Call], work: Callable[[str], float], tries: bool
+) -> str:
     """By a verdict, a trial where there is time for one, or by what is probable."""
-    verdicts, name = _verdicts(torch.get_num_threads()), str(problem)
-    verdict = verdicts.find(name)
+    verdicts = _verdicts(torch.get_num_threads())
+    verdict = verdicts.find(problem)
     untried = verdict is None or not set(variants) <= set(verdict.outcomes)
-    if untried and current_mode() == "on" and not watched() and _purse.allows():
-        verdict = verdicts.keep(_purse.time(lambda: tried(problem, variants, bind)))
+    if tries and untried and current_mode() == "on" and not watched() and _purse.allows():
+        verdict = verdicts.keep(_purse.time(lambda: tried(problem, variants, bind, work)))
     return variants[0] if verdict is None or verdict.chosen not in variants else verdict.chosen
 
 
-def tried(problem: ConvProblem | NormActProblem, variants: Sequence[str], bind: Callable[[str], Run]) -> Verdict:
+def tried(
+    problem: str, variants: Sequence[str], bind: Callable[[str], Call], work: Callable[[str], float] = _same
+) -> Verdict:
     """Time every variant of a problem, in rounds that take turns.
 
     Args:
+        problem: in words.
         variants: the first serves where no other one is faster.
-        bind: the run of a variant.
+        bind: the call of a variant, whose result begins with the same image for all.
+        work: how much a call of a variant does.
+
+    Raises what the first variant raises.
     """
     with torch.inference_mode(False), torch.no_grad():
-        arguments, first = operands(problem), variants[0]
-        runs, times, outcomes = {first: bind(first)}, {}, {}
-        expected = runs[first](*arguments())
+        first = variants[0]
+        calls, times, outcomes = {first: bind(first)}, {}, {}
+        expected = calls[first]()[:1]
         for name in variants[1:]:
             try:
-                runs[name] = bind(name)
-                wrong = _differ(runs[name](*arguments()), expected)
+                calls[name] = bind(name)
+                wrong = _differ(calls[name]()[:1], expected)
             except RuntimeError as error:
                 outcomes[name] = Outcome("refused", reason=str(error))
                 continue
             if wrong:
                 outcomes[name] = Outcome("wrong", reason=f"its values are not those of {first}")
+
+        def time(name: str) -> float:
+            return _timed(calls[name]) / work(name)
+
         for name in [name for name in variants if name not in outcomes]:
-            times[name] = [_timed(runs[name], arguments) for _ in range(2)]
+            times[name] = [time(name), time(name)]
         fastest = min(map(max, times.values()))
         left = [name for name, samples in times.items() if min(samples) <= _HOPELESS * fastest]
         least, most = _ROUNDS
         rounds = min(max(least, round(_ENOUGH_S / max(fastest, 1e-9))), most) if len(left) > 1 else 0
         for i in range(rounds):
             for name in left if i % 2 else reversed(left):
-                times[name].append(_timed(runs[name], arguments))
+                times[name].append(time(name))
     best = {name: min(samples) for name, samples in times.items()}
     outcomes.update({name: Outcome("verified", 1e6 * seconds) for name, seconds in best.items()})
     fastest = min(best, key=best.get)
     faster = all(_MARGIN * measure(times[fastest]) < measure(times[first]) for measure in (min, statistics.median))
-    return Verdict(str(problem), fastest if faster else first, outcomes)
+    return Verdict(problem, fastest if faster else first, outcomes)
 
 
-def operands(problem: ConvProblem | NormActProblem) -> Callable[[], tuple]:
-    """A function that gives what a run of a problem is called with. Nothing of torch's random numbers is taken."""
+def why(problem: Any) -> str:
+    """What a trial found about a problem, in words; '' where there was none."""
+    verdict = _verdicts(torch.get_num_threads()).find(str(problem))
+    if verdict is None or current_mode() == "off":
+        return ""
+    words = [
+        f"{name} {outcome.us:.0f} us" if outcome.us is not None else f"{name} {outcome.status}: {outcome.reason}"
+        for name, outcome in verdict.outcomes.items()
+        if name != verdict.chosen
+    ]
+    return f"a trial: {verdict.chosen} {verdict.outcomes[verdict.chosen].us:.0f} us, {', '.join(words)}"
+
+
+@contextmanager
+def unhurried() -> Iterator[None]:
+    """Try whatever is met inside the `with` block, however long it takes; in this thread or task alone."""
+    token = _unhurried.set(True)
+    try:
+        yield
+    finally:
+        _unhurried.reset(token)
+
+
+def operands(problem: ConvProblem | NormActProblem) -> tuple:
+    """What a run of a problem is called with. Nothing of torch's random numbers is taken."""
     n, c, h, w = problem.input_shape
-    images = max(1, min(n, int(n * _LARGEST / problem.bytes)))
-    x = _numbers((images, c, h, w), problem.dtype)
-    gate = torch.full((images, c), 0.5, dtype=problem.dtype, device="cpu") if problem.gate else None
+    count = max(1, min(n, int(n * _LARGEST / problem.bytes)))
+    x = _numbers((count, c, h, w), problem.dtype)
+    gate = torch.full((count, c), 0.5, dtype=problem.dtype, device="cpu") if problem.gate else None
     if isinstance(problem, NormActProblem):
-        return lambda: (x, gate, False)
-    residual = _numbers((images, *problem.output_shape[1:]), problem.dtype) if problem.residual else None
-    return lambda: (x, gate, residual, False, False)
+        return x, gate, False
+    residual = _numbers((count, *problem.output_shape[1:]), problem.dtype) if problem.residual else None
+    return x, gate, residual, False, False
 
 
 def _numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -176,10 +259,9 @@ def _numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return y.permute(0, 3, 1, 2)
 
 
-def _timed(run: Run, arguments: Callable[[], tuple]) -> float:
-    given = arguments()
+def _timed(call: Call) -> float:
     start = time.perf_counter()
-    run(*given)
+    call()
     return time.perf_counter() - start
 
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -84,14 +85,14 @@ def test_a_model_takes_what_was_chosen(planted):
 @pytest.mark.parametrize(("gain", "chosen"), [(1.02, "slow"), (1.05, "other")])
 def test_what_is_hardly_faster_is_not_taken(planted, monkeypatch, gain, chosen):
     planted(slow_s=0.0)
-    monkeypatch.setattr(cpu, "_timed", lambda run, arguments: 1e-3 * gain if type(run).__name__ == "Slow" else 1e-3)
+    monkeypatch.setattr(cpu, "_timed", lambda call: 1e-3 * gain if type(call.func).__name__ == "Slow" else 1e-3)
     assert variant() == chosen
 
 
 def test_one_lucky_call_is_not_faster(planted, monkeypatch):
     planted(slow_s=0.0)
     lucky = iter([1e-4])
-    monkeypatch.setattr(cpu, "_timed", lambda run, _: next(lucky, 1e-3) if type(run).__name__ == "Other" else 1e-3)
+    monkeypatch.setattr(cpu, "_timed", lambda call: next(lucky, 1e-3) if type(call.func).__name__ == "Other" else 1e-3)
     assert variant() == "slow"
 
 
@@ -224,11 +225,19 @@ def test_two_threads_decide_alike(planted):
 def test_a_lock_that_nobody_gives_back_costs_the_trial(planted, monkeypatch):
     planted()
     monkeypatch.setattr(cpu, "BUDGET_S", 0.05)
-    cpu._lock.acquire()
-    try:
-        assert variant() == "slow"
-    finally:
-        cpu._lock.release()
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with cpu._lock:
+            held.set()
+            done.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(60)
+    assert variant() == "slow"
+    done.set()
+    holder.join()
     assert variant() == "other"
 
 
@@ -323,7 +332,11 @@ def test_every_variant_runs_on_what_it_is_tried_with(kernel, dtype, residual, ga
     weights = (torch.randn(64, 64, kernel, kernel) / 8).to(dtype), torch.randn(64)
     names = onednn.conv_variants(problem)
     assert names[0] == "direct" or dtype == torch.float32
-    found = cpu.tried(problem, names, lambda name: onednn.prepare_conv(problem, *weights, variant=name))
+    found = cpu.tried(
+        str(problem),
+        names,
+        lambda name: partial(onednn.prepare_conv(problem, *weights, variant=name), *cpu.operands(problem)),
+    )
     assert {outcome.status for outcome in found.outcomes.values()} == {"verified"} and set(found.outcomes) == set(names)
 
 
@@ -351,6 +364,41 @@ def test_norm_act(dtype):
 
 def test_large_problems_are_tried_with_fewer_images():
     problem = ConvProblem((512, 64, 56, 56), 64, (1, 1), Geometry(), "relu", False, True, torch.float32, "cpu")
-    x, _, residual, *_ = cpu.operands(problem)()
+    x, _, residual, *_ = cpu.operands(problem)
     assert 1 <= x.shape[0] < 32 and residual.shape == x.shape
     assert x.is_contiguous(memory_format=torch.channels_last) and x.std() > 0.3 and x.isfinite().all()
+
+
+# A stage
+
+
+@pytest.fixture
+def stage():
+    model = regnet_fast.create_model("regnetx_002").eval()
+    return model, torch.randn(8, 3, 64, 64)
+
+
+def sizes(model, x):
+    """Of the parts of the second stage."""
+    from regnet_fast.observer import observing
+
+    found = []
+    with torch.inference_mode(), observing(block=lambda block, x, *_: found.append((block, len(x)))):
+        model(x)
+    return [n for block, n in found if block is model.s2.b1]
+
+
+def test_a_stage_is_tried_where_there_is_time(stage, monkeypatch):
+    from regnet_fast.blocks import chain
+
+    model, x = stage
+    monkeypatch.setattr(chain, "images", lambda first, x: 2)
+    assert sizes(model, x) == [2] * 4
+    monkeypatch.setattr(cpu, "_decided", {})
+    monkeypatch.setattr(cpu, "_timed", lambda call: 1e-3 * (call.args[0] if len(call.args) == 1 else 1) ** 0.5)
+    with cpu.unhurried():
+        assert sizes(model, x) == [4, 4]
+    assert sizes(model, x) == [4, 4]
+    again(monkeypatch)
+    assert sizes(model, x) == [4, 4], "another process takes it from the verdict"
+    assert sizes(model, x[:3]) == [2, 1], "which does not fit a smaller batch"
