@@ -5,7 +5,7 @@ Exit status: 0 done; 1 the check that was asked for failed; 2 the request is wro
 progress and messages go to standard error.
 """
 
-from . import classify, compare, convert, demo, explain, export, info, run, train, tune, verify  # noqa: F401
+from . import classify, compare, convert, demo, explain, export, info, run, train, tune, verdicts, verify  # noqa: F401
 from .app import app
 
 __all__ = ["app"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -9,9 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import BatchesOption, DeviceOption, DtypesOption, JsonOption, SizeOption, app
+from .app import BatchesOption, DtypesOption, JsonOption, SizeOption, app
 from .errors import check_environment, complain, compute_dtype, reported_errors
 from .terminal import line, print_json, progress, show, table
+from .verdicts import show_verdicts
 
 
 @app.command()
@@ -20,13 +22,19 @@ def tune(
     batch: BatchesOption = [1],  # noqa: B006
     dtype: DtypesOption = ["float32"],  # noqa: B006
     size: SizeOption = None,
-    device: DeviceOption = "cuda",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU if there is one]")] = None,
     budget: Annotated[float | None, typer.Option(min=0, help="Seconds after which no further shape is begun.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure what the table has as well.")] = False,
     commit: Annotated[bool, typer.Option("--commit", help="Write into the checkout, to be shipped.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """The fastest configurations of the Triton kernels for a model, into a table. Goes on where it was interrupted."""
+    """What is the fastest here for a model: on a CPU the variants of its layers, on a GPU the Triton kernels'
+    configurations. Goes on where it was interrupted.
+    """
+    if device is None:
+        device = _default_device()
+    if device == "cpu":
+        return _tune_cpu(models, batch, dtype, size, as_json)
     found, left = [], 0
     with reported_errors(), progress() as announce:
         from ..inspect import tune as tuning
@@ -62,6 +70,33 @@ def tune(
         line(f"{left} shapes are left: the same command goes on")
     elif not found:
         line("the tables have every shape that is launched; --again measures them once more")
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _tune_cpu(models: list[str], batch: list[int], dtype: list[str], size: int | None, as_json: bool) -> None:
+    """Try every layer of the models in this process."""
+    found = {}
+    with reported_errors(), progress() as announce:
+        from ..inspect import tune as tuning
+        from ..inspect.verify import check_name
+
+        check_environment()
+        computes = [compute_dtype(name) for name in dtype]
+        for model in models:
+            check_name(model)
+        for model, images, compute in itertools.product(models, batch, computes):
+            announce(f"{model}: trying its layers")
+            for verdict in tuning.tune_cpu(*tuning.subject(model, images, size, compute, "cpu")):
+                found[verdict.problem] = verdict
+    if as_json:
+        return print_json([dataclasses.asdict(verdict) for verdict in found.values()])
+    show_verdicts(found.values())
+    line(f"{len(found)} layers and stages have a verdict; `regnet-fast verdicts` shows all that are kept")
 
 
 def _show_tuning(found: list[Any]) -> None:

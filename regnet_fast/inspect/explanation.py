@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..backends import ConvProblem, Problem, forced_backend, select
+from ..backends import ConvProblem, Problem, forced_backend, onednn, select
 from ..backends.passes import describe
 from ..blocks.fused import Fused, Plan, freeze
 from ..blocks.training import compute_dtype
@@ -22,6 +22,7 @@ from ..observer import observing
 from ..ops.norm_act import PackedNormAct
 from ..ops.packed import Packed
 from ..ops.squeeze_excite import PackedSqueezeExcite
+from ..trials import cpu
 from .counting import Kernel, KernelCounter
 
 _OPERANDS = {PackedUnit: 3, PackedNormAct: 2, PackedSqueezeExcite: 1}
@@ -309,7 +310,9 @@ class _Recorded:
         problem, label = packed.explain(*args[:count])
         label += ", tuned" if tuned else ""
         selection = select(problem)
-        reason = "; ".join(f"{name}: {why}" for name, why in selection.refused.items())
+        reasons = [f"{name}: {why}" for name, why in selection.refused.items()]
+        reasons += [cpu.why(problem)] if selection.module is onednn else []
+        reason = "; ".join(filter(None, reasons))
         row = Row(self.layer, problem.op, _shape(problem), selection.name, label, reason, problem.flops)
         if norm is None:
             return [row]

@@ -26,6 +26,9 @@ from ..backends import backend, triton
 from ..kernels import tables
 from ..kernels.tables import Choice, Entry
 from ..observer import observing
+from ..trials import cpu
+from ..trials.modes import mode
+from ..trials.verdicts import Verdict
 from . import info
 from .timing import Announce, silent, synchronize
 from .verify import host_model, input_size, randomize_norms, rebuilt
@@ -133,6 +136,16 @@ def subject(name: str, batch: int, size: int | None, dtype: torch.dtype, device:
         raise TuneError(f"nothing of {name} is rebuilt: it runs as timm makes it, without kernels that could be tuned")
     size = (batch, *input_size(report.model, size))
     return report.model, torch.randn(size, dtype=torch.float32, device="cpu").to(device, dtype)
+
+
+def tune_cpu(model: nn.Module, x: Tensor) -> list[Verdict]:
+    """Run a model on a CPU and try every layer and stage of it that no verdict is on; the verdicts on all of them.
+
+    `model` is in evaluation mode, rebuilt, and has not run before.
+    """
+    with torch.inference_mode(), mode("on"), cpu.unhurried(), cpu.heard() as found:
+        model(x)
+    return found
 
 
 def missing(model: nn.Module, x: Tensor, folder: Path, again: bool = False) -> list[tuple[ModuleType, Any]]:

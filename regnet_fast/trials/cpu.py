@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import ConvProblem, NormActProblem, onednn
+from ..backends import ConvProblem, Geometry, NormActProblem, onednn
 from .environment import environment
 from .modes import budget, current_mode, watched
 from .verdicts import Outcome, Verdict, Verdicts
@@ -33,11 +33,13 @@ _APART_S = 1.0  # calls that meet new problems so long after each other are not 
 _ENOUGH_S = 4e-3  # a variant is timed for so long, in
 _ROUNDS = (3, 25)  # so many rounds at least and at most
 _HOPELESS = 1.5  # a variant so many times as slow as the fastest in two calls is not timed further
+_NOISY = 1.3  # where the median of a variant's times is so many times the least, nothing can be said
 _MARGIN = 1.03  # what is faster by less stays untaken
 _WRONG = 0.05  # two variants that differ by more of the largest value do not compute the same
 _LARGEST = 32e6  # bytes; of larger problems fewer images are tried
 
 
+_told: ContextVar[list[Verdict] | None] = ContextVar("regnet_fast_verdicts", default=None)
 _unhurried: ContextVar[bool] = ContextVar("regnet_fast_unhurried", default=False)
 
 
@@ -149,7 +151,7 @@ def _chosen(
     try:
         found = _decided.get(key)  # by whoever held it
         if found not in variants:
-            found = _decided[key] = _found(str(problem), variants, bind, work, tries)
+            found = _decided[key] = _found(words(problem), variants, bind, work, tries)
         return found
     finally:
         _lock.release()
@@ -159,11 +161,15 @@ def _found(
     problem: str, variants: Sequence[str], bind: Callable[[str], Call], work: Callable[[str], float], tries: bool
 ) -> str:
     """By a verdict, a trial where there is time for one, or by what is probable."""
-    verdicts = _verdicts(torch.get_num_threads())
+    verdicts, told = _verdicts(torch.get_num_threads()), _told.get()
     verdict = verdicts.find(problem)
     untried = verdict is None or not set(variants) <= set(verdict.outcomes)
     if tries and untried and current_mode() == "on" and not watched() and _purse.allows():
-        verdict = verdicts.keep(_purse.time(lambda: tried(problem, variants, bind, work)))
+        found = _purse.time(lambda: tried(problem, variants, bind, work))
+        quiet = all(outcome.status != "noisy" for outcome in found.outcomes.values())
+        verdict = verdicts.keep(found) if quiet else None
+    if verdict is not None and told is not None:
+        told.append(verdict)
     return variants[0] if verdict is None or verdict.chosen not in variants else verdict.chosen
 
 
@@ -209,21 +215,52 @@ def tried(
     best = {name: min(samples) for name, samples in times.items()}
     outcomes.update({name: Outcome("verified", 1e6 * seconds) for name, seconds in best.items()})
     fastest = min(best, key=best.get)
+    for name in left if len(left) > 1 else ():
+        if statistics.median(times[name]) > _NOISY * best[name]:
+            outcomes[name] = Outcome("noisy", 1e6 * best[name], "other work runs on this machine")
     faster = all(_MARGIN * measure(times[fastest]) < measure(times[first]) for measure in (min, statistics.median))
     return Verdict(problem, fastest if faster else first, outcomes)
 
 
+def words(problem: Any) -> str:
+    """A problem in a line, which a verdict is known by."""
+    if isinstance(problem, Stage):
+        return f"stage {'x'.join(map(str, problem.image))} {_name(problem.dtype)}: {problem.blocks}"
+    facts = [problem.activation, *(f for f in ("gate", "residual") if getattr(problem, f, False))]
+    text = f"{problem.op} {'x'.join(map(str, problem.input_shape))}"
+    if isinstance(problem, ConvProblem):
+        text += f" -> {problem.out_channels}, {'x'.join(map(str, problem.kernel))}"
+        g, usual = problem.geometry, Geometry()
+        facts = [f"{name} {getattr(g, name)}" for name in g._fields if getattr(g, name) != getattr(usual, name)] + facts
+    return f"{text}, {', '.join(facts)}, {_name(problem.dtype)}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def why(problem: Any) -> str:
     """What a trial found about a problem, in words; '' where there was none."""
-    verdict = _verdicts(torch.get_num_threads()).find(str(problem))
+    verdict = _verdicts(torch.get_num_threads()).find(words(problem))
     if verdict is None or current_mode() == "off":
         return ""
-    words = [
+    others = [
         f"{name} {outcome.us:.0f} us" if outcome.us is not None else f"{name} {outcome.status}: {outcome.reason}"
         for name, outcome in verdict.outcomes.items()
         if name != verdict.chosen
     ]
-    return f"a trial: {verdict.chosen} {verdict.outcomes[verdict.chosen].us:.0f} us, {', '.join(words)}"
+    return f"a trial: {verdict.chosen} {verdict.outcomes[verdict.chosen].us:.0f} us, {', '.join(others)}"
+
+
+@contextmanager
+def heard() -> Iterator[list[Verdict]]:
+    """The verdicts that decide something for the first time inside the `with` block, in this thread or task alone."""
+    found: list[Verdict] = []
+    token = _told.set(found)
+    try:
+        yield found
+    finally:
+        _told.reset(token)
 
 
 @contextmanager

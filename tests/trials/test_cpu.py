@@ -1,5 +1,6 @@
 """Trials in this process: what is chosen, what is paid for it, and who is left in peace."""
 
+import itertools
 import threading
 import time
 from functools import partial
@@ -32,6 +33,7 @@ def again(monkeypatch):
     monkeypatch.setattr(cpu, "_decided", {})
     monkeypatch.setattr(cpu, "_purse", cpu.Purse())
     cpu._verdicts.cache_clear()
+    monkeypatch.setattr(cpu, "_NOISY", 1e9)  # this machine may be busy
     store._warned.clear()
 
 
@@ -87,6 +89,14 @@ def test_what_is_hardly_faster_is_not_taken(planted, monkeypatch, gain, chosen):
     planted(slow_s=0.0)
     monkeypatch.setattr(cpu, "_timed", lambda call: 1e-3 * gain if type(call.func).__name__ == "Slow" else 1e-3)
     assert variant() == chosen
+
+
+def test_nothing_is_kept_of_a_noisy_machine(planted, monkeypatch):
+    planted(slow_s=0.0)
+    monkeypatch.setattr(cpu, "_NOISY", 1.3)
+    times = itertools.cycle([1e-3, 2e-3, 2e-3])
+    monkeypatch.setattr(cpu, "_timed", lambda call: next(times) * (0.5 if type(call.func).__name__ == "Other" else 0.7))
+    assert variant() == "slow" and not list(entries())
 
 
 def test_one_lucky_call_is_not_faster(planted, monkeypatch):
@@ -333,7 +343,7 @@ def test_every_variant_runs_on_what_it_is_tried_with(kernel, dtype, residual, ga
     names = onednn.conv_variants(problem)
     assert names[0] == "direct" or dtype == torch.float32
     found = cpu.tried(
-        str(problem),
+        cpu.words(problem),
         names,
         lambda name: partial(onednn.prepare_conv(problem, *weights, variant=name), *cpu.operands(problem)),
     )
@@ -402,3 +412,17 @@ def test_a_stage_is_tried_where_there_is_time(stage, monkeypatch):
     again(monkeypatch)
     assert sizes(model, x) == [4, 4], "another process takes it from the verdict"
     assert sizes(model, x[:3]) == [2, 1], "which does not fit a smaller batch"
+
+
+def test_a_problem_in_words():
+    def words(**changes):
+        return cpu.words(ConvProblem(**{**vars(POINTWISE), **changes}))
+
+    assert words() == "pointwise_conv 1x64x8x8 -> 32, 1x1, relu, float32"
+    grouped = dict(kernel=(3, 3), geometry=Geometry((2, 2), (1, 1), (1, 1), 4), dtype=torch.bfloat16)
+    assert (
+        words(**grouped) == "grouped_conv 1x64x8x8 -> 32, 3x3, stride (2, 2), padding (1, 1), groups 4, relu, bfloat16"
+    )
+    other = [words(**{field: value}) for field, value in dict(gate=True, residual=True, activation="silu").items()]
+    assert len({words(), *other}) == 4
+    assert cpu.words(cpu.Stage("A(1x2) B(3)", (8, 4, 4), torch.float32)) == "stage 8x4x4 float32: A(1x2) B(3)"
