@@ -24,14 +24,13 @@ from regnet_fast.backends.onednn import (
     DirectConv,
     MatmulConv,
     WinogradConv,
-    matmul_faster,
+    conv_variants,
     prepare_norm_act,
 )
 from regnet_fast.backends.passes import COMPILED, TORCH
 from regnet_fast.backends.passes.operands import Norm, OutputNorm, Sums, Term
 from regnet_fast.backends.passes.sums import _beside, sums_of_norm
 from regnet_fast.backends.passes.torch import normaliser
-from regnet_fast.backends.winograd import faster
 from regnet_fast.blocks import chain
 from regnet_fast.inspect.verify import host_model, randomize_norms
 from regnet_fast.ops.convolution import pixel_means
@@ -96,7 +95,7 @@ def winograd() -> None:
             print(
                 f"| {batch} | {channels} | {size}x{size} | {t['direct']:.2f} | {t['winograd']:.2f} "
                 f"| {t['direct'] / t['winograd']:.2f} "
-                f"| {errors[0]:.1e} | {errors[1]:.1e} | {'Winograd' if faster(problem) else 'direct'} |"
+                f"| {errors[0]:.1e} | {errors[1]:.1e} | {conv_variants(problem)[0]} |"
             )
 
 
@@ -115,7 +114,7 @@ def pointwise() -> None:
         t = interleaved({"direct": partial(direct, *arguments), "product": partial(product, *arguments)}, 31)
         print(
             f"| {'x'.join(map(str, shape))} | {out_channels} | {1e3 * t['direct']:.0f} | {1e3 * t['product']:.0f} "
-            f"| {t['direct'] / t['product']:.2f} | {'addmm' if matmul_faster(problem) else 'oneDNN'} |"
+            f"| {t['direct'] / t['product']:.2f} | {conv_variants(problem)[0]} |"
         )
 
 

@@ -31,7 +31,7 @@ _HOME = {
     "convert": "weights.layouts",
     "convert_checkpoint": "weights.conversion",
 }
-_MODULES = ("backends", "blocks", "export", "functional", "hosts", "models", "ops", "weights")
+_MODULES = ("backends", "blocks", "export", "functional", "hosts", "models", "ops", "trials", "weights")
 _OPTIONAL = ("transformers",)  # what needs an extra, and is left out where everything is imported
 
 __all__ = [*_HOME, *_MODULES, "__version__"]

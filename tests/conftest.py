@@ -26,6 +26,9 @@ if hypothesis is not None:
     hypothesis.settings.load_profile("regnet_fast")
 
 
+# What is the fastest here and now decides no test's bits; tests of trials switch them on.
+os.environ["REGNET_FAST_TRIALS"] = "off"
+
 MIRRORS = re.compile(r"^tests/(backends|bench|blocks|cli|docs|hosts|inspect|ops|training|weights)/")
 """Folders of the package's names: a test that moves with what it tests keeps its seed."""
 

@@ -1,1 +1,5 @@
-"""How `auto` comes to use a kernel: candidates are tried on this very machine, and the verdicts kept."""
+"""How `auto` comes to use a variant of an operation: by a trial on the very machine (docs/trials.md)."""
+
+from .modes import mode
+
+__all__ = ["mode"]
