@@ -74,7 +74,7 @@ def show_verdicts(found: Iterable[Any]) -> None:
     rows = table("", "problem", "chosen", "us", "others", flexible="problem")
     for verdict in found:
         outcomes = {name: dataclasses.astuple(outcome) for name, outcome in verdict.outcomes.items()}
-        status, us, _ = outcomes.pop(verdict.chosen)
-        others = (f"{n} {s}" if t is None else f"{n} {t:.0f} us" for n, (s, t, _) in outcomes.items())
+        status, us, *_ = outcomes.pop(verdict.chosen)
+        others = (f"{n} {s}" if t is None else f"{n} {t:.0f} us" for n, (s, t, *_) in outcomes.items())
         rows.add_row(verdict.problem, verdict.chosen, f"{us:.0f}" if us else status, ", ".join(others))
     show(rows)

@@ -22,11 +22,14 @@ STATUSES = ("verified", "wrong", "crashed", "hung", "refused", "out of memory", 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a candidate. `us` is its time in microseconds where it was timed, `reason` says more."""
+    """What became of a candidate. `us` is its time in microseconds where it was timed, `reason` says more, `peer_us` is
+    the peer's time in the same process.
+    """
 
     status: str
     us: float | None = None
     reason: str = ""
+    peer_us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class Verdicts:
             content = store.read(self._path(problem))
             self._known[problem] = None if content is None else _parsed(content, problem)
         return self._known[problem]
+
+    def forget(self, problem: str) -> None:
+        """Read a verdict again when it is next asked for: another process may have kept one."""
+        self._known.pop(problem, None)
 
     def keep(self, verdict: Verdict) -> Verdict:
         """Keep a verdict beside what others found of other candidates meanwhile."""

@@ -1,0 +1,85 @@
+"""What can serve a problem: a backend and one of its variants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import (
+    BACKENDS,
+    ConvProblem,
+    Geometry,
+    NormActProblem,
+    Problem,
+    Run,
+    SqueezeExciteProblem,
+    library,
+    refuse,
+)
+
+_PREPARE = {
+    ConvProblem: "prepare_conv",
+    SqueezeExciteProblem: "prepare_squeeze_excite",
+    NormActProblem: "prepare_norm_act",
+}
+_KINDS = {kind.__name__: kind for kind in _PREPARE}
+
+
+class Candidate(NamedTuple):
+    """A backend by its name, and the variant, "" where it has one alone."""
+
+    backend: str
+    variant: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.backend}:{self.variant}" if self.variant else self.backend
+
+    @classmethod
+    def named(cls, name: str) -> Candidate:
+        """The candidate of a name."""
+        backend, _, variant = name.partition(":")
+        return cls(backend, variant)
+
+
+def candidates(problem: Problem) -> list[Candidate]:
+    """Everything that can serve a problem here, the peer first: what serves where nothing was tried.
+
+    A module tells its variants by `variants(problem)`.
+    """
+    found = []
+    for name in BACKENDS:
+        if name != "reference" and refuse(name, problem) is None:
+            variants = getattr(library(name, problem.device), "variants", None)
+            found += [Candidate(name, variant) for variant in (variants(problem) if variants else ("",))]
+    return found
+
+
+def prepare(candidate: Candidate, problem: Problem, weights: Sequence[Tensor | None]) -> Run:
+    """The weights bound by a candidate."""
+    module = library(candidate.backend, problem.device)
+    options = {"variant": candidate.variant} if candidate.variant else {}
+    return getattr(module, _PREPARE[type(problem)])(problem, *weights, **options)
+
+
+def to_json(problem: Problem) -> dict[str, Any]:
+    """A problem as JSON has it."""
+    facts = {field.name: getattr(problem, field.name) for field in fields(problem)}
+    return {"kind": type(problem).__name__, **facts, "dtype": str(problem.dtype).removeprefix("torch.")}
+
+
+def from_json(facts: dict[str, Any]) -> Problem:
+    """The problem of `to_json`."""
+    facts = dict(facts)
+    kind = _KINDS[facts.pop("kind")]
+    facts["dtype"] = getattr(torch, facts["dtype"])
+    for name in ("input_shape", "kernel"):
+        if name in facts:
+            facts[name] = tuple(facts[name])
+    if "geometry" in facts:
+        *pairs, groups = facts["geometry"]
+        facts["geometry"] = Geometry(*map(tuple, pairs), groups)
+    return kind(**facts)

@@ -1,0 +1,190 @@
+"""Whether a candidate computes what it should, and nothing beside: in the process that may die of it.
+
+A result is held to float64's by the rule of `inspect.judging`, eager being the reference in the dtype, on the first and
+last image of the problem and on a small odd one, each with two seeds; all other images to the peer's. Inputs lie between
+guards of NaN, which must stay as they are, and the memory that a result may be put into is NaN before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import ConvProblem, NormActProblem, Problem, Run, reference
+from ..inspect.judging import judge
+
+_GUARD = 4096
+"""Elements before and behind each input."""
+
+_APART = 8.0
+"""How many times as far from the peer a result may be as the peer and the reference are from float64."""
+
+
+class Wrong(Exception):
+    """A candidate does not compute what it should; the message says where."""
+
+
+@dataclass
+class Case:
+    """A problem with random operands and weights. `call` is what a run is called with."""
+
+    problem: Problem
+    weights: tuple[Tensor | None, ...]
+    call: tuple[Any, ...]
+    guarded: list[tuple[Tensor, Tensor]]
+
+    def unchanged(self) -> str | None:
+        """Which input was changed or what beside one was written, or None."""
+        for held, kept in self.guarded:
+            if not torch.equal(held.view(torch.uint8), kept.view(torch.uint8)):
+                inside = not torch.equal(held[_GUARD:-_GUARD].view(torch.uint8), kept[_GUARD:-_GUARD].view(torch.uint8))
+                return "it changes an input" if inside else "it writes beside an input"
+        return None
+
+
+def make(problem: Problem, seed: int) -> Case:
+    """Operands of unit variance, and weights that keep it."""
+    random = torch.Generator().manual_seed(seed)
+    guarded: list[tuple[Tensor, Tensor]] = []
+
+    def normal(shape: Sequence[int], scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        made = torch.randn(shape, generator=random, dtype=torch.float32, device="cpu") * scale
+        return _guarded(made.to(problem.device, dtype or problem.dtype), guarded)
+
+    if isinstance(problem, ConvProblem):
+        n, c, _, _ = problem.input_shape
+        fan = c // problem.geometry.groups * problem.kernel[0] * problem.kernel[1]
+        weights = (
+            normal((problem.out_channels, c // problem.geometry.groups, *problem.kernel), fan**-0.5),
+            normal((problem.out_channels,), 0.5, torch.float32),
+        )
+        x = normal(problem.input_shape)
+        gate = normal((n, c)).sigmoid() if problem.gate else None
+        residual = normal(problem.output_shape) if problem.residual else None
+        return Case(problem, weights, (x, gate, residual, False, False), guarded)
+    if isinstance(problem, NormActProblem):
+        n, c, _, _ = problem.input_shape
+        weights = normal((c,), 0.3, torch.float32) + 1, normal((c,), 0.5, torch.float32)
+        gate = normal((n, c)).sigmoid() if problem.gate else None
+        return Case(problem, weights, (normal(problem.input_shape), gate, False), guarded)
+    c, r = problem.channels, problem.hidden
+    shapes = ((r, c), c**-0.5), ((r,), 0.5), ((c, r), r**-0.5), ((c,), 0.5)
+    weights = tuple(normal(shape, scale, torch.float32) for shape, scale in shapes)
+    return Case(problem, weights, (normal((problem.batch, c)),), guarded)
+
+
+def _guarded(t: Tensor, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The same tensor between guards, in channels_last."""
+    held = torch.full((t.numel() + 2 * _GUARD,), float("nan"), dtype=t.dtype, device=t.device)
+    inner = held[_GUARD:-_GUARD]
+    if t.dim() == 4:
+        n, c, h, w = t.shape
+        inside = inner.view(n, h, w, c).permute(0, 3, 1, 2)
+    else:
+        inside = inner.view(t.shape)
+    inside.copy_(t)
+    kept.append((held, held.clone()))
+    return inside
+
+
+def odd(problem: Problem) -> Problem:
+    """A small problem of the same kind with an odd size, for which other tiles are cut."""
+    if isinstance(problem, (ConvProblem, NormActProblem)):
+        height, width = (max(5, 2 * k + 1) for k in getattr(problem, "kernel", (1, 1)))
+        return replace(problem, input_shape=(3, problem.input_shape[1], height + 2, width))
+    return replace(problem, batch=3)
+
+
+def edges(problem: Problem, call: tuple[Any, ...]) -> tuple[Problem, tuple[Any, ...], Callable[[Tensor], Tensor]]:
+    """The first and the last image of a problem."""
+    images = problem.batch if not hasattr(problem, "input_shape") else problem.input_shape[0]
+    if images <= 2:
+        return problem, call, lambda y: y
+    chosen = [0, images - 1]
+    if hasattr(problem, "input_shape"):
+        small = replace(problem, input_shape=(2, *problem.input_shape[1:]))
+    else:
+        small = replace(problem, batch=2)
+    return small, tuple(t[chosen] if isinstance(t, Tensor) else t for t in call), lambda y: y[chosen]
+
+
+def by_reference(problem: Problem, weights: Sequence[Tensor | None], call: tuple, dtype: torch.dtype | None) -> Tensor:
+    """The reference, in another dtype where one is named."""
+    if dtype is not None:
+        problem = replace(problem, dtype=dtype)
+        weights = [None if t is None else t.to(dtype) for t in weights]
+        call = tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in call)
+    name = {ConvProblem: "prepare_conv", NormActProblem: "prepare_norm_act"}.get(
+        type(problem), "prepare_squeeze_excite"
+    )
+    return getattr(reference, name)(problem, *weights)(*call)
+
+
+def verify(
+    problem: Problem,
+    prepare: Callable[[Problem, Sequence[Tensor | None]], Run],
+    peer: Callable[[Problem, Sequence[Tensor | None]], Run],
+) -> float:
+    """The largest error of a candidate against float64, in units of what eager is granted. Raises Wrong.
+
+    Args:
+        prepare: binds a problem's weights by the candidate, `peer` by what serves otherwise.
+    """
+    worst = 0.0
+    for one, seed in ((problem, 0), (odd(problem), 1), (problem, 2)):
+        case = make(one, seed)
+        expected = peer(one, case.weights)(*case.call)
+        run = prepare(one, case.weights)
+        found = _twice(run, case)
+        small, call, pick = edges(one, case.call)
+        exact = by_reference(small, case.weights, call, torch.float64)
+        eager = by_reference(small, case.weights, call, None).to(found.dtype)
+        check = judge("", pick(found), eager, exact)
+        if not check.ok:
+            raise Wrong(f"{check.failure} ({check.place})")
+        worst = max(worst, check.ratio)
+        granted = _APART * max(_largest(pick(expected).double() - exact), check.max_eager, check.floor)
+        if not _largest(found.double() - expected.double()) <= granted:
+            raise Wrong("an image in the middle of the batch is not the peer's")
+    return worst
+
+
+def _twice(run: Run, case: Case) -> Tensor:
+    """The result of a run, which two calls give to the bit."""
+    _poison(case)
+    found = run(*case.call)
+    first = found.clone()
+    _poison(case)
+    second = run(*case.call)
+    fault = case.unchanged()
+    if fault:
+        raise Wrong(fault)
+    if not torch.equal(first, second):
+        raise Wrong("two calls differ" if first.isfinite().all() else "it leaves values unwritten, or makes them NaN")
+    elsewhere: list[Tensor] = []
+    thread = threading.Thread(target=lambda: elsewhere.append(_inferred(run, case)))
+    thread.start()
+    thread.join()
+    if not elsewhere or not torch.equal(first, elsewhere[0]):
+        raise Wrong("another thread gets another result")
+    return first
+
+
+def _inferred(run: Run, case: Case) -> Tensor:
+    with torch.inference_mode():
+        return run(*case.call).clone()
+
+
+def _poison(case: Case) -> None:
+    """Memory as large as a result, full of NaN and let go."""
+    shape = getattr(case.problem, "output_shape", None) or case.call[0].shape
+    torch.full(tuple(shape), float("nan"), dtype=case.problem.dtype, device=case.problem.device)
+
+
+def _largest(t: Tensor) -> float:
+    return t.abs().nan_to_num(nan=float("inf")).max().item()

@@ -1,0 +1,291 @@
+"""Trials in another process: problems wait until a model is called for the second time, and are tried then, all in one
+session, in a process that may crash, hang or be wrong.
+
+The first call of a shape is served by the peer at once, and so is every call that is captured, compiled or traced. A
+script that calls a model once pays nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..backends import Problem, store
+from .candidate import Candidate, candidates, to_json
+from .cpu import words
+from .environment import environment
+from .modes import budget, current_mode, watched
+from .process import Child, Fault, StartError
+from .verdicts import Outcome, Verdict, Verdicts, folder
+from .worker import PHASES
+
+BUDGET_S = 60.0
+"""Seconds of trials in a process, unless REGNET_FAST_TRIALS_BUDGET says otherwise."""
+
+ROUNDS = 9
+_MARGIN = 1.03
+_NOISY = 0.1
+
+
+class TrialWarning(UserWarning):
+    """Candidates cannot be tried here; the peers serve."""
+
+
+class Session:
+    """What waits to be tried, and the process that tries it.
+
+    Attributes: `generation`, which grows whenever a verdict may be another one.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str] = (sys.executable, "-m", "regnet_fast.trials.worker"),
+        modules: Sequence[str] = (),
+        clock: Callable[[], float] = time.monotonic,
+        phases: dict[str, float] = PHASES,
+    ):
+        self._command, self._modules, self._clock, self._phases = command, list(modules), clock, phases
+        self._lock = threading.RLock()
+        self._waiting: dict[Problem, None] = {}
+        self._verdicts: dict[str, Verdicts] = {}
+        self._spent, self._broken = 0.0, False
+        self._owner = os.getpid()
+        self.generation = 0
+
+    def __bool__(self) -> bool:
+        """Whether anything waits."""
+        return bool(self._waiting)
+
+    def chosen(self, problem: Problem) -> Candidate | None:
+        """The candidate that a verdict names; None where there is none, and the problem waits for one."""
+        if current_mode() == "off":
+            return None
+        verdict = self.verdicts(problem).find(words(problem))
+        if verdict is not None:
+            return Candidate.named(verdict.chosen)
+        if current_mode() == "on" and not self._broken and not watched() and os.getpid() == self._owner:
+            with self._lock:
+                self._waiting.setdefault(problem)
+        return None
+
+    def verdicts(self, problem: Problem) -> Verdicts:
+        """Those of the device of a problem."""
+        found = self._verdicts.get(problem.device)
+        if found is None:
+            found = self._verdicts[problem.device] = Verdicts(environment(problem.device))
+        return found
+
+    def settle(self, limit: float | None = None, told: Callable[[Verdict], object] = lambda verdict: None) -> None:
+        """Try everything that waits, the largest first, within the budget; what is left waits for the next process.
+
+        Another process that tries for the same device is not waited for. Never raises: where nothing can be tried one
+        warning says why. Ctrl-C ends the trials alone.
+        """
+        if not self._waiting or watched() or current_mode() != "on" or not self._lock.acquire(blocking=False):
+            return
+        try:
+            waiting = sorted(self._waiting, key=lambda problem: -problem.bytes)
+            self._waiting = {}
+            limit = budget(BUDGET_S) if limit is None else limit
+            with ExitStack() as stack:
+                if not stack.enter_context(_alone()):
+                    return
+                self._settle(waiting, limit, told)
+        except KeyboardInterrupt:
+            self._broken = True
+            self._warn("interrupted")
+        except StartError as error:
+            self._broken = True
+            self._warn(str(error))
+        finally:
+            self.generation += 1
+            self._lock.release()
+
+    def _settle(self, waiting: list[Problem], limit: float, told: Callable[[Verdict], object]) -> None:
+        trial = _Trial(self, limit)
+        try:
+            for problem in waiting:
+                if trial.over():
+                    break
+                verdict = trial.of(problem)
+                if verdict is not None:
+                    told(verdict)
+        finally:
+            trial.end()
+
+    def _warn(self, reason: str) -> None:
+        warnings.warn(f"no kernels are tried here, and {_PEERS}: {reason}", TrialWarning, stacklevel=4)
+
+
+_PEERS = "the framework's own serve"
+
+
+class _Trial:
+    """One session's process, and who is to blame where it dies."""
+
+    def __init__(self, session: Session, limit: float):
+        self._session, self._limit = session, limit
+        self._child: Child | None = None
+        self._last: tuple[Problem, Candidate] | None = None
+
+    def over(self) -> bool:
+        return self._session._spent >= self._limit
+
+    def of(self, problem: Problem) -> Verdict | None:
+        """Try every candidate of a problem that was not tried before; None where the time ends before the last."""
+        s, (peer, *others) = self._session, candidates(problem)
+        verdicts = s.verdicts(problem)
+        verdicts.forget(words(problem))
+        before = verdicts.find(words(problem))
+        outcomes = dict(before.outcomes) if before is not None else {}
+        for candidate in others:
+            if str(candidate) in outcomes:
+                continue
+            if self.over():
+                return None
+            outcomes[str(candidate)] = self._outcome(problem, candidate, peer)
+            if outcomes[str(candidate)].us is not None:
+                outcomes[str(peer)] = Outcome("verified", outcomes[str(candidate)].peer_us)
+        outcomes.setdefault(str(peer), Outcome("verified"))
+        return verdicts.keep(Verdict(words(problem), _fastest(outcomes, str(peer)), outcomes))
+
+    def _outcome(self, problem: Problem, candidate: Candidate, peer: Candidate) -> Outcome:
+        s, start = self._session, self._session._clock()
+        facts = {"problem": to_json(problem), "candidate": str(candidate), "peer": str(peer)}
+        try:
+            with _journal(problem, candidate) as suspect:
+                if suspect:
+                    return Outcome("suspect", reason="the process that tried it last ended with the one that asked")
+                for _ in range(2):
+                    try:
+                        answer = self._process().ask({**facts, "rounds": ROUNDS, "modules": s._modules}, s._phases)
+                        self._last = problem, candidate
+                        return _read(answer)
+                    except Fault as fault:
+                        self._child = None
+                        if fault.before and self._last is not None:
+                            self._blame(fault)
+                            continue
+                        kind = fault.kind if fault.kind != "garbled" else "crashed"
+                        return Outcome(kind, reason=str(fault))
+                return Outcome("crashed", reason="the process died twice before it began")
+        finally:
+            s._spent += s._clock() - start
+
+    def _process(self) -> Child:
+        if self._child is None:
+            self._child, self._last = Child(self._session._command), None
+            self._child.started()
+        return self._child
+
+    def _blame(self, fault: Fault) -> None:
+        """The candidate that was answered for last killed the process after that."""
+        problem, candidate = self._last
+        self._last = None
+        verdicts = self._session.verdicts(problem)
+        found = verdicts.find(words(problem))
+        outcome = {str(candidate): Outcome("crashed", reason=f"after its trial: {fault}")}
+        if found is not None:
+            outcomes = {**found.outcomes, **outcome}
+            peer = str(candidates(problem)[0])
+            verdicts.keep(Verdict(found.problem, _fastest(outcomes, peer), outcomes))
+
+    def end(self) -> None:
+        if self._child is None:
+            return
+        try:
+            self._child.end()
+        except Fault as fault:
+            if self._last is not None:
+                self._blame(fault)
+        self._child = None
+
+
+def _read(answer: dict[str, Any]) -> Outcome:
+    """An answer as an outcome; one that cannot be read is a crash."""
+    try:
+        if answer["status"] != "verified":
+            return Outcome(str(answer["status"]), reason=str(answer.get("reason", ""))[:300])
+        mine, peers = ([float(t) for t in answer[name]] for name in ("us", "peer_us"))
+        us, peer_us = statistics.median(mine), statistics.median(peers)
+        spread = max(_deviation(mine) / us, _deviation(peers) / peer_us)
+        if not 0 < us < float("inf") or spread > _NOISY:
+            return Outcome("noisy", us, f"its times differ by {100 * spread:.0f} %", peer_us)
+        faster = peer_us > _MARGIN * us and peer_us - us > 2 * max(_deviation(mine), _deviation(peers))
+        return Outcome("verified", us, "" if faster else "not faster than the peer", peer_us)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, statistics.StatisticsError):
+        return Outcome("crashed", reason=f"its answer cannot be read: {str(answer)[:100]}")
+
+
+def _deviation(samples: list[float]) -> float:
+    """The median of the distances from the median."""
+    middle = statistics.median(samples)
+    return statistics.median(abs(t - middle) for t in samples)
+
+
+def _fastest(outcomes: dict[str, Outcome], peer: str) -> str:
+    """The candidate that beats the peer by most."""
+    able = {
+        name: outcome.us / outcome.peer_us
+        for name, outcome in outcomes.items()
+        if name != peer and outcome.status == "verified" and not outcome.reason and outcome.us and outcome.peer_us
+    }
+    return min(able, key=able.get, default=peer)
+
+
+@contextmanager
+def _alone() -> Iterator[bool]:
+    """Whether no other process tries candidates meanwhile, as far as the cache folder tells."""
+    with _held(folder() / "session.lock") as mine:
+        yield mine
+
+
+@contextmanager
+def _journal(problem: Problem, candidate: Candidate) -> Iterator[bool]:
+    """A file that is there while a candidate is tried. True where one was left by a process that died."""
+    path = folder() / "inflight" / store.key(words(problem), str(candidate))[:32]
+    left = path.exists()
+    try:
+        if not left:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                json.dump({"problem": words(problem), "candidate": str(candidate), "pid": os.getpid()}, file)
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError:
+        pass  # nothing can be kept there: a machine that dies of it will die of it again
+    yield left
+    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[bool]:
+    """Whether a lock was free, which is held inside the `with` block then."""
+    try:
+        import fcntl
+
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = path.open("ab")
+    except (ImportError, OSError):
+        yield True
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+session = Session()
+"""What waits in this process."""
