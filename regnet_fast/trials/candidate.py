@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -60,8 +61,12 @@ def candidates(problem: Problem) -> list[Candidate]:
 
 def prepare(candidate: Candidate, problem: Problem, weights: Sequence[Tensor | None]) -> Run:
     """The weights bound by a candidate."""
-    module = library(candidate.backend, problem.device)
     options = {"variant": candidate.variant} if candidate.variant else {}
+    return bound(library(candidate.backend, problem.device), problem, weights, **options)
+
+
+def bound(module: ModuleType, problem: Problem, weights: Sequence[Tensor | None], **options: str) -> Run:
+    """The weights bound by a backend."""
     return getattr(module, _PREPARE[type(problem)])(problem, *weights, **options)
 
 

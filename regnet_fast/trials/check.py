@@ -1,7 +1,7 @@
 """Whether a candidate computes what it should, and nothing beside: in the process that may die of it.
 
 A result is held to float64's by the rule of `inspect.judging`, eager being the reference in the dtype, on the first and
-last image of the problem and on a small odd one, each with two seeds; all other images to the peer's. Inputs lie between
+last image of the problem, with two seeds, and on a small odd one; all other images to the peer's. Inputs lie between
 guards of NaN, which must stay as they are, and the memory that a result may be put into is NaN before.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..backends import ConvProblem, NormActProblem, Problem, Run, reference
 from ..inspect.judging import judge
+from .candidate import bound
 
 _GUARD = 4096
 """Elements before and behind each input."""
@@ -119,10 +120,7 @@ def by_reference(problem: Problem, weights: Sequence[Tensor | None], call: tuple
         problem = replace(problem, dtype=dtype)
         weights = [None if t is None else t.to(dtype) for t in weights]
         call = tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in call)
-    name = {ConvProblem: "prepare_conv", NormActProblem: "prepare_norm_act"}.get(
-        type(problem), "prepare_squeeze_excite"
-    )
-    return getattr(reference, name)(problem, *weights)(*call)
+    return bound(reference, problem, weights)(*call)
 
 
 def verify(

@@ -20,6 +20,7 @@ def timer(device: str) -> Callable[[Calls, int], list[list[float]]]:
 
 
 def on_cpu(calls: Calls, rounds: int) -> list[list[float]]:
+    """By the process's clock."""
     samples: list[list[float]] = [[] for _ in calls]
     for i in range(rounds + 2):
         for which in range(len(calls)) if i % 2 else reversed(range(len(calls))):

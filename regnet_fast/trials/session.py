@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,12 @@ class Session:
         """The candidate that a verdict names; None where there is none, and the problem waits for one."""
         if current_mode() == "off":
             return None
-        verdict = self.verdicts(problem).find(words(problem))
-        if verdict is not None:
-            return Candidate.named(verdict.chosen)
-        if current_mode() == "on" and not self._broken and not watched() and os.getpid() == self._owner:
+        verdict, able = self.verdicts(problem).find(words(problem)), [*map(str, candidates(problem))]
+        untried = len(able) > 1 and (verdict is None or not set(able) <= set(verdict.outcomes))
+        if untried and current_mode() == "on" and not self._broken and not watched() and os.getpid() == self._owner:
             with self._lock:
                 self._waiting.setdefault(problem)
-        return None
+        return Candidate.named(verdict.chosen) if verdict is not None and verdict.chosen in able else None
 
     def verdicts(self, problem: Problem) -> Verdicts:
         """Those of the device of a problem."""
@@ -116,9 +115,7 @@ class Session:
             for problem in waiting:
                 if trial.over():
                     break
-                verdict = trial.of(problem)
-                if verdict is not None:
-                    told(verdict)
+                told(trial.of(problem))
         finally:
             trial.end()
 
@@ -136,27 +133,30 @@ class _Trial:
         self._session, self._limit = session, limit
         self._child: Child | None = None
         self._last: tuple[Problem, Candidate] | None = None
+        self._outcomes: dict[Problem, dict[str, Outcome]] = {}
 
     def over(self) -> bool:
+        """Whether the time is."""
         return self._session._spent >= self._limit
 
-    def of(self, problem: Problem) -> Verdict | None:
-        """Try every candidate of a problem that was not tried before; None where the time ends before the last."""
-        s, (peer, *others) = self._session, candidates(problem)
-        verdicts = s.verdicts(problem)
+    def of(self, problem: Problem) -> Verdict:
+        """Try every candidate of a problem that was not tried before, while there is time."""
+        peer, *others = candidates(problem)
+        verdicts = self._session.verdicts(problem)
         verdicts.forget(words(problem))
         before = verdicts.find(words(problem))
-        outcomes = dict(before.outcomes) if before is not None else {}
-        for candidate in others:
-            if str(candidate) in outcomes:
-                continue
-            if self.over():
-                return None
-            outcomes[str(candidate)] = self._outcome(problem, candidate, peer)
-            if outcomes[str(candidate)].us is not None:
-                outcomes[str(peer)] = Outcome("verified", outcomes[str(candidate)].peer_us)
+        outcomes = self._outcomes[problem] = dict(before.outcomes) if before is not None else {}
         outcomes.setdefault(str(peer), Outcome("verified"))
-        return verdicts.keep(Verdict(words(problem), _fastest(outcomes, str(peer)), outcomes))
+        for candidate in others:
+            if str(candidate) not in outcomes and not self.over():
+                outcome = self._outcome(problem, candidate, peer)
+                outcomes[str(candidate)] = outcome
+        return self._kept(problem)
+
+    def _kept(self, problem: Problem) -> Verdict:
+        outcomes, peer = self._outcomes[problem], str(candidates(problem)[0])
+        found = Verdict(words(problem), _fastest(outcomes, peer), dict(outcomes))
+        return self._session.verdicts(problem).keep(found)
 
     def _outcome(self, problem: Problem, candidate: Candidate, peer: Candidate) -> Outcome:
         s, start = self._session, self._session._clock()
@@ -191,13 +191,8 @@ class _Trial:
         """The candidate that was answered for last killed the process after that."""
         problem, candidate = self._last
         self._last = None
-        verdicts = self._session.verdicts(problem)
-        found = verdicts.find(words(problem))
-        outcome = {str(candidate): Outcome("crashed", reason=f"after its trial: {fault}")}
-        if found is not None:
-            outcomes = {**found.outcomes, **outcome}
-            peer = str(candidates(problem)[0])
-            verdicts.keep(Verdict(found.problem, _fastest(outcomes, peer), outcomes))
+        self._outcomes[problem][str(candidate)] = Outcome("crashed", reason=f"after its trial: {fault}")
+        self._kept(problem)
 
     def end(self) -> None:
         if self._child is None:
@@ -263,8 +258,11 @@ def _journal(problem: Problem, candidate: Candidate) -> Iterator[bool]:
                 os.fsync(file.fileno())
     except OSError:
         pass  # nothing can be kept there: a machine that dies of it will die of it again
-    yield left
-    path.unlink(missing_ok=True)
+    try:
+        yield left
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
