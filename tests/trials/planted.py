@@ -61,11 +61,10 @@ class Exit(Plain):
 
 
 class DiesLater(Plain):
-    """Answers, and then a thread of it crashes."""
+    """Answers, and crashes when the process is asked for something else."""
 
     def changed(self, y, x):
-        if self.calls == 1 and x.shape[2] == self.problem.input_shape[2] != 5:
-            threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGSEGV)).start()
+        PROGRAM.from_json = lambda facts: ctypes.string_at(0)
         return y
 
 

@@ -18,7 +18,8 @@ from regnet_fast.trials.session import Session, TrialWarning
 from regnet_fast.trials.verdicts import entries
 
 HERE = Path(__file__).parent
-PHASES = {"start": 20.0, "compile": 4.0, "verify": 6.0, "time": 4.0}
+PHASES = dict.fromkeys(("start", "compile", "verify", "time"), 60.0)
+SHORT = {**PHASES, "compile": 2.0}
 PROBLEM = ConvProblem(
     (4, 16, 8, 8), 16, (3, 3), Geometry(padding=(1, 1), groups=2), "relu", False, False, torch.float32, "cpu"
 )
@@ -40,8 +41,8 @@ def planted(tmp_path, monkeypatch):
         yield lambda *names: monkeypatch.setenv("PLANTED", ",".join(names))
 
 
-def new(**options):
-    return Session(modules=["planted"], phases=PHASES, **options)
+def new(phases=PHASES, **options):
+    return Session(modules=["planted"], phases=phases, **options)
 
 
 def settled(one=None, problem=PROBLEM):
@@ -80,9 +81,9 @@ FAULTS = {
 def test_a_fault_is_put_aside_with_the_right_word(planted, status):
     """All of a kind in one session, after one that is right."""
     names = [name for name, (word, _) in FAULTS.items() if word == status]
-    planted("Slow", *names)
-    verdict = settled()
-    assert verdict.chosen == PEER and verdict.outcomes["cuda:Slow"].status == "verified"
+    planted(*names)
+    verdict = settled(new(SHORT if status == "hung" else PHASES))
+    assert verdict.chosen == PEER
     for name in names:
         outcome = verdict.outcomes[f"cuda:{name}"]
         assert outcome.status == status and FAULTS[name][1] in outcome.reason, (name, outcome)
@@ -97,13 +98,13 @@ def test_what_is_right_and_not_faster_stays_aside(planted):
 
 
 def test_the_fastest_verified_candidate_serves(planted):
-    planted("OneValue", "Segfault", "Fast", "HardlyFaster", "LeavesAChild", "Sticky", "Loops")
+    planted("OneValue", "Segfault", "Fast", "HardlyFaster", "LeavesAChild", "Sticky")
     verdict = settled()
     assert verdict.chosen == "cuda:Fast"
     found = {name.partition(":")[2]: outcome.status for name, outcome in verdict.outcomes.items()}
     assert found == {
         "": "verified", "OneValue": "wrong", "Segfault": "crashed", "Fast": "verified", "HardlyFaster": "verified",
-        "LeavesAChild": "verified", "Sticky": "crashed", "Loops": "hung",
+        "LeavesAChild": "verified", "Sticky": "crashed",
     }  # fmt: skip
     assert verdict.outcomes["cuda:Fast"].us == 50 and verdict.outcomes["cuda:Fast"].peer_us == 100
     sleeping = subprocess.run(["pgrep", "-f", "^sleep 600$"], capture_output=True, text=True).stdout.split()
@@ -111,9 +112,9 @@ def test_the_fastest_verified_candidate_serves(planted):
 
 
 def test_a_crash_after_the_answer_is_blamed_on_who_answered(planted):
-    planted("DiesLater", "Loops", "Fast")
+    planted("DiesLater", "Fast")
     verdict = settled()
-    assert verdict.outcomes["cuda:DiesLater"].status in ("crashed", "verified")
+    assert verdict.outcomes["cuda:DiesLater"].status == "crashed"
     assert verdict.outcomes["cuda:Fast"].status == "verified" and verdict.chosen == "cuda:Fast"
 
 
