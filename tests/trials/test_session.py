@@ -50,7 +50,7 @@ def settled(one=None, problem=PROBLEM):
     one = one or new()
     assert one.chosen(problem) is None
     told = []
-    one.settle(told=told.append)
+    one.settle(limit=1e9, told=told.append)
     return told[-1]
 
 
@@ -146,7 +146,7 @@ def test_the_next_process_starts_with_the_verdicts(planted):
     settled()
     again = Session(command=["/nowhere/python"])
     assert again.chosen(PROBLEM) == Candidate("cuda", "Fast") and not again
-    again.settle()
+    again.settle(limit=1e9)
 
 
 def test_a_new_candidate_is_tried_and_the_known_ones_are_not(planted):
@@ -156,7 +156,7 @@ def test_a_new_candidate_is_tried_and_the_known_ones_are_not(planted):
     again = new()
     assert str(again.chosen(PROBLEM)) == PEER and again
     told = []
-    again.settle(told=told.append)
+    again.settle(limit=1e9, told=told.append)
     assert told[0].chosen == "cuda:Fast" and again.generation == 1
 
 
@@ -176,7 +176,7 @@ def test_where_no_process_can_be_started_the_peer_serves_and_one_line_says_why(p
     one = Session(command=["/nowhere/python"])
     one.chosen(PROBLEM)
     with pytest.warns(TrialWarning, match="no process can be started.*No such file"):
-        one.settle()
+        one.settle(limit=1e9)
     assert one.chosen(PROBLEM) is None and not one and not list(entries())
 
 
@@ -190,7 +190,7 @@ def test_ctrl_c_ends_the_trials_alone(planted, monkeypatch):
 
     monkeypatch.setattr(process.Child, "ask", interrupted)
     with pytest.warns(TrialWarning, match="interrupted"):
-        one.settle()
+        one.settle(limit=1e9)
     assert not list((Path(os.environ["REGNET_FAST_CACHE"]) / "verdicts" / "inflight").iterdir())
 
 
@@ -204,7 +204,7 @@ def test_the_budget_ends_a_session_and_the_rest_waits_for_the_next(planted):
     assert set(verdict.outcomes) == {PEER, "cuda:Slow"} and verdict.chosen == PEER
     again = new()
     assert str(again.chosen(PROBLEM)) == PEER and again
-    again.settle()
+    again.settle(limit=1e9)
     assert again.chosen(PROBLEM) == Candidate("cuda", "Fast")
 
 
@@ -224,7 +224,7 @@ def test_two_processes_do_not_try_at_once(planted):
     one.chosen(PROBLEM)
     with session._alone() as mine:
         assert mine
-        one.settle()
+        one.settle(limit=1e9)
     assert not list(entries())
 
 
@@ -234,7 +234,7 @@ def test_a_folder_that_cannot_be_written_costs_the_keeping(planted, tmp_path):
     one = new()
     one.chosen(PROBLEM)
     with pytest.warns(store.CacheWarning):
-        one.settle()
+        one.settle(limit=1e9)
     assert one.chosen(PROBLEM) == Candidate("cuda", "Fast")
 
 
@@ -254,7 +254,7 @@ def test_under_a_dispatch_mode_nothing_waits(planted):
         assert one.chosen(PROBLEM) is None and not one
     assert one.chosen(PROBLEM) is None and one
     with FlopCounterMode(display=False):
-        one.settle()
+        one.settle(limit=1e9)
     assert one, "it still waits"
 
 
