@@ -169,7 +169,7 @@ class WinogradConv(winograd.Transformed, Convolution):
 
 
 def matmul_faster(problem: ConvProblem) -> bool:
-    """Whether a matrix product is faster than oneDNN's convolution for such a problem, by the table of docs/cpu.md."""
+    """Whether a matrix product is faster than oneDNN's convolution, as it was measured (docs/cpu.md)."""
     p = problem
     return (
         p.op == "pointwise_conv"

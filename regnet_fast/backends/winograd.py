@@ -19,7 +19,7 @@ from .problem import ConvProblem
 
 
 def faster(problem: ConvProblem) -> bool:
-    """Whether Winograd is faster than oneDNN's direct convolution for such a problem, by the table of docs/cpu.md.
+    """Whether Winograd is faster than oneDNN's direct convolution for such a problem, as it was measured (docs/cpu.md).
 
     It needs channels enough for the products to outweigh the transforms, work enough to outweigh some forty calls,
     and maps small enough for the transformed tiles to stay in the cache.
