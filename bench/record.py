@@ -134,16 +134,3 @@ def resume(path: Path, kind: str, facts: dict[str, Any]) -> dict[str, Any] | Non
         said = "; ".join(f"{key} was {before.get(key)}, is {facts.get(key)}" for key in different)
         raise RecordError(f"{path}: holds results under other conditions ({said}); name another file or move it away")
     return run
-
-
-def agreement(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
-    """For every ratio that two runs share: both, their spreads, and whether the spreads overlap."""
-    after = {case["id"]: case.get("ratios", {}) for case in second["cases"]}
-    rows = []
-    for case in first["cases"]:
-        for key, a in case.get("ratios", {}).items():
-            b = after.get(case["id"], {}).get(key)
-            if b is not None:
-                overlap = max(a["low"], b["low"]) <= min(a["high"], b["high"])
-                rows.append({"id": case["id"], "over": key, "first": a, "second": b, "agree": overlap})
-    return rows
