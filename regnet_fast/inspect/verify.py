@@ -76,17 +76,13 @@ def host_model(name: str, **kwargs: Any) -> nn.Module:
     closest names, where it has no such model or tag.
     """
     with torch.device("cpu"):
-        return _host_model(name, **kwargs)
-
-
-def _host_model(name: str, **kwargs: Any) -> nn.Module:
-    if named.is_named(name):
-        try:
-            return named.build(name).eval()
-        except ValueError as error:
-            raise UnknownModelError(str(error)) from error
-    with unknown_model_errors(name):
-        return timm.create_model(name, pretrained=False, **kwargs).eval()
+        if named.is_named(name):
+            try:
+                return named.build(name).eval()
+            except ValueError as error:
+                raise UnknownModelError(str(error)) from error
+        with unknown_model_errors(name):
+            return timm.create_model(name, pretrained=False, **kwargs).eval()
 
 
 def check_name(name: str) -> None:
