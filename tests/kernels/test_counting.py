@@ -9,7 +9,6 @@ from timm.models.resnetv2 import PreActBottleneck
 from torch import nn
 
 import regnet_fast
-from bench.report import block_figure
 from bench.roofline import modelled
 from regnet_fast.backends import backend
 from regnet_fast.inspect.counting import launch_bytes
@@ -162,18 +161,3 @@ def test_the_command(capsys):
     assert modelled.main(["--model", "regnetx_02"]) == 2
     error = capsys.readouterr().err
     assert "regnetx_002" in error and error.count("\n") == 1
-
-
-def test_the_figure_of_a_block_shows_these_counts():
-    found = block_figure.steps()
-    assert [step.ours.name.partition(".")[0] for step in found] == [
-        "pointwise_conv",
-        "implicit_gemm",
-        "squeeze_excite",
-        "pointwise_conv",
-    ]
-    assert [len(step.eager) for step in found] == [3, 3, 8, 4]  # convolution, norm, relu; ...; and the addition
-    images, channels, pixels = 32, 120, 28 * 28
-    feature_map, weight, bias = 2 * images * channels * pixels, 2 * channels**2, 4 * channels
-    assert found[0].ours.bytes == 2 * feature_map + weight + bias
-    assert block_figure.FIGURE.read_text() == block_figure.draw(found)
