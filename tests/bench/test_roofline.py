@@ -171,25 +171,6 @@ def test_repvgg_is_reparameterised_for_inference():
     assert hasattr(block, "conv_1x1")
 
 
-def test_repvgg_in_training_never_stores_its_1x1_branch():
-    blocks = nn.Sequential(RepVggBlock(16, 16), RepVggBlock(16, 16))
-    m, wide, narrow = 4 * 2 * 16 * 36, 4 * 16 * 16 * 9, 4 * 16 * 16
-    # Each block: the 3x3 reads x, writes y; the sum reads both and writes the next x.
-    forward = 2 * (2 * m + 3 * m)
-    # The sums of the given gradient, as a pass; then wgrad and dgrad read gradient, result for the mask, x and y; dgrad
-    # writes a gradient and reads y of the block before for its sums.
-    backward = 3 * m + 4 * m + (4 * m + m + m) + 3 * m
-    recording = record(blocks, (2, 16, 6, 6), train=True)
-    found = kernels(recording, "ideal")
-    assert count(found).bytes == forward + backward + (2 + 2 + 1) * (wide + narrow)
-    assert [kernel.name for kernel in found] == [
-        *("convolution", "pass", "convolution", "pass"),
-        *("norm backward sums", "wgrad", "dgrad", "wgrad"),
-    ]
-    flops = 2 * 2 * 16 * 36 * 16 * 9
-    assert count(found).flops == 2 * (flops + 2 * flops // 9) + 2 * (flops + flops // 9) + (flops + 2 * flops // 9)
-
-
 def test_indices_of_max_pooling_take_a_byte_where_the_format_is_free():
     x, y = 4 * 2 * 8 * 64, 4 * 2 * 8 * 16
     indices = y // 4
