@@ -1,4 +1,4 @@
-"""`python -m bench ops | blocks | models | train | agree | report | gpu | cpu`.
+"""`python -m bench ops | blocks | models | train | report | gpu | cpu`.
 
 Exit status: 0 done; 1 a result is wrong, failed or out of date; 2 the request cannot be served; 130 interrupted: the
 same command goes on where it stopped.
@@ -11,7 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from . import cases, record
+from . import cases
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -33,9 +33,6 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", type=Path, metavar="FILE", help="keep the results here, and go on where they end")
         sub.add_argument("--budget", type=float, metavar="SECONDS", help="stop after so long; goes on from the file")
         sub.add_argument("--list", action="store_true", help="name the cases and measure nothing")
-    sub = commands.add_parser("agree", help="whether two runs of the same cases agree within their spreads")
-    sub.add_argument("first", type=Path)
-    sub.add_argument("second", type=Path)
     sub = commands.add_parser("report", help="tables, losses and figures from the results")
     sub.add_argument("--results", type=Path, default=RESULTS)
     sub.add_argument("--check", action="store_true", help="write nothing; name what is out of date")
@@ -52,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command in cases.KINDS:
             return _measure(options, arguments)
-        return {"agree": _agree, "report": _report, "gpu": _machine, "cpu": _machine}[options.command](options)
+        return {"report": _report, "gpu": _machine, "cpu": _machine}[options.command](options)
     except (ValueError, RuntimeError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -95,19 +92,6 @@ def _check_device(device: str) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"the device {device!r} cannot be used: {str(error).strip().splitlines()[0]}") from None
-
-
-def _agree(options: argparse.Namespace) -> int:
-    first = record.load(options.first)
-    rows = record.agreement(first, record.load(options.second, first["kind"]))
-    if not rows:
-        raise ValueError("the two runs have no case in common")
-    for row in rows:
-        texts = [f"{r['ratio']:.2f}x ({r['low']:.2f}-{r['high']:.2f})" for r in (row["first"], row["second"])]
-        print(f"{row['id']}, over {row['over']}: {texts[0]} and {texts[1]}: {'agree' if row['agree'] else 'DIFFER'}")
-    differ = [row for row in rows if not row["agree"]]
-    print(f"{len(rows) - len(differ)} of {len(rows)} ratios agree within their spreads")
-    return 1 if differ else 0
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -6,9 +6,7 @@ A file belongs to one machine, one set of versions and one commit. Results of an
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -107,17 +105,9 @@ def load(path: Path, kind: str | None = None) -> dict[str, Any]:
 
 def save(run: dict[str, Any], path: Path) -> None:
     """Write a run in the place of what was there, all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(run, file, indent=1)
-            file.write("\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    from regnet_fast.kernels.tables import replace
+
+    replace(path, json.dumps(run, indent=1) + "\n")
 
 
 def resume(path: Path, kind: str, facts: dict[str, Any]) -> dict[str, Any] | None:
@@ -134,16 +124,3 @@ def resume(path: Path, kind: str, facts: dict[str, Any]) -> dict[str, Any] | Non
         said = "; ".join(f"{key} was {before.get(key)}, is {facts.get(key)}" for key in different)
         raise RecordError(f"{path}: holds results under other conditions ({said}); name another file or move it away")
     return run
-
-
-def agreement(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
-    """For every ratio that two runs share: both, their spreads, and whether the spreads overlap."""
-    after = {case["id"]: case.get("ratios", {}) for case in second["cases"]}
-    rows = []
-    for case in first["cases"]:
-        for key, a in case.get("ratios", {}).items():
-            b = after.get(case["id"], {}).get(key)
-            if b is not None:
-                overlap = max(a["low"], b["low"]) <= min(a["high"], b["high"])
-                rows.append({"id": case["id"], "over": key, "first": a, "second": b, "agree": overlap})
-    return rows

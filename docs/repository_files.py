@@ -17,6 +17,7 @@ OUTSIDE = ("CONTRIBUTING.md", "bench/results")
 """What pages link to outside docs/."""
 
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
+_ENTRY = re.compile(r"^::: (\S+)(?: as (\S+))?(?:\n    options:)?$", re.MULTILINE)
 _FENCED = re.compile(r"^(```.*?^```)", re.DOTALL | re.MULTILINE)
 
 
@@ -31,7 +32,9 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Turn links between places of the repository into links between places of the site."""
+    """Turn links between places of the repository into links between places of the site, and give each entry of the
+    reference (`::: path as name`, or `::: path` where they are the same) its name as heading.
+    """
     here = page.file.src_uri
     outside = here.startswith(OUTSIDE)
     folder = posixpath.dirname(here if outside else f"docs/{here}")
@@ -41,6 +44,10 @@ def on_page_markdown(markdown, page, config, files):
         place = posixpath.relpath(target.removeprefix("docs/"), posixpath.dirname(here) or ".")
         return place + (found[2] or "")
 
+    def headed(found: re.Match) -> str:
+        name = found[2] or found[1]
+        return f"::: {found[1]}\n    options:\n      heading: {name}\n      toc_label: {name}"
+
     parts = _FENCED.split(markdown)
-    parts[::2] = (_LINK.sub(linked, part) for part in parts[::2])
+    parts[::2] = (_ENTRY.sub(headed, _LINK.sub(linked, part)) for part in parts[::2])
     return "".join(parts)

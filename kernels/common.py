@@ -18,9 +18,14 @@ SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 2
 
 ARCHITECTURES = tuple(SHARED_BYTES)
 
-
 INTERPRETED = (90, 1)
 """What the interpreter stands in for: an architecture, and one processor, so that tiles are large and programs few."""
+
+
+def too_large(needed: int, arch: int) -> str | None:
+    """Why so many bytes of shared memory do not fit, or None."""
+    there = SHARED_BYTES[arch]
+    return None if needed <= there else f"it needs {needed} bytes of shared memory, sm_{arch} has {there}"
 
 
 def interpreting() -> bool:

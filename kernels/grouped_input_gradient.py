@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LIMITS, SHARED_BYTES, dot, interpreting, launch, machine, narrow, new_output, precision, unit
+from .common import LIMITS, dot, interpreting, launch, machine, narrow, new_output, precision, too_large, unit
 from .tables import choose, fitting
 
 Affine = tuple[Tensor, Tensor | None, Tensor | None]
@@ -72,10 +72,7 @@ EXTENTS = ("pixels", "image_pixels")
 
 def config_supports(config: Config, shape: Shape) -> str | None:
     """Why a configuration cannot serve, or None."""
-    needed = config.shared_bytes(shape.itemsize, shape.maps)
-    if needed > SHARED_BYTES[shape.arch]:
-        return f"it needs {needed} bytes of shared memory, sm_{shape.arch} has {SHARED_BYTES[shape.arch]}"
-    return None
+    return too_large(config.shared_bytes(shape.itemsize, shape.maps), shape.arch)
 
 
 def heuristic(shape: Shape) -> Config:
@@ -93,7 +90,7 @@ def heuristic(shape: Shape) -> Config:
     warps = 8 if block_m >= 128 or block_m * block_n >= 64 * 128 else 4
     for stages in (3, 2):
         config = Config(block_m, block_n, block_k, warps, stages)
-        if 2 * config.shared_bytes(shape.itemsize, shape.maps) <= SHARED_BYTES[shape.arch]:
+        if not too_large(2 * config.shared_bytes(shape.itemsize, shape.maps), shape.arch):
             return config
     return Config(block_m // 2, block_n // 2, block_k, warps, 2)
 

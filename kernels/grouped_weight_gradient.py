@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .channel_tiles import new_sums, total
-from .common import LIMITS, SHARED_BYTES, activate, dot, interpreting, launch, machine, narrow, precision, unit
+from .common import LIMITS, activate, dot, interpreting, launch, machine, narrow, precision, too_large, unit
 from .grouped_input_gradient import Affine, geometry_constants
 from .tables import choose, fitting
 
@@ -73,10 +73,7 @@ EXTENTS = ("images", "image_pixels")
 
 def config_supports(config: Config, shape: Shape) -> str | None:
     """Why a configuration cannot serve, or None."""
-    needed = config.shared_bytes(shape.itemsize, shape.maps, shape.norm)
-    if needed > SHARED_BYTES[shape.arch]:
-        return f"it needs {needed} bytes of shared memory, sm_{shape.arch} has {SHARED_BYTES[shape.arch]}"
-    return None
+    return too_large(config.shared_bytes(shape.itemsize, shape.maps, shape.norm), shape.arch)
 
 
 def heuristic(shape: Shape) -> Config:
@@ -87,7 +84,7 @@ def heuristic(shape: Shape) -> Config:
     warps = 8 if block_m * block_n >= 128 * 64 else 4
     for stages in (3, 2):
         config = Config(block_m, block_n, block_k, warps, stages)
-        if 2 * config.shared_bytes(shape.itemsize, shape.maps, shape.norm) <= SHARED_BYTES[shape.arch]:
+        if not too_large(2 * config.shared_bytes(shape.itemsize, shape.maps, shape.norm), shape.arch):
             return config
     return Config(64, min(64, block_n), block_k, 4, 2)
 

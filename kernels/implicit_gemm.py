@@ -27,6 +27,7 @@ from .common import (
     narrow,
     new_output,
     precision,
+    too_large,
     unit,
 )
 from .tables import choose, fitting
@@ -82,10 +83,7 @@ EXTENTS = ("pixels", "image_pixels")
 
 def config_supports(config: Config, shape: Shape) -> str | None:
     """Why a configuration cannot serve, or None."""
-    needed = config.shared_bytes(shape.itemsize)
-    if needed > SHARED_BYTES[shape.arch]:
-        return f"it needs {needed} bytes of shared memory, sm_{shape.arch} has {SHARED_BYTES[shape.arch]}"
-    return None
+    return too_large(config.shared_bytes(shape.itemsize), shape.arch)
 
 
 def heuristic(shape: Shape) -> Config:
@@ -107,7 +105,7 @@ def heuristic(shape: Shape) -> Config:
     short = block_m <= 64 and block_n >= 32 and SHARED_BYTES[shape.arch] < 128 << 10  # of registers, with more stages
     for stages in (2,) if short else (4, 3, 2):
         config = Config(block_m, block_n, block_k, warps, stages)
-        if 2 * config.shared_bytes(shape.itemsize) <= SHARED_BYTES[shape.arch]:
+        if not too_large(2 * config.shared_bytes(shape.itemsize), shape.arch):
             return config
     return Config(block_m // 2, block_n // 2, block_k, 4, 2)
 

@@ -18,19 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    LIMITS,
-    SHARED_BYTES,
-    activate,
-    dot,
-    interpreting,
-    launch,
-    machine,
-    narrow,
-    new_output,
-    precision,
-    unit,
-)
+from .common import LIMITS, activate, dot, interpreting, launch, machine, narrow, new_output, precision, too_large, unit
 from .tables import choose, fitting
 
 Affine = tuple[Tensor, Tensor, str]
@@ -101,10 +89,7 @@ def config_supports(config: Config, shape: Shape) -> str | None:
     """Why a configuration cannot serve, or None."""
     if config.resident and config.block_k < shape.channels:
         return f"{config.block_k} channels of weights stay, the layer has {shape.channels}"
-    needed = config.shared_bytes(shape.itemsize, shape.gate, shape.residual)
-    if needed > SHARED_BYTES[shape.arch]:
-        return f"it needs {needed} bytes of shared memory, sm_{shape.arch} has {SHARED_BYTES[shape.arch]}"
-    return None
+    return too_large(config.shared_bytes(shape.itemsize, shape.gate, shape.residual), shape.arch)
 
 
 def heuristic(shape: Shape) -> Config:
@@ -132,7 +117,7 @@ def heuristic(shape: Shape) -> Config:
                 large = deep or m * n >= wide  # four warps would lack registers
                 config = Config(m, n, block_k, 8 if large else 4, stages, resident)
                 fits = config.shared_bytes(shape.itemsize, shape.gate, shape.residual) * share
-                if fits <= SHARED_BYTES[shape.arch]:
+                if not too_large(fits, shape.arch):
                     return config
     return Config(32, 32, 64 // shape.itemsize, 4, 2, False)
 

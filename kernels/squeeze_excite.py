@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LIMITS, SHARED_BYTES, activate, interpreting, launch, machine, narrow
+from .common import LIMITS, activate, interpreting, launch, machine, narrow, too_large
 from .tables import choose, fitting
 
 
@@ -61,10 +61,7 @@ def config_supports(config: Config, shape: Shape) -> str | None:
     """Why a configuration cannot serve, or None."""
     if config.whole and config.block_r < shape.hidden:
         return f"{config.block_r} hidden channels are computed at once, there are {shape.hidden}"
-    needed = config.shared_bytes()
-    if needed > SHARED_BYTES[shape.arch]:
-        return f"it needs {needed} bytes of shared memory, sm_{shape.arch} has {SHARED_BYTES[shape.arch]}"
-    return None
+    return too_large(config.shared_bytes(), shape.arch)
 
 
 def heuristic(shape: Shape) -> Config:

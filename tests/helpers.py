@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable, Sequence
 
 import timm
 import torch
@@ -23,12 +24,42 @@ from regnet_fast.inspect.verify import randomize_norms
 from regnet_fast.observer import observing
 
 
+@torch.no_grad()
 def randomize_bn(model: nn.Module, seed: int = 0, example: Tensor | None = None) -> nn.Module:
-    """`inspect.verify.randomize_norms`, with statistics of noise for a timm model that is given no example."""
+    """`inspect.verify.randomize_norms`, with the statistics of a batch of the model's input, as training leaves them:
+
+        running_mean = E[x] + Std[x] * N(0, 0.2)           running_var = Var[x] * U(0.5, 1.5)
+
+    A timm model that is given no example has those of noise. Without any they do for one block; in a deep model the
+    biases come to drown the image, and with it every error of the early layers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    randomize_norms(model, generator)
     if example is None and hasattr(model, "pretrained_cfg"):
         first = next(parameter for parameter in model.parameters() if parameter.ndim == 4)
         example = (4, first.shape[1], 128, 128)
-    return randomize_norms(model, seed, example)
+
+    def drawn(draw: Callable, shape: Sequence[int]) -> Tensor:
+        return draw(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    def calibrate(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        var, mean = torch.var_mean(args[0], dim=(0, 2, 3), correction=0)
+        var = var + 0.1 * var.mean()  # a channel may be constant on this example only
+        norm.running_mean.copy_(drawn(torch.randn, mean.shape) * 0.2).mul_(var.sqrt()).add_(mean)
+        norm.running_var.copy_(drawn(torch.rand, var.shape) + 0.5).mul_(var)
+
+    if isinstance(example, tuple):
+        example = drawn(torch.randn, example).to(next(model.parameters()))
+    if example is not None:
+        training = [(module, module.training) for module in model.modules()]
+        norms = [module for module in model.modules() if getattr(module, "running_var", None) is not None]
+        handles = [norm.register_forward_pre_hook(calibrate) for norm in norms]
+        model.eval()(example)
+        for handle in handles:
+            handle.remove()
+        for module, mode in training:
+            module.training = mode
+    return model
 
 
 def pair(name: str, **kwargs) -> tuple[nn.Module, nn.Module]:

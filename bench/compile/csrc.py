@@ -2,7 +2,6 @@
 
     python -m bench.compile.csrc                       all that models take, every width, all architectures
     python -m bench.compile.csrc --model regnety_016 --arch 90 --batch 1 256        what some models take
-    python -m bench.compile.csrc --csv kernels.csv     and a file with a row for each kernel
 
 What was compiled once is kept in .cache/cuda-compilation by all that it was made from: a run goes on where the last
 one ended, and after a change compiles what the change touches.
@@ -30,7 +29,8 @@ from regnet_fast.backends import store
 from regnet_fast.backends.cuda import plans
 from regnet_fast.backends.cuda.plans import SHARED_BYTES, WIDEST, Launch
 
-from . import csrc_summary
+from ..report import markdown
+from ..report.tables import Table
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -97,23 +97,6 @@ class Compiled:
         if self.job.products and (self.narrow_copies or not self.wide_copies):
             return "copies less than sixteen bytes at a time"
         return ""
-
-    def row(self) -> dict[str, str | int]:
-        """The row of the table of all kernels."""
-        return {
-            "kernel": self.job.launch.kernel,
-            "architecture": self.job.arch,
-            "threads": self.job.launch.threads,
-            "registers": self.registers,
-            "shared_bytes": self.job.launch.shared,
-            "occupancy_percent": self.occupancy,
-            "local_bytes": self.local,
-            "instructions": self.instructions,
-            "hmma": self.products,
-            "ldsm": self.matrix_loads,
-            "copies_of_16_bytes": self.wide_copies,
-            "smaller_copies": self.narrow_copies,
-        }
 
 
 def other_widths() -> list[cuda_launches.Conv]:
@@ -281,13 +264,35 @@ def compile_all(found: Sequence[Job], kept: Kept) -> Iterator[Compiled]:
         yield from made
 
 
+def kind(job: Job) -> str:
+    """The kernel; of a backward kernel also what it makes."""
+    name, _, facts = job.launch.kernel.rstrip(">").partition("<")
+    if name != "grouped_conv_backward":
+        return name
+    made = {("true", "true"): "both", ("true", "false"): "dx", ("false", "true"): "dweight"}
+    return f"{name}, {made[tuple(facts.split(', ')[12:14])]}"
+
+
+def summary(made: Iterable[Compiled]) -> str:
+    """The worst of each kind of kernel on each architecture, as a table of Markdown."""
+    groups: dict[tuple[str, int], list[Compiled]] = {}
+    for one in made:
+        groups.setdefault((kind(one.job), one.job.arch), []).append(one)
+    rows = []
+    for (name, arch), same in sorted(groups.items()):
+        shared = max(one.job.launch.shared for one in same) // 1024
+        worst = max(one.registers for one in same), shared, min(one.occupancy for one in same)
+        rows.append((name, f"sm_{arch}", *map(str, (len(same), *worst))))
+    titles = "kernel", "architecture", "kernels", "registers", "shared, KB", "occupancy, %"
+    return markdown.render([Table(titles, tuple(rows))])
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compile.csrc", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", type=int, choices=tuple(SHARED_BYTES), default=tuple(SHARED_BYTES))
     parser.add_argument("--dtype", nargs="+", choices=tuple(plans.TYPES), default=tuple(plans.TYPES))
     parser.add_argument("--model", nargs="+", help="by default all, and every width that none has")
     parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="a row for each kernel")
     options = parser.parse_args(arguments)
     kept, made, wrong = Kept(), [], 0
     found = jobs(options.model, options.arch, options.dtype, options.batch)
@@ -298,10 +303,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"sm_{one.job.arch}, {one.job.launch.kernel}: {one.fault}", file=sys.stderr, flush=True)
         if sys.stderr.isatty() and not len(made) % TOGETHER:
             print(f"\r{len(made)} of {len(found)}", end="", file=sys.stderr, flush=True)
-    rows = [one.row() for one in made if not one.error]
-    print(f"nvcc {release()}: {len(rows)} of {len(found)} kernels\n\n{csrc_summary.summary(rows)}")
-    if options.csv and rows:
-        csrc_summary.write(options.csv, rows)
+    good = [one for one in made if not one.error]
+    print(f"nvcc {release()}: {len(good)} of {len(found)} kernels\n\n{summary(good)}")
     return 1 if wrong else 0
 
 

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from .. import record
 from . import figures, tables
-from .markdown import Block, Code, Figure, Heading, ReportError, fill, render
+from .markdown import Block, Code, Figure, Heading, ReportError, escape, fill, render
 from .tables import KINDS, REFERENCES, Results, Run, groups, timed
 
 _NOTES = (
@@ -205,38 +205,27 @@ def _filled(folder: Path, results: Results) -> dict[Path, str]:
 
 
 def _between(name: str, machine: str, results: Results, results_url: str) -> str:
-    """What a marker stands for: `summary`, or a kind on one machine, or a kind on every machine that has it.
-
-    `families` is the short table of models.
-    """
+    """What a marker stands for: `summary`, of all machines, or `families`, the short table of models of one."""
     if name == "summary":
         if machine:
             raise ReportError("the summary is of all machines and takes no name")
-        return render(summary(results))
-    kind = "models" if name == "families" else name
-    if kind not in KINDS:
-        raise ReportError(f"no such table; there are summary, families, {', '.join(KINDS)}")
-    if machine and machine not in results:
-        raise ReportError(f"no machine {machine!r} has results; there are {', '.join(results) or 'none yet'}")
-    if machine and kind not in results[machine]:
-        raise ReportError(f"{machine} has no {kind}; it has {', '.join(results[machine])}")
-    if machine:
-        return render(_compact(name, results[machine][kind])) + f"\n{_link(machine, results_url)}\n"
-    parts = []
-    for each, runs in results.items():
-        if kind in runs:
-            blocks = [Heading(4, runs[kind]["conditions"]["machine"]), *_compact(name, runs[kind])]
-            parts.append(render(blocks) + f"\n{_link(each, results_url)}\n")
-    return "\n".join(parts) or "Nothing has been measured yet.\n"
+        links = ", ".join(_link(escape(each), each, results_url) for each in results)
+        return render(summary(results)) + (f"\nEvery variant and case: {links}\n" if links else "")
+    if name != "families":
+        raise ReportError("no such table; there are summary and families")
+    with_models = [each for each, runs in results.items() if "models" in runs]
+    if machine not in with_models:
+        raise ReportError(f"no machine {machine!r} has models; there are {', '.join(with_models) or 'none yet'}")
+    link = _link("Every variant and case", machine, results_url)
+    return f"{render(_families(results[machine]['models']))}\n{link}\n"
 
 
-def _compact(name: str, run: Run) -> list[Block]:
+def _families(run: Run) -> list[Block]:
     cases = tables.with_ours(run)
     means = [f"over {REFERENCES[key]} {found}" for key in REFERENCES if (found := tables.mean(cases, key))]
     if frozen := tables.mean(cases, "compile", tables.FROZEN):
         means.append(f"frozen over {REFERENCES['compile']} {frozen}")
-    table = tables.families(cases) if name == "families" else tables.compact(name, cases)
-    blocks: list[Block] = [table] if cases else ["No case has a time of ours."]
+    blocks: list[Block] = [tables.families(cases)] if cases else ["No case has a time of ours."]
     if means:
         blocks.append(f"Geometric means: {'; '.join(means)}.")
     without = len(run["cases"]) - len(cases)
@@ -245,5 +234,5 @@ def _compact(name: str, run: Run) -> list[Block]:
     return [*blocks, f"{conditions(run)}."]
 
 
-def _link(machine: str, results_url: str) -> str:
-    return f"[Every variant and case]({quote(f'{results_url}/{machine}/report.md')})"
+def _link(text: str, machine: str, results_url: str) -> str:
+    return f"[{text}]({quote(f'{results_url}/{machine}/report.md')})"

@@ -2,8 +2,8 @@
 
 A marker stands alone on a line, and everything up to its end is generated:
 
-    <!-- bench:models cpu-amd-epyc-2-threads -->
-    <!-- /bench:models -->
+    <!-- bench:families cpu-amd-epyc-2-threads -->
+    <!-- /bench:families -->
 """
 
 from __future__ import annotations

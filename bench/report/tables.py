@@ -136,6 +136,7 @@ def times(kind: str, cases: Sequence[Case]) -> Table:
             *map(milliseconds, [*peers, OURS, *forced]),
             *_ratio_columns("eager", "compile", "peer"),
             ("best peer", lambda case: case["ratios"].get("peer", {}).get("peer", ABSENT)),
+            ("frozen over best compile", lambda case: ratio_text(ratios(case, FROZEN).get("compile"))),
             ("auto", lambda case: _detail(case["details"].get("auto"))),
         ],
     )
@@ -192,26 +193,8 @@ def use(kind: str, cases: Sequence[Case], ceilings: dict[str, Any]) -> Table:
 
 
 def compact(kind: str, cases: Sequence[Case]) -> Table:
-    """A short table: one row per case for whole models, one per model or operation and dtype for their parts."""
-    if kind not in ("models", "train"):
-        return overview((_SPLIT[kind][1], "dtype"), groups(kind, cases))
-    return table(
-        cases,
-        [
-            ("model", lambda case: case["name"]),
-            ("size", lambda case: _detail(case["size"]) if several_sizes(cases) else ABSENT),
-            ("dtype", lambda case: case["dtype"]),
-            ("batch", lambda case: str(case["batch"])),
-            ("best timm, ms", lambda case: number(behind(case, "eager").get("median_ms"), 4)),
-            ("best compile, ms", lambda case: number(behind(case, "compile").get("median_ms"), 4)),
-            (f"{OURS}, ms", lambda case: number(behind(case, "ours").get("median_ms"), 4)),
-            (f"{FROZEN}, ms", lambda case: number(case["variants"].get(FROZEN, {}).get("median_ms"), 4)),
-            *_ratio_columns("eager", "compile"),
-            ("frozen over best compile", lambda case: ratio_text(ratios(case, FROZEN).get("compile"))),
-            ("compile first result, s", lambda case: number(behind(case, "compile").get("first_s"))),
-            (f"{OURS} first result, s", lambda case: number(behind(case, "ours").get("first_s"))),
-        ],
-    )
+    """A short table of blocks or operations: one row for each model or operation and dtype."""
+    return overview((_SPLIT[kind][1], "dtype"), groups(kind, cases))
 
 
 def families(cases: Sequence[Case], dtype: str = "float32") -> Table:

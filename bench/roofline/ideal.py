@@ -12,15 +12,11 @@ Feature maps are what costs: one kernel writes a map, others read it. Everything
 - A convolution reads the pixels that it needs: a quarter for a 1x1 of stride 2.
 - The matrix products of squeeze-excite ride with the pooling before them. Vectors (per channel, or per image and
   channel) are not counted otherwise, nor is what prepares weights.
-- A RepVGG block in training never stores its 1x1 branch. Two kernels forward: the 3x3, with the statistics of all
-  branches, which follow from the Gram matrix of the input; the sum of the branches, which computes the 1x1. Two
-  backward: wgrad, with the Gram matrix of gradient and input; dgrad of all branches at once.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import compress
 
@@ -29,7 +25,6 @@ from regnet_fast.inspect.counting import Kernel
 from .recording import LIBRARY, REDUCTIONS, Op, Recording, Value
 
 _INPUT_SIDE = {"convolution": 0, "wgrad": 1}  # the operand of which a strided 1x1 convolution needs a part
-_BRANCHES = ("conv_kxk", "conv_1x1", "identity")
 
 
 def ideal(recording: Recording) -> list[Kernel]:
@@ -93,18 +88,21 @@ class _Ideal:
         self.maps: list[_Map] = []
         self.states: dict[Value, _State] = {}
         self.gates: set[str] = set()  # the modules of squeeze-excite's matrix products
-        self.branches: dict[str, tuple[frozenset[_Map], frozenset[_Map]]] = {}  # input and 3x3 of RepVGG blocks
 
     def kernels(self) -> list[Kernel]:
         """Place everything and return what it made."""
         self._give(self.recording.input, self.recording.image)
-        self._place_all([op for op in self.recording.ops if not op.backward], self._repvgg_forward)
+        for op in self.recording.ops:
+            if not op.backward:
+                self._place(op)
         are_maps = [bool(self._state(value).maps) for value in self.recording.results]
         for value in compress(self.recording.results, are_maps):
             self._stored(value).needed = True
         for gradient, is_map in zip(self.recording.gradients, are_maps, strict=False):
             self._give(gradient, is_map)
-        self._place_all([op for op in self.recording.ops if op.backward], self._repvgg_backward)
+        for op in self.recording.ops:
+            if op.backward:
+                self._place(op)
         return self._finished()
 
     def _finished(self) -> list[Kernel]:
@@ -137,26 +135,6 @@ class _Ideal:
 
     def _state(self, value: Value) -> _State:
         return self.states.get(value, _WEIGHT)
-
-    def _place_all(self, ops: list[Op], place_block: Callable[[str, list[Op]], None]) -> None:
-        blocks = defaultdict(list)
-        for op in ops:
-            blocks[self._branched(op)].append(op)
-        for op in ops:
-            block = self._branched(op)
-            if block is None:
-                self._place(op)
-            elif op is blocks[block][0]:
-                place_block(block, blocks[block])
-
-    def _branched(self, op: Op) -> str | None:
-        """The RepVGG block whose branches, or whose sum of branches, an operation belongs to."""
-        for block in self.recording.branched:
-            if op.path.startswith(tuple(_below(block, branch) for branch in _BRANCHES)):
-                return block
-            if op.path == block and op.name == "add":
-                return block
-        return None
 
     def _place(self, op: Op) -> None:
         operands = [self._state(value) for value in op.reads]
@@ -246,44 +224,3 @@ class _Ideal:
         self._read(number, state.maps)
         written = [m for m in state.maps if m.kernel == number] or [*self._map(value.packed_bytes, number)]
         return written[0]
-
-    def _repvgg_forward(self, block: str, ops: list[Op]) -> None:
-        wide, narrow = _pair("convolution", block, ops)
-        x = frozenset({self._stored(wide.reads[0])})
-        weights = wide.reads[1].bytes + narrow.reads[1].bytes
-        number = self._draft(wide.path, wide.name, weights, wide.flops + narrow.flops)
-        self._read(number, x)
-        y = self._map(wide.writes[0].bytes, number)
-        self.branches[block] = x, y
-        total = self._map(wide.writes[0].bytes, None, parts=x | y, path=block, flops=narrow.flops)
-        self._set_all(ops, _State(total, number))
-
-    def _repvgg_backward(self, block: str, ops: list[Op]) -> None:
-        x, y = self.branches[block]
-        sums, _ = _pair("norm backward sums", block, ops)
-        gradient = self._state(sums.reads[0])
-        self._sum(sums, gradient.maps | y, gradient.after)
-        result = _State()
-        for name in ("wgrad", "dgrad"):
-            wide, narrow = _pair(name, block, ops)
-            if wide is None:
-                continue
-            weights = sum(op.writes[0].bytes if name == "wgrad" else op.reads[1].bytes for op in (wide, narrow))
-            products = 1 if name == "wgrad" else 2
-            number = self._draft(wide.path, name, weights, wide.flops + products * narrow.flops)
-            self._read(number, gradient.maps | x | y)
-            result = _State(self._map(wide.writes[0].bytes, number)) if name == "dgrad" else _State(after=number)
-        self._set_all(ops, result)
-
-    def _set_all(self, ops: list[Op], state: _State) -> None:
-        self.states.update((value, state) for op in ops for value in op.writes)
-
-
-def _pair(name: str, block: str, ops: list[Op]) -> list[Op | None]:
-    """The operation of a name in a RepVGG block's wide branch, and the one in its 1x1 branch."""
-    branches = (_below(block, branch) for branch in ("conv_kxk", "conv_1x1"))
-    return [next((op for op in ops if op.name == name and op.path.startswith(path)), None) for path in branches]
-
-
-def _below(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

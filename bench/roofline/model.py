@@ -1,4 +1,4 @@
-"""Bytes, operations and kernels of a network under three executions, and the time that a machine's ceilings leave them.
+"""Bytes, operations and kernels of a network under three executions.
 
     eager     every recorded operation is a kernel, each operand read from memory and each result written to it
     compiled  convolutions, matrix products and pooling are calls of a library; the pointwise operations and reductions
@@ -7,15 +7,13 @@
               the kernel before it or the prologue of the one after, and so do sums over pixels, squeeze-excite and the
               statistics of a norm (`bench.roofline.ideal`)
 
-    seconds = sum over kernels of max(bytes / bandwidth, flops / peak) + launch
-
-No kernel is slower here than its bytes or operations make it, and no operand is found in a cache.
+No operand is found in a cache.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -34,19 +32,6 @@ class Count:
     flops: int
     bytes: int
     kernels: int
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What a machine reaches at most: of its memory, of its arithmetic in one dtype, and the least time of a kernel."""
-
-    bytes_per_s: float
-    flops_per_s: float
-    launch_s: float
-
-    def seconds(self, kernels: Iterable[Kernel]) -> float:
-        """The modelled time of kernels that run one after another."""
-        return sum(max(k.bytes / self.bytes_per_s, k.flops / self.flops_per_s) + self.launch_s for k in kernels)
 
 
 def kernels(recording: Recording, execution: str) -> list[Kernel]:

@@ -1,7 +1,7 @@
 """What a forward pass of the Triton kernels moves and launches, beside timm eager, torch.compile and the ideal.
 
-    python -m bench.roofline.modelled --write       every model, into the table of docs/kernels.md
-    python -m bench.roofline.modelled --model regnety_016 --batch 1       prints the table
+    python -m bench.roofline.modelled                                     every model
+    python -m bench.roofline.modelled --model regnety_016 --batch 1
 
 Ours is counted from what runs (`inspect.counting`): the rebuilt model's own forward with the backend forced, every
 launch heard with its tensors and then left out, so that neither a GPU nor time is needed. The launches of a forward do
@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -37,10 +35,8 @@ from ..report.tables import ABSENT, Table, number
 from .model import EXECUTIONS, Count, count, kernels
 from .recording import LIBRARY, record
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
 DTYPE = torch.bfloat16
 _COUNTED = (2, 3)  # images; not one, whose layout is ambiguous
-_PLACE = re.compile(r"(?<=<!-- modelled -->\n).*(?=<!-- /modelled -->)", re.DOTALL)
 _TITLES = ("model", *(f"{e} {unit}" for unit in ("GB", "launches") for e in (*EXECUTIONS, "ours")))
 _TITLES += ("ours / compiled, GB", "ours / ideal, GB", "beyond the ideal, with its share of our bytes")
 
@@ -111,30 +107,18 @@ def _share(share: float) -> str:
     return f"({100 * share:.0f} %)" if share >= 0.005 else ""
 
 
-def filled(text: str, lines: str) -> str:
-    """A document with the table in its place. Raises ValueError where it has none."""
-    if not _PLACE.search(text):
-        raise ValueError("the document has no place between <!-- modelled --> and <!-- /modelled -->")
-    return _PLACE.sub(lambda _: lines, text)
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table, or write it. Exit status 2 for a request that cannot be served."""
+    """Print the table. Exit status 2 for a request that cannot be served."""
     parser = argparse.ArgumentParser(prog="python -m bench.roofline.modelled", description="What a forward pass moves.")
     parser.add_argument("--model", nargs="+", default=MODELS)
     parser.add_argument("--batch", type=int, default=256, metavar="N", help="images [256]")
     parser.add_argument("--size", type=int, default=224, metavar="N", help="height and width [224]")
-    parser.add_argument("--write", action="store_true", help="into docs/kernels.md, instead of printing")
     options = parser.parse_args(arguments)
     os.environ["TRITON_INTERPRET"] = "1"  # no kernel runs, and without a GPU none could be compiled
     try:
         for name in options.model:
             check_name(name)
-        lines = table({name: modelled(name, options.batch, options.size) for name in options.model})
-        if options.write:
-            DOCUMENT.write_text(filled(DOCUMENT.read_text(), lines))
-        else:
-            print(lines, end="")
+        print(table({name: modelled(name, options.batch, options.size) for name in options.model}), end="")
     except (ValueError, RuntimeError) as error:
         print(f"bench.roofline.modelled: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2

@@ -68,8 +68,7 @@ class Recording:
     """The operations of a forward pass, or of a forward and a backward pass, in order.
 
     `input` is given, an image or feature map where `image` says so; `results` are returned, and their `gradients` given
-    to the backward pass; `kept` is everything that outlives the run; `branched` are the paths of the RepVGG blocks in
-    their training form.
+    to the backward pass; `kept` is everything that outlives the run.
     """
 
     ops: tuple[Op, ...]
@@ -78,7 +77,6 @@ class Recording:
     results: tuple[Value, ...]
     gradients: tuple[Value, ...]
     kept: frozenset[Value]
-    branched: tuple[str, ...]
 
 
 def record(
@@ -113,8 +111,7 @@ def record(
             torch.autograd.backward(found, seeds)
     state = [*twin.parameters(), *twin.buffers(), *(p.grad for p in twin.parameters())]
     kept = frozenset((*results, *recorder.values(state)))
-    branched = tuple(path for path, m in twin.named_modules() if {"conv_kxk", "conv_1x1"} <= m._modules.keys())
-    return Recording(tuple(recorder.ops), given, x.dim() == 4, results, gradients, kept, branched)
+    return Recording(tuple(recorder.ops), given, x.dim() == 4, results, gradients, kept)
 
 
 def _meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:

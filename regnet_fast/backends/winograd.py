@@ -29,7 +29,7 @@ def able(problem: ConvProblem) -> bool:
 
 
 def probable(problem: ConvProblem) -> bool:
-    """Whether Winograd is probably faster than oneDNN's direct convolution: so it was in the table of docs/cpu.md.
+    """Whether Winograd is probably faster than oneDNN's direct convolution: so it was measured (docs/cpu.md).
 
     It needs channels enough for the products to outweigh the transforms, work enough to outweigh some forty calls,
     and maps small enough for the transformed tiles to stay in the cache.

@@ -22,16 +22,11 @@ def demo(
     device: DeviceOption = "cpu",
 ) -> None:
     """A photograph classified by timm and by regnet_fast: the classes, the difference and the times."""
-    ok = True
     with reported_errors(), progress() as announce:
         from ..inspect import demo as demonstration
 
         check_environment(device)
         announce.print(f"Model       {model}")
-        for key, value in demonstration.demo(model, image, size, pretrained, rounds, device, announce):
-            for text in demonstration.lines(key, value):
-                announce.print(text)
-            if key == "measured":
-                ok = value["correct"]
+        ok = demonstration.demo(model, image, size, pretrained, rounds, device, announce, announce.print)
     if not ok:
         raise typer.Exit(FAILED)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -16,9 +16,9 @@ from ..classify import WeightsUnavailableError, class_names, load, open_image, p
 from .compare import EAGER, OURS, measure
 from .explanation import explain
 from .judging import judge
-from .verify import Announce, randomize_norms, rebuilt, silent
+from .timing import Announce
+from .verify import randomize_norms, rebuilt
 
-MODEL = "regnety_016"
 PHOTOGRAPH = "grace_hopper.jpg"
 
 
@@ -41,56 +41,65 @@ def photograph() -> Path:
 
 
 def demo(
-    name: str = MODEL,
-    image: Path | None = None,
-    size: int | None = None,
-    pretrained: bool = True,
-    rounds: int = 7,
-    device: str = "cpu",
-    announce: Announce = silent,
-) -> Iterator[tuple[str, Any]]:
-    """Yield what there is to show, as soon as it is known: (key, value) pairs in this order.
+    name: str,
+    image: Path | None,
+    size: int | None,
+    pretrained: bool,
+    rounds: int,
+    device: str,
+    announce: Announce,
+    show: Callable[[str], None],
+) -> bool:
+    """Show line by line, as soon as it is known: the photograph, where the weights are from, the classes, how far our
+    logits are from timm eager's and both from float64, the times, and how many layers each backend has.
 
-    `photograph`: its path and size. `weights`: in words. `top`: as `classify.rank` has it. `difference`: how far our
-    logits are from timm eager's, and their `Check` against float64. `measured`: as `compare.measure` returns it.
-    `backends`: labels, and how many layers each has.
-
-    Raises UnknownModelError, PhotographMissingError, UnreadableImageError.
+    Returns whether our result was right, and so timed. Raises UnknownModelError, PhotographMissingError,
+    UnreadableImageError.
     """
     path = image or photograph()
     picture = open_image(path)
-    yield "photograph", {"path": str(path), "width": picture.width, "height": picture.height}
+    show(f"Photograph  {path.name}, {picture.width}x{picture.height}")
 
     announce(f"loading {name}")
-    base, weights, trained = _weights(name, pretrained)
-    yield "weights", {"text": weights, "pretrained": trained}
+    base, weights = _weights(name, pretrained)
+    show(f"Weights     {weights}")
 
     base = timm.utils.reparameterize_model(base, inplace=True).to(device)
     x = preprocessing(base, size)(picture)[None].to(device)
     ours = rebuilt(copy.deepcopy(base)).model
     with torch.no_grad():
         logits = ours(x)
-        yield "top", rank(logits[0], class_names(base), 5)
+        for index, label, probability in rank(logits[0], class_names(base), 5):
+            show(f"  {probability:6.1%}  {label or f'class {index}'}")
         announce("comparing with timm eager and float64")
-        yield "difference", _difference(base, x, logits)
+        _show_difference(base, x, logits, show)
     announce("timing")
-    yield "measured", measure(base, x, rounds, compile=False, announce=announce)
-    yield "backends", _backends(ours, tuple(x.shape))
+    measured = measure(base, x, rounds, compile=False, announce=announce)
+    if measured["correct"]:
+        timed = [f"{variant} {measured['variants'][variant]['median_ms']:.1f} ms" for variant in (*EAGER, OURS)]
+        over = measured["over_eager"]
+        show(f"Time        {', '.join(timed)}")
+        quartiles = f"quartiles of the rounds {over['low']:.2f}-{over['high']:.2f}"
+        show(f"            {over['ratio']:.2f}x as fast as {over['peer']} ({quartiles})")
+    else:
+        show(f"Not timed   {measured['refused']}")
+    show(f"Ran on      {_backends(ours, tuple(x.shape)) or 'timm, unchanged'}")
+    return measured["correct"]
 
 
-def _weights(name: str, pretrained: bool) -> tuple[nn.Module, str, bool]:
+def _weights(name: str, pretrained: bool) -> tuple[nn.Module, str]:
     if pretrained:
         try:
-            return load(name, build=timm.create_model), "pretrained", True
+            return load(name, build=timm.create_model), "pretrained"
         except WeightsUnavailableError as error:
             reason = f"{error}. Seeded random weights instead, for which the comparison with timm means the same"
     else:
         reason = "seeded random weights"
     torch.manual_seed(0)
-    return randomize_norms(load(name, pretrained=False, build=timm.create_model)), reason, False
+    return randomize_norms(load(name, pretrained=False, build=timm.create_model)), reason
 
 
-def _difference(base: nn.Module, x: Tensor, logits: Tensor) -> dict[str, Any]:
+def _show_difference(base: nn.Module, x: Tensor, logits: Tensor, show: Callable[[str], None]) -> None:
     eager = base(x)
     last = torch.channels_last
     check = judge(
@@ -99,43 +108,15 @@ def _difference(base: nn.Module, x: Tensor, logits: Tensor) -> dict[str, Any]:
         copy.deepcopy(base).to(memory_format=last)(x.contiguous(memory_format=last)),
         copy.deepcopy(base).double()(x.double()),
     )
-    return {"from_eager": (logits - eager).abs().max().item(), "scale": eager.abs().max().item(), "check": check}
+    largest, scale = (t.abs().max().item() for t in (logits - eager, eager))
+    show(f"Difference  {largest:.2g} at most from timm's logits, which reach {scale:.2g}")
+    fault = f"; FAIL: {check.failure}" if check.failure else ""
+    show(f"            from float64: regnet_fast {check.max_ours:.2g}, timm {check.max_eager:.2g} at most{fault}")
 
 
-def _backends(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
-    """How many layers of the model each backend serves, the most first."""
+def _backends(model: nn.Module, input_shape: tuple[int, ...]) -> str:
+    """How many layers of the model each backend serves, the most first; empty where none is fused."""
     if not any(isinstance(module, Fused) for module in model.modules()):
-        return {}
-    counts: dict[str, int] = {}
-    for row in explain(model, input_shape):
-        counts[row.label or row.backend] = counts.get(row.label or row.backend, 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))
-
-
-def lines(key: str, value: Any) -> list[str]:
-    """One step of `demo` in words."""
-    if key == "photograph":
-        return [f"Photograph  {Path(value['path']).name}, {value['width']}x{value['height']}"]
-    if key == "weights":
-        return [f"Weights     {value['text']}"]
-    if key == "top":
-        return [f"  {probability:6.1%}  {name or f'class {index}'}" for index, name, probability in value]
-    if key == "difference":
-        check = value["check"]
-        return [
-            f"Difference  {value['from_eager']:.2g} at most from timm's logits, which reach {value['scale']:.2g}",
-            f"            from float64: regnet_fast {check.max_ours:.2g}, timm {check.max_eager:.2g} at most"
-            + (f"; FAIL: {check.failure}" if check.failure else ""),
-        ]
-    if key == "backends":
-        counts = ", ".join(f"{label} ({count})" for label, count in value.items())
-        return [f"Ran on      {counts or 'timm, unchanged'}"]
-    if not value["correct"]:
-        return [f"Not timed   {value['refused']}"]
-    timed = {variant: value["variants"][variant]["median_ms"] for variant in (*EAGER, OURS)}
-    over = value["over_eager"]
-    quartiles = f"quartiles of the rounds {over['low']:.2f}-{over['high']:.2f}"
-    return [
-        "Time        " + ", ".join(f"{variant} {ms:.1f} ms" for variant, ms in timed.items()),
-        f"            {over['ratio']:.2f}x as fast as {over['peer']} ({quartiles})",
-    ]
+        return ""
+    counts = Counter(row.label or row.backend for row in explain(model, input_shape))
+    return ", ".join(f"{label} ({count})" for label, count in counts.most_common())

@@ -76,17 +76,13 @@ def host_model(name: str, **kwargs: Any) -> nn.Module:
     closest names, where it has no such model or tag.
     """
     with torch.device("cpu"):
-        return _host_model(name, **kwargs)
-
-
-def _host_model(name: str, **kwargs: Any) -> nn.Module:
-    if named.is_named(name):
-        try:
-            return named.build(name).eval()
-        except ValueError as error:
-            raise UnknownModelError(str(error)) from error
-    with unknown_model_errors(name):
-        return timm.create_model(name, pretrained=False, **kwargs).eval()
+        if named.is_named(name):
+            try:
+                return named.build(name).eval()
+            except ValueError as error:
+                raise UnknownModelError(str(error)) from error
+        with unknown_model_errors(name):
+            return timm.create_model(name, pretrained=False, **kwargs).eval()
 
 
 def check_name(name: str) -> None:
@@ -134,47 +130,25 @@ def input_size(model: nn.Module, size: int | None = None) -> tuple[int, int, int
 
 
 @torch.no_grad()
-def randomize_norms(
-    model: nn.Module, seed: int = 0, example: Tensor | tuple[int, int, int, int] | None = None
-) -> nn.Module:
+def randomize_norms(model: nn.Module, seed: int | torch.Generator = 0) -> nn.Module:
     """Give every norm random running statistics and a random affine transform, in place, and return the model.
 
-        running_var = Var[x] * U(0.5, 1.5)                 weight ~ U(0.5, 1.5)
-        running_mean = E[x] + Std[x] * N(0, 0.2)           bias ~ N(0, 0.2)
-
-    E, Var and Std are those of the norm's input when the model runs on `example`, a batch of its input or the shape of
-    one of noise: as training leaves them. Without one they are 0 and 1, which does for one block; in a deep model the
-    biases come to drown the image, and with it every error of the early layers.
+        running_var, weight ~ U(0.5, 1.5)                 running_mean, bias ~ N(0, 0.2)
 
     A fresh timm model has the last norm of each residual branch zeroed, which hides half of every block. Where the
     output of a norm is added to something, its weight is smaller, so that neither activations nor rounding errors grow
     with depth: U(0.1, 0.3) at the end of a residual branch, U(0.3, 0.8) in the three branches of a RepVGG block.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
 
     def uniform(tensor: Tensor, low: float, high: float) -> None:
         drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float32, device="cpu")
         tensor.copy_(drawn * (high - low) + low)
 
-    def noise(shape: Sequence[int]) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-
     def normal(tensor: Tensor) -> None:
-        tensor.copy_(noise(tensor.shape) * 0.2)
-
-    def statistics(norm: nn.Module) -> None:
-        normal(norm.running_mean)
-        uniform(norm.running_var, 0.5, 1.5)
-
-    def calibrated_statistics(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        var, mean = torch.var_mean(args[0], dim=(0, 2, 3), correction=0)
-        var = var + 0.1 * var.mean()  # a channel may be constant on this example only
-        statistics(norm)
-        norm.running_mean.mul_(var.sqrt()).add_(mean)
-        norm.running_var.mul_(var)
+        tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device="cpu") * 0.2)
 
     norms = list(filter(is_norm, model.modules()))
-    with_statistics = [norm for norm in norms if getattr(norm, "running_var", None) is not None]
     summed = dict(_summed_norms(model))
     for norm in norms:
         if getattr(norm, "weight", None) is not None:
@@ -185,26 +159,11 @@ def randomize_norms(
             uniform(norm.v, 0.5, 1.5)
         if isinstance(getattr(norm, "tau", None), nn.Parameter):  # filter response norm: its threshold
             normal(norm.tau)
-    for norm in with_statistics:
-        statistics(norm)
-    if isinstance(example, tuple):
-        example = noise(example).to(next(model.parameters()))
-    if example is not None:
-        _run_with_pre_hook(model, with_statistics, calibrated_statistics, example)
+    for norm in norms:
+        if getattr(norm, "running_var", None) is not None:
+            normal(norm.running_mean)
+            uniform(norm.running_var, 0.5, 1.5)
     return model
-
-
-def _run_with_pre_hook(model: nn.Module, modules: list[nn.Module], hook: Callable, x: Tensor) -> None:
-    """Run the model once in evaluation mode, with `hook(module, args)` before each of the modules."""
-    training = [(module, module.training) for module in model.modules()]
-    handles = [module.register_forward_pre_hook(hook) for module in modules]
-    try:
-        model.eval()(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training:
-            module.training = mode
 
 
 def is_norm(module: nn.Module) -> bool:

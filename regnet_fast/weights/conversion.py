@@ -8,10 +8,8 @@ A target is written beside its place and moved there when it is whole; after a f
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -70,14 +68,16 @@ def convert_checkpoint(source: str | PathLike, destination: str | PathLike, to: 
         state = weights.under(to)
     except CheckpointError as error:
         raise CheckpointError(f"cannot convert '{source}' to {to}: {error}") from None
-    with _appearing(destination) as new:
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as folder:
+        new = Path(folder) / destination.name
         if to == "transformers":
             new.mkdir()
             described = json.dumps(config or _full_config(weights), indent=2, sort_keys=True)
             (new / _CONFIG).write_text(described + "\n", encoding="utf-8")
             _save(state, new / _WEIGHTS)
         else:
-            _save(state, new, destination.suffix)
+            _save(state, new)
+        new.rename(destination)
     return Conversion(source, destination, weights.layout, to, len(state), weights.config)
 
 
@@ -166,9 +166,9 @@ def _full_config(weights: Weights) -> dict[str, Any]:
     return {**config, "architectures": ["RegNetForImageClassification"], "id2label": labels, "label2id": numbers}
 
 
-def _save(state: StateDict, path: Path, suffix: str = ".safetensors") -> None:
+def _save(state: StateDict, path: Path) -> None:
     alone = {key: _alone(value) for key, value in state.items()}
-    if suffix in _TORCH_SUFFIXES:
+    if path.suffix in _TORCH_SUFFIXES:
         torch.save(alone, path)
     else:
         safetensors.torch.save_file(alone, path, metadata={"format": "pt"})
@@ -179,17 +179,3 @@ def _alone(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """The path of a new file or folder that is moved to its place when it is whole, and removed where it is not."""
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        yield new
-        os.rename(new, path)
-    finally:
-        if new.is_dir():
-            shutil.rmtree(new)
-        else:
-            new.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from bench.record import RecordError
 from bench.report import figures, tables
 
 CPU, GPU = "cpu-test-2-threads", "test-gpu"
-HOSTILE = "a | b <i onclick=alert(1)>\n\n<!-- /bench:models -->\n# `c` $d$ [e](javascript:f) \\| &amp;"
+HOSTILE = "a | b <i onclick=alert(1)>\n\n<!-- /bench:summary -->\n# `c` $d$ [e](javascript:f) \\| &amp;"
 
 
 def variant(ms, batch=1, **more):
@@ -268,10 +268,12 @@ def test_numbers_have_three_significant_digits(value, text):
     assert tables.number(value) == text
 
 
-def test_a_size_is_told_where_there_are_several():
-    one, other = case(), case(size=[288, 288])
-    assert "size" not in tables.compact("models", [one]).titles
-    assert [row[1] for row in tables.compact("models", [one, other]).rows] == ["224x224", "288x288"]
+def test_frozen_weights_have_a_ratio_of_their_own():
+    one = case()
+    one["variants"]["regnet_fast frozen"] = variant(8.0, ratios={"compile": ratio("compile", 1.5)})
+    found = tables.times("models", [one])
+    row = dict(zip(found.titles, found.rows[0], strict=True))
+    assert row["frozen over best compile"] == "1.50x (1.49-1.51)"
 
 
 def test_cases_that_ours_did_not_run(results):
@@ -279,15 +281,13 @@ def test_cases_that_ours_did_not_run(results):
     skipped["variants"]["regnet_fast"] = {"status": "skipped", "reason": "runs the host's own forward: training"}
     skipped["ratios"] = {}
     save(results, {CPU: {"train": run("train", skipped, case())}})
-    readme = put(results, "README.md", f"<!-- bench:train {CPU} -->\n<!-- /bench:train -->\n")
     text = section(report_of(results), "## Training steps")
     first, second = parse_tables(section(text, "### Times"))[0]
     assert (first["regnet_fast, ms"], second["regnet_fast, ms"]) == ("skipped", "10.00") and first[
         "timm, ms"
     ] == "22.50"
     assert parse_tables(section(text, "### Not timed"))[0][0]["reason"] == "runs the host's own forward: training"
-    (row,) = parse_tables(readme.read_text())[0]
-    assert row["model"] == "regnetx_002"
+    assert tables.with_ours(run("train", skipped, case()))[0]["name"] == "regnetx_002"
 
 
 # Losses
@@ -319,26 +319,18 @@ def test_no_losses():
 
 def test_markers_are_filled_and_the_rest_is_kept(results):
     before, after = "# Title\r\n\ntext | <b>\n", "\nthe end, without a newline"
-    readme = put(results, "README.md", f"{before}<!-- bench:models {CPU} -->\nold\n<!-- /bench:models -->{after}")
-    page_of_docs = put(results, "docs/deep/x.md", "<!-- bench:models -->\n<!-- /bench:models -->\n")
-    unmarked = put(results, "docs/other.md", "Say `<!-- bench:models -->` where you want it.\n")
+    readme = put(results, "README.md", f"{before}<!-- bench:families {CPU} -->\nold\n<!-- /bench:families -->{after}")
+    page_of_docs = put(results, "docs/deep/x.md", "<!-- bench:summary -->\n<!-- /bench:summary -->\n")
+    unmarked = put(results, "docs/other.md", "Say `<!-- bench:summary -->` where you want it.\n")
     written = report.write(results)
     text = readme.read_bytes().decode()
     assert text.startswith(before) and text.endswith(after) and "old" not in text
-    rows = parse_tables(text)[0]
-    assert len(rows) == 4 and rows[1]["best timm, ms"] == "15.00" and rows[1]["compile first result, s"] == "0.500"
     assert "1.50x (3 cases, slower in 0)" in text
     assert f"](bench/results/{CPU}/report.md)" in text
-    of_all = page_of_docs.read_text()
-    assert f"](../../bench/results/{CPU}/report.md)" in of_all and f"](../../bench/results/{GPU}/report.md)" in of_all
-    assert "#### Test CPU, 2 threads" in of_all and "#### Test GPU" in of_all
     assert {readme, page_of_docs} < set(written) and unmarked not in written
-
-
-def test_summary_marker(results):
-    readme = put(results, "README.md", "<!-- bench:summary -->\n<!-- /bench:summary -->\n")
-    report.write(results)
-    rows = parse_tables(readme.read_text())[0]
+    of_all = page_of_docs.read_text()
+    assert all(f"[{machine}](../../bench/results/{machine}/report.md)" in of_all for machine in (CPU, GPU))
+    rows = parse_tables(of_all)[0]
     assert {(row["machine"], row["kind"]) for row in rows} == {(CPU, kind) for kind in tables.KINDS} | {(GPU, "models")}
     assert rows[0]["batch"] == "1" and rows[0]["over best compile"] == "0.90x, slower in 1 of 1"
 
@@ -365,23 +357,23 @@ def test_families_marker(results):
 
 def test_results_elsewhere_have_no_markers_to_fill(results, tmp_path):
     elsewhere = results.rename(tmp_path / "bench" / "other")
-    readme = put(elsewhere, "README.md", "<!-- bench:models -->\n<!-- /bench:models -->\n")
+    readme = put(elsewhere, "README.md", "<!-- bench:summary -->\n<!-- /bench:summary -->\n")
     assert readme not in report.write(elsewhere)
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (
-            f"\n<!-- bench:modles {CPU} -->\n<!-- /bench:modles -->",
-            "line 2: <!-- bench:modles .* are summary, families",
-        ),
-        ("<!-- bench:models cpu -->\n<!-- /bench:models -->", rf"no machine 'cpu' has results; there are {CPU}, {GPU}"),
-        (f"<!-- bench:ops {GPU} -->\n<!-- /bench:ops -->", f"{GPU} has no ops; it has models"),
+        (f"\n<!-- bench:models {CPU} -->\n<!-- /bench:models -->", "line 2: .* are summary and families"),
+        ("<!-- bench:families cpu -->\n<!-- /bench:families -->", f"no machine 'cpu' has models; .* {CPU}, {GPU}"),
+        ("<!-- bench:families -->\n<!-- /bench:families -->", "no machine '' has models"),
         (f"<!-- bench:summary {GPU} -->\n<!-- /bench:summary -->", "takes no name"),
-        ("x\n<!-- bench:models -->\ny", "line 2: <!-- bench:models --> has no end: add .* <!-- /bench:models -->"),
-        ("<!-- bench:models -->\n<!-- bench:ops -->\n<!-- /bench:ops -->", "line 2: .* before the end of bench:models"),
-        ("<!-- bench:models -->\n<!-- /bench:ops -->", "line 2: <!-- /bench:ops --> ends nothing"),
+        ("x\n<!-- bench:summary -->\ny", "line 2: <!-- bench:summary --> has no end: add .* <!-- /bench:summary -->"),
+        (
+            "<!-- bench:summary -->\n<!-- bench:ops -->\n<!-- /bench:ops -->",
+            "line 2: .* before the end of bench:summary",
+        ),
+        ("<!-- bench:summary -->\n<!-- /bench:ops -->", "line 2: <!-- /bench:ops --> ends nothing"),
         ("<!-- /bench:ops -->", "line 1: <!-- /bench:ops --> ends nothing"),
     ],
 )
@@ -398,7 +390,7 @@ def test_markers_that_cannot_be_filled(results, text, told):
 
 
 def test_check_finds_what_is_stale_and_writes_nothing(results):
-    readme = put(results, "README.md", "<!-- bench:models -->\nold\n<!-- /bench:models -->\n")
+    readme = put(results, "README.md", "<!-- bench:summary -->\nold\n<!-- /bench:summary -->\n")
     expected = [readme, results / CPU / "report.md", results / "losses.md", results / GPU / "report.md"]
     assert set(report.write(results, check=True)) == set(expected)
     assert "old" in readme.read_text() and not (results / "losses.md").exists()
@@ -411,7 +403,7 @@ def test_check_finds_what_is_stale_and_writes_nothing(results):
 def test_the_same_results_give_the_same_bytes(results, tmp_path):
     other = save(tmp_path / "again" / "bench" / "results", every_kind())
     for folder in (results, other):
-        put(folder, "README.md", "<!-- bench:ops -->\n<!-- /bench:ops -->\n")
+        put(folder, "README.md", "<!-- bench:summary -->\n<!-- /bench:summary -->\n")
         report.write(folder)
     written = [path.relative_to(results.parent.parent) for path in results.rglob("*.*")] + [Path("README.md")]
     for path in written:
@@ -474,7 +466,7 @@ def hostile_results():
 
 def test_no_text_breaks_out_of_markdown(results):
     save(results, hostile_results())
-    readme = put(results, "README.md", "<!-- bench:models -->\n<!-- /bench:models -->\n\nkept\n")
+    readme = put(results, "README.md", "<!-- bench:summary -->\n<!-- /bench:summary -->\n\nkept\n")
     report.write(results)
     assert report.write(results, check=True) == []
     for path in (readme, results / CPU / "report.md", results / "losses.md"):
@@ -482,10 +474,10 @@ def test_no_text_breaks_out_of_markdown(results):
         parse_tables(text)
         assert "alert(1)" in text
         outside_code = re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
-        assert not re.search(r"<(?!!-- /?bench:models -->$)", outside_code, re.MULTILINE)
+        assert not re.search(r"<(?!!-- /?bench:summary -->$)", outside_code, re.MULTILINE)
         assert not re.search(r"(?<!\\)[`*]|(?<!\\)\[e", outside_code)
-        assert text.count("\n<!-- /bench:models -->\n") == (path == readme)
-    assert readme.read_text().endswith("<!-- /bench:models -->\n\nkept\n")
+        assert text.count("\n<!-- /bench:summary -->\n") == (path == readme)
+    assert readme.read_text().endswith("<!-- /bench:summary -->\n\nkept\n")
 
 
 # The figure

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from bench.compile import csrc, csrc_summary
+from bench.compile import csrc
 from csrc.extension import cuda_launches
 from regnet_fast.backends.cuda import nvrtc, plans
 from regnet_fast.backends.cuda.plans import PROCESSORS
@@ -27,8 +27,7 @@ def test_kernels_compile(arch):
     jobs += [csrc.Job(arch, launch) for launch in cuda_launches.of_depthwise(dtypes)]
     kinds: dict[str, list] = {}
     for job in jobs:
-        row = csrc.Compiled(job, 1).row()
-        kinds.setdefault(csrc_summary.kind(row)[0], []).append(job)
+        kinds.setdefault(csrc.kind(job), []).append(job)
     assert len(kinds) == 9
     chosen = [job for same in kinds.values() for job in dict.fromkeys((same[0], same[-1]))]
     made = list(csrc.compile_all(chosen, csrc.Kept()))
@@ -138,19 +137,16 @@ def test_every_width_stride_and_dtype_is_compiled():
 
 
 def test_a_summary_shows_the_worst():
-    def row(kernel, arch, registers, local):
-        launch = plans.Launch("x.cu", kernel, (1, 1, 1), 256, 1024 * registers, ())
-        return csrc.Compiled(csrc.Job(arch, launch), registers, local).row()
+    def made(width, arch, registers, kernel="grouped_conv_forward"):
+        launch = plans.Launch("x.cu", f"{kernel}<BFloat16, {width}, 1>", (1, 1, 1), 256, 1024 * registers, ())
+        return csrc.Compiled(csrc.Job(arch, launch), registers)
 
-    wide, narrow = (f"grouped_conv_forward<BFloat16, {width}, 1>" for width in (16, 8))
-    rows = [row(wide, 80, 128, 0), row(wide, 80, 64, 8), row(narrow, 90, 32, 0)]
-    lines = csrc_summary.summary(rows).splitlines()
-    assert "| sm_80 | bfloat16 | 2 | 128 | 128 | 12 | 8 | 0 |" in lines
-    assert "| sm_90 | bfloat16 | 1 | 32 | 32 | 75 | 0 | 0 |" in lines
-    assert "| grouped_conv_forward&lt;BFloat16, 16, 1&gt; | sm_80 | 8 |" in lines
-    forward = [line for line in lines if line.startswith("| grouped_conv_forward |")]
-    assert [line.split("|")[2].strip() for line in forward] == ["8", "16"]
-    assert forward[1].split("|")[3:5] == [" 2 ", " 128 / 128 / 12 "]
+    lines = csrc.summary([made(16, 80, 128), made(8, 80, 64), made(8, 90, 32), made(1, 80, 16, "a")]).splitlines()
+    assert lines[2:] == [
+        "| a | sm_80 | 1 | 16 | 16 | 100 |",
+        "| grouped_conv_forward | sm_80 | 2 | 128 | 128 | 12 |",
+        "| grouped_conv_forward | sm_90 | 1 | 32 | 32 | 75 |",
+    ]
 
 
 @pytest.mark.long

@@ -13,15 +13,14 @@ from timm.models.resnetv2 import PreActBottleneck
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench
 import regnet_fast
-from bench.roofline import __main__ as command
 from bench.roofline.ceilings import measure_ceilings
-from bench.roofline.model import EXECUTIONS, Ceilings, Count, count, kernels, work
+from bench.roofline.model import EXECUTIONS, Count, count, kernels, work
 from bench.roofline.recording import record
 from regnet_fast.inspect.counting import Kernel, KernelCounter
 
-BENCH = Path(command.__file__).parents[1]
-MODELS, DOCUMENT = BENCH / "data" / "models.tsv", BENCH.parent / "docs" / "roofline.md"
+MODELS = Path(bench.__file__).parent / "data" / "models.tsv"
 SAMPLE = (
     "regnetv_040",
     "regnetx_002",
@@ -172,25 +171,6 @@ def test_repvgg_is_reparameterised_for_inference():
     assert hasattr(block, "conv_1x1")
 
 
-def test_repvgg_in_training_never_stores_its_1x1_branch():
-    blocks = nn.Sequential(RepVggBlock(16, 16), RepVggBlock(16, 16))
-    m, wide, narrow = 4 * 2 * 16 * 36, 4 * 16 * 16 * 9, 4 * 16 * 16
-    # Each block: the 3x3 reads x, writes y; the sum reads both and writes the next x.
-    forward = 2 * (2 * m + 3 * m)
-    # The sums of the given gradient, as a pass; then wgrad and dgrad read gradient, result for the mask, x and y; dgrad
-    # writes a gradient and reads y of the block before for its sums.
-    backward = 3 * m + 4 * m + (4 * m + m + m) + 3 * m
-    recording = record(blocks, (2, 16, 6, 6), train=True)
-    found = kernels(recording, "ideal")
-    assert count(found).bytes == forward + backward + (2 + 2 + 1) * (wide + narrow)
-    assert [kernel.name for kernel in found] == [
-        *("convolution", "pass", "convolution", "pass"),
-        *("norm backward sums", "wgrad", "dgrad", "wgrad"),
-    ]
-    flops = 2 * 2 * 16 * 36 * 16 * 9
-    assert count(found).flops == 2 * (flops + 2 * flops // 9) + 2 * (flops + flops // 9) + (flops + 2 * flops // 9)
-
-
 def test_indices_of_max_pooling_take_a_byte_where_the_format_is_free():
     x, y = 4 * 2 * 8 * 64, 4 * 2 * 8 * 16
     indices = y // 4
@@ -306,11 +286,6 @@ def test_recording_leaves_the_model_as_it_is():
         assert work(model, (1, 3, 32, 32)) == rebuilt == work(meta_model("repvgg_a0"), (1, 3, 32, 32))
 
 
-def test_time_is_the_longer_of_memory_and_arithmetic_with_a_launch_for_each_kernel():
-    ceilings = Ceilings(bytes_per_s=100.0, flops_per_s=1000.0, launch_s=0.5)
-    assert ceilings.seconds([Kernel("", "", 200, 1000), Kernel("", "", 100, 3000)]) == (2 + 0.5) + (3 + 0.5)
-
-
 def test_counts_are_sums():
     assert count([Kernel("", "", 2, 1), Kernel("a", "b", 20, 10)]) == Count(flops=11, bytes=22, kernels=2)
     assert count([]) == Count(0, 0, 0)
@@ -328,62 +303,3 @@ def test_ceilings_are_positive_and_plausible():
     assert 1e-8 < found["launch_s"] < 1e-2
     assert set(found["flops_per_s"]) == {"float32", "bfloat16"}
     assert all(1e6 < peak < 1e15 for peak in found["flops_per_s"].values())
-
-
-GIVEN = ["--batch", "2", "--size", "64", "--bandwidth", "1e9", "--peak", "1e12", "--launch", "1e-5"]
-
-
-def test_the_command_prints_what_is_counted(capsys):
-    assert command.main(["resnetv2_18", "repvgg_a0", *GIVEN, "--dtype", "float32"]) == 0
-    first, _, titles, _, row, other = capsys.readouterr().out.splitlines()
-    assert first == "Inference, batch 2, 64x64, float32; 1.00 GB/s, 1.00 TFLOP/s, 10.0 us a kernel"
-    cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (titles, row)), strict=True))
-    found = work(meta_model("resnetv2_18"), (2, 3, 64, 64))
-    assert cells["model"] == "resnetv2_18" and "repvgg_a0" in other
-    for execution in EXECUTIONS:
-        assert int(cells[f"{execution} kernels"]) == found["kernels"][execution]
-        assert float(cells[f"{execution} MB"]) == pytest.approx(found["bytes"][execution] / 1e6, rel=0.005)
-        assert float(cells[f"{execution} ms"]) >= found["bytes"][execution] / 1e6
-    ratio = float(cells["eager ms"]) / float(cells["ideal ms"])
-    assert float(cells["eager / ideal"]) == pytest.approx(ratio, rel=0.02)
-
-
-@pytest.mark.long
-def test_the_documentation_shows_what_the_command_prints(capsys):
-    text = DOCUMENT.read_text()
-    commands = [line.split()[3:] for line in text.splitlines() if line.startswith("    python") and "--peak" in line]
-    assert len(commands) == 2
-    for arguments in commands:
-        assert command.main(arguments) == 0
-        assert capsys.readouterr().out in text
-
-
-@pytest.mark.parametrize("options", [[], ["--train"]])
-def test_blocks_add_up(options, capsys):
-    assert command.main(["repvgg_a0", *GIVEN, "--blocks", *options]) == 0
-    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    *blocks, total = ([cell.strip() for cell in line[1:-1]] for line in lines[2:])
-    assert blocks[0][0] == "stem" and total[0] == "in all"
-    for column in range(5, 8):
-        assert sum(int(block[column]) for block in blocks) == int(total[column])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["regnety_06"], "regnety_006"),
-        (["regnetx_002", "--device", "nowhere"], "nowhere"),
-        (["resnetv2_18", "--batch", "1", "--size", "1", *GIVEN[4:], "--train"], "more than 1 value per channel"),
-    ],
-)
-def test_the_command_says_what_cannot_be_served(arguments, complaint, capsys):
-    assert command.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert complaint in error and error.count("\n") == 1
-
-
-@pytest.mark.parametrize("option", ["--batch", "--size", "--peak"])
-def test_options_are_positive(option, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        command.main(["regnetx_002", option, "0"])
-    assert "0 is not positive" in capsys.readouterr().err

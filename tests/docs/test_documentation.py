@@ -186,6 +186,6 @@ def test_the_reference_names_what_is_exported():
     text = (ROOT / "docs" / "api.md").read_text()
     for name in {*regnet_fast._HOME, *functional.__all__}:
         assert re.search(rf"\b{name}\b", text), name
-    for path in re.findall(r"^::: (\S+)$", text, re.MULTILINE):
+    for path in re.findall(r"^::: (\S+)", text, re.MULTILINE):
         module, _, name = path.rpartition(".")
         assert getattr(importlib.import_module(module), name).__doc__, path

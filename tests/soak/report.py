@@ -20,6 +20,7 @@ SUBJECTS = {
     "test_evaluation": "random networks and images in evaluation, float32 and bfloat16: timm's numbers",
     "test_training_in_float64": "random networks in training, float64: output, gradients and statistics are timm's",
     "test_training_in_float32": "random networks in training, float32: gradients as near to float64's as timm's",
+    "test_programs": "random programs of what users do to a model, compared with timm's twin after each action",
     "test_one_model_under_different_backends": "six threads, one model, three backends: the serial results",
     "test_autocast_in_some_threads": "six threads, half of them under autocast: the serial results",
     "test_many_models_train_in_many_threads": "six threads train a model each: the serial gradients",
@@ -46,6 +47,10 @@ of a test that was run again, after a fix, are those of its last run.
   images. In evaluation the rule of [how it works](how-it-works.md#what-the-same-function-means), training in float64
   and float32. What timm refuses is refused with the same error. An image that misses the rule is judged with eight
   more: some networks amplify the rounding of one early value to most of the error of a small map.
+- **Programs.** Three to eight actions on a random network and timm's twin of it: evaluation, steps of all of torch's
+  optimizers, weights that are loaded, written through `.data`, exchanged, computed or given for one call, layers and
+  hooks that come and go, copies, pickles, dtypes, sizes, modes, freezing. Outputs, gradients and buffers are compared
+  after each; a gradient that differs is judged by float64.
 - **Threads and forks.** Results are equal to the bit to those of one thread.
 - **Files.** Truncated, flipped, overwritten, shifted and doubled bytes; entries missing, renamed, exchanged, of other
   shapes, dtypes and kinds. A file is refused with a `CheckpointError` and the model is as it was, or the weights are
