@@ -20,6 +20,8 @@ from .backends import forced_backend
 from .blocks.fused import FallbackWarning, Fused
 from .blocks.watch import Watch, hooked, transformed
 from .observer import observer
+from .trials.modes import current_mode
+from .trials.session import session
 
 _KEPT = 8
 """How many recorded calls a model keeps: the last ones used."""
@@ -171,7 +173,11 @@ class Graphs:
         if self._last is not None:
             self._last.wait()
         try:
-            found = _Recorded(model, Capture(_uncached(model, x), x, self._pool))
+            call = _uncached(model, x)
+            if current_mode() == "on":
+                call(x)  # notes what was never tried
+                session.settle()
+            found = _Recorded(model, Capture(call, x, self._pool))
         except RuntimeError as error:
             model._call_impl(x)  # the model's own error, if this input has one
             self._refused[key] = f"the call cannot be recorded: {str(error).strip().splitlines()[0]}"

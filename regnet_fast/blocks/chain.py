@@ -16,6 +16,7 @@ from ..backends import forced_backend
 from ..observer import observer
 from ..ops.convolution import autocast_enabled
 from ..trials import cpu
+from ..trials.session import session, waiting
 from .fused import Fused, Plan, unfit
 from .watch import only_forwards, transformed
 
@@ -85,6 +86,8 @@ class Chain:
             if plan is None:
                 return None
             plans.append(plan)
+        if waiting and plans and plans[0].calls:
+            session.settle()
         for plan in plans:
             plan.calls += 1
         return plans or None

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..backends import BackendError, forced_backend
 from ..observer import observer
 from ..ops.packed import Packed
+from ..trials.session import session, waiting
 from . import training
 from .forms import Form
 from .substitution import with_tensors
@@ -198,6 +199,8 @@ class Fused:
             told.block(self, x, plan, reason)
         if reason is not None:
             return self._by_host(x, reason, lost_speed=plan is not None), False
+        if waiting and plan.calls:
+            session.settle()
         waits, plan.calls = plan.waits() and forced_backend() is None, plan.calls + 1
         if waits:
             return super().forward(x), False

@@ -23,6 +23,7 @@ from ..ops.norm_act import PackedNormAct
 from ..ops.packed import Packed
 from ..ops.squeeze_excite import PackedSqueezeExcite
 from ..trials import cpu
+from ..trials.serving import serving, why
 from .counting import Kernel, KernelCounter
 
 _OPERANDS = {PackedUnit: 3, PackedNormAct: 2, PackedSqueezeExcite: 1}
@@ -309,11 +310,11 @@ class _Recorded:
         count = 2 if norm is not None else _OPERANDS[type(packed)]  # the host's norm stands before the residual
         problem, label = packed.explain(*args[:count])
         label += ", tuned" if tuned else ""
-        selection = select(problem)
-        reasons = [f"{name}: {why}" for name, why in selection.refused.items()]
-        reasons += [cpu.why(problem)] if selection.module is onednn else []
+        selection, by = select(problem), serving(problem)
+        reasons = [f"{name}: {it}" for name, it in selection.refused.items() if by.name == selection.name]
+        reasons.append(cpu.why(problem) if by.module is onednn else why(problem))
         reason = "; ".join(filter(None, reasons))
-        row = Row(self.layer, problem.op, _shape(problem), selection.name, label, reason, problem.flops)
+        row = Row(self.layer, problem.op, _shape(problem), by.name, label, reason, problem.flops)
         if norm is None:
             return [row]
         inner = y[0] if isinstance(y, tuple) else y

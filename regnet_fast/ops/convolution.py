@@ -17,10 +17,10 @@ from ..backends import (
     computed,
     forced_backend,
     onednn,
-    select,
 )
 from ..trials import cpu
-from .packed import Packed
+from ..trials.serving import Serving
+from .packed import KEPT, Packed
 
 _SHARED_KEPT = 32
 """Of how many input shapes what shares its weights is kept."""
@@ -57,7 +57,7 @@ class PackedConv(Packed):
             return self
         if forced not in self._forced:
             one = copy.copy(self)
-            one._runs, one._unpacked = {}, {}
+            one._runs, one._provisional, one._unpacked = {}, {}, {}
             self._forced = {**self._forced, forced: one}
         return self._forced[forced]
 
@@ -82,19 +82,22 @@ class PackedConv(Packed):
         run = self._runs.get(key)
         if run is not None:
             return run
-        problem = self.problem(x, gate, residual)
-        if residual is not None and residual.shape != problem.output_shape:
-            shapes = f"{tuple(residual.shape)} to a result of shape {problem.output_shape}"
-            raise RuntimeError(f"{self.op}: cannot add a residual of shape {shapes}")
-        module = select(problem).module
-        if module is onednn:
-            return self._share(key, problem)
-        return self._kept(key, module.prepare_conv(problem, *self.folded()))
+        if residual is not None:
+            shape = self.problem(x, gate, residual).output_shape
+            if residual.shape != shape:
+                shapes = f"{tuple(residual.shape)} to a result of shape {shape}"
+                raise RuntimeError(f"{self.op}: cannot add a residual of shape {shapes}")
+        return super().run_for(x, gate, residual)
 
-    def _share(self, key: tuple, problem: ConvProblem) -> Run:
+    def bind(self, problem: ConvProblem, by: Serving) -> Run:
+        if by.module is onednn:
+            return self._share(problem)
+        return by.module.prepare_conv(problem, *self.folded(), **by.options)
+
+    def _share(self, problem: ConvProblem) -> Run:
         """What serves an input shape on a CPU, with the weights of other shapes where it can."""
         variant = cpu.conv_variant(problem, self.folded)
-        use = onednn.CONVS[variant], *key[1:]
+        use = onednn.CONVS[variant], not problem.gate, not problem.residual
         run = self._unpacked.get(use)
         if run is None:
             packed = {other: run for other, run in self._runs.items() if (type(run), *other[1:]) == use and run.shape}
@@ -106,7 +109,10 @@ class PackedConv(Packed):
             if run.shape is None:
                 self._unpacked = {**self._unpacked, use: run}
                 self._runs = {other: run for other, run in self._runs.items() if other not in packed}
-        return self._kept(key, run, _SHARED_KEPT)
+        return run
+
+    def _kept(self, key: tuple, run: Run, most: int = KEPT) -> Run:
+        return super()._kept(key, run, _SHARED_KEPT if isinstance(run, onednn.Convolution) else most)
 
     def laid_out(self, x: Tensor) -> Tensor:
         """x in a layout that the backend reads: channels_last, or as it is where a kernel reads images as they come."""
@@ -123,7 +129,7 @@ class PackedConv(Packed):
         return run.beside(partner, x) if type(partner) is type(run) else None
 
     def pin(self) -> tuple:
-        return self._runs, self._unpacked
+        return super().pin(), self._unpacked
 
     def __call__(
         self,

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import Deferred, NormActProblem, Run, onednn, select
+from ..backends import Deferred, NormActProblem, Run, onednn
 from ..trials import cpu
+from ..trials.serving import Serving
 from .checks import check_activation, check_input, check_vectors
 from .convolution import activation_gradient, channels_last, needs_input, without_autocast
 from .fold import BatchNorm
@@ -59,12 +60,11 @@ class PackedNormAct(Packed):
     def problem(self, x: Tensor, gate: Tensor | None = None) -> NormActProblem:
         return NormActProblem(tuple(x.shape), self.activation, gate is not None, x.dtype, str(x.device))
 
-    def bind(self, problem: NormActProblem) -> Run:
-        module = select(problem).module
-        if module is onednn:
-            variant = cpu.norm_act_variant(problem, self.scale, self.shift)
-            return onednn.prepare_norm_act(problem, self.scale, self.shift, variant)
-        return module.prepare_norm_act(problem, self.scale, self.shift)
+    def bind(self, problem: NormActProblem, by: Serving) -> Run:
+        options = by.options
+        if by.module is onednn:
+            options = {"variant": cpu.norm_act_variant(problem, self.scale, self.shift)}
+        return by.module.prepare_norm_act(problem, self.scale, self.shift, **options)
 
     def __call__(
         self, x: Tensor, gate: Tensor | None = None, *, consume: bool = False, defer: bool = False

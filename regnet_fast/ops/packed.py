@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..backends import Problem, Run
+from ..trials.serving import Serving, noted, serving
+from ..trials.session import session
 
-_KEPT = 8
+KEPT = 8
 """For how many kinds of input what was bound is kept."""
 
 
@@ -19,6 +21,7 @@ class Packed:
 
     def __init__(self) -> None:
         self._runs: dict[tuple, Run] = {}
+        self._provisional: dict[tuple, tuple[int, Run]] = {}
 
     def key(self, *operands: Any) -> tuple:
         """What a run is kept under: all of a call that a backend decides on."""
@@ -28,21 +31,32 @@ class Packed:
         """The problem that a call poses."""
         raise NotImplementedError
 
-    def bind(self, problem: Problem) -> Run:
-        """The weights bound by the backend that serves a problem."""
+    def bind(self, problem: Problem, by: Serving) -> Run:
+        """The weights bound by what serves a problem."""
         raise NotImplementedError
 
     def run_for(self, *operands: Any) -> Run:
-        """What serves a call."""
+        """What serves a call: until a trial has decided, what served the last one."""
         key = self.key(*operands)
-        return self._runs.get(key) or self._kept(key, self.bind(self.problem(*operands)))
+        run = self._runs.get(key)
+        if run is not None:
+            return run
+        generation, run = self._provisional.get(key, (-1, None))
+        if run is not None and generation == session.generation:
+            return run
+        problem = self.problem(*operands)
+        by = serving(problem)
+        if by.settled:
+            self._provisional = {other: one for other, one in self._provisional.items() if other != key}
+            return self._kept(key, self.bind(problem, by))
+        if run is None or generation >= 0:
+            run = self.bind(problem, by)
+        self._provisional = _with(self._provisional, key, (noted(problem), run), KEPT)
+        return run
 
-    def _kept(self, key: tuple, run: Run, most: int = _KEPT) -> Run:
-        """The run, kept with the last few in a new dictionary, since other threads may be reading this one."""
-        runs = {**self._runs, key: run}
-        if len(runs) > most:
-            del runs[next(iter(runs))]
-        self._runs = runs
+    def _kept(self, key: tuple, run: Run, most: int = KEPT) -> Run:
+        """The run, kept with the last few."""
+        self._runs = _with(self._runs, key, run, most)
         return run
 
     def explain(self, *operands: Any) -> tuple[Problem, str]:
@@ -51,4 +65,12 @@ class Packed:
 
     def pin(self) -> Any:
         """What keeps the memory of the packed weights from being freed, as long as it is held."""
-        return self._runs
+        return self._runs, self._provisional
+
+
+def _with(kept: dict, key: tuple, value: Any, most: int) -> dict:
+    """A new dictionary with one entry more, and the oldest ones left out: other threads may be reading this one."""
+    found = {**kept, key: value}
+    while len(found) > most:
+        del found[next(iter(found))]
+    return found

@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import Run, SqueezeExciteProblem, select
+from ..backends import Run, SqueezeExciteProblem
 from ..backends.reference import activate
+from ..trials.serving import Serving
 from .checks import FLOATS, check_activation, check_operand
 from .convolution import activation_gradient, without_autocast
 from .packed import Packed
@@ -97,8 +98,8 @@ class PackedSqueezeExcite(Packed):
         sizes = means.shape[0], means.shape[-1], self.weights[0].shape[0]
         return SqueezeExciteProblem(*sizes, self.activation, means.dtype, str(means.device), self.gate_activation)
 
-    def bind(self, problem: SqueezeExciteProblem) -> Run:
-        return select(problem).module.prepare_squeeze_excite(problem, *self.weights)
+    def bind(self, problem: SqueezeExciteProblem, by: Serving) -> Run:
+        return by.module.prepare_squeeze_excite(problem, *self.weights, **by.options)
 
     def __call__(self, means: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The gate in `dtype`, by default that of the means."""

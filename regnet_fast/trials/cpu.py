@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import ConvProblem, Geometry, NormActProblem, onednn
+from ..backends import ConvProblem, Geometry, NormActProblem, SqueezeExciteProblem, onednn
 from .environment import environment
 from .modes import budget, current_mode, watched
 from .verdicts import Outcome, Verdict, Verdicts
@@ -227,12 +227,20 @@ def words(problem: Any) -> str:
     if isinstance(problem, Stage):
         return f"stage {'x'.join(map(str, problem.image))} {_name(problem.dtype)}: {problem.blocks}"
     facts = [problem.activation, *(f for f in ("gate", "residual") if getattr(problem, f, False))]
+    if isinstance(problem, SqueezeExciteProblem):
+        sizes = f"{problem.batch}x{problem.channels}, {problem.hidden} hidden"
+        return f"{problem.op} {sizes}, {problem.activation}, {problem.gate_activation}, {_name(problem.dtype)}"
     text = f"{problem.op} {'x'.join(map(str, problem.input_shape))}"
     if isinstance(problem, ConvProblem):
         text += f" -> {problem.out_channels}, {'x'.join(map(str, problem.kernel))}"
         g, usual = problem.geometry, Geometry()
         facts = [f"{name} {getattr(g, name)}" for name in g._fields if getattr(g, name) != getattr(usual, name)] + facts
-    return f"{text}, {', '.join(facts)}, {_name(problem.dtype)}"
+    return f"{text}, {', '.join(facts)}, {'tf32' if tf32(problem) else _name(problem.dtype)}"
+
+
+def tf32(problem: Any) -> bool:
+    """Whether a problem in float32 may be computed with rounded operands, by the setting for cuDNN."""
+    return problem.dtype == torch.float32 and problem.device.startswith("cuda") and torch.backends.cudnn.allow_tf32
 
 
 def _name(dtype: torch.dtype) -> str:

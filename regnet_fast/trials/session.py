@@ -8,6 +8,7 @@ script that calls a model once pays nothing.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import statistics
 import sys
@@ -16,22 +17,27 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..backends import Problem, store
 from .candidate import Candidate, candidates, to_json
-from .cpu import words
+from .cpu import tf32, words
 from .environment import environment
 from .modes import budget, current_mode, watched
-from .process import Child, Fault, StartError
+from .process import PHASES, Child, Fault, StartError
 from .verdicts import Outcome, Verdict, Verdicts, folder
-from .worker import PHASES
 
 BUDGET_S = 60.0
 """Seconds of trials in a process, unless REGNET_FAST_TRIALS_BUDGET says otherwise."""
 
 ROUNDS = 9
+_AGAIN_S = 1.0  # after which it is looked again whether another process has done with its trials
+_SHAPES = 8  # so many shapes that differ in their size alone are tried in a process
+_ROOT = str(Path(__file__).resolve().parents[2])
 _MARGIN = 1.03
 _NOISY = 0.1
 
@@ -43,7 +49,8 @@ class TrialWarning(UserWarning):
 class Session:
     """What waits to be tried, and the process that tries it.
 
-    Attributes: `generation`, which grows whenever a verdict may be another one.
+    Attributes: `waiting`, the problems that wait; `devices`, the kinds of devices whose problems are tried here;
+    `generation`, which grows whenever a verdict may be another one.
     """
 
     def __init__(
@@ -53,28 +60,43 @@ class Session:
         clock: Callable[[], float] = time.monotonic,
         phases: dict[str, float] = PHASES,
     ):
-        self._command, self._modules, self._clock, self._phases = command, list(modules), clock, phases
-        self._lock = threading.RLock()
-        self._waiting: dict[Problem, None] = {}
-        self._verdicts: dict[str, Verdicts] = {}
-        self._spent, self._broken = 0.0, False
-        self._owner = os.getpid()
+        self.command, self.modules, self.clock, self.phases = command, list(modules), clock, phases
+        self.devices: tuple[str, ...] = ("cuda",)
+        self.waiting: dict[Problem, None] = {}
         self.generation = 0
-
-    def __bool__(self) -> bool:
-        """Whether anything waits."""
-        return bool(self._waiting)
+        self._lock = threading.RLock()
+        self._verdicts: dict[str, Verdicts] = {}
+        self._spent, self._broken, self._look_again = 0.0, False, float("-inf")
+        self._taken: set[Problem] = set()
+        self._shapes: dict[Problem, int] = {}
+        self._owner = os.getpid()
 
     def chosen(self, problem: Problem) -> Candidate | None:
         """The candidate that a verdict names; None where there is none, and the problem waits for one."""
-        if current_mode() == "off":
-            return None
-        verdict, able = self.verdicts(problem).find(words(problem)), [*map(str, candidates(problem))]
-        untried = len(able) > 1 and (verdict is None or not set(able) <= set(verdict.outcomes))
-        if untried and current_mode() == "on" and not self._broken and not watched() and os.getpid() == self._owner:
+        return self.look(problem)[0]
+
+    def look(self, problem: Problem) -> tuple[Candidate | None, bool]:
+        """`chosen`, and whether that stays so in this process."""
+        if current_mode() == "off" or torch.are_deterministic_algorithms_enabled():
+            return None, True
+        able = [*map(str, candidates(problem))]
+        if len(able) == 1:
+            return None, True
+        verdict = self.verdicts(problem).find(words(problem))
+        untried = verdict is None or not set(able) <= set(verdict.outcomes)
+        undecided = untried and current_mode() == "on" and self._may_try(problem)
+        if undecided and not watched():
             with self._lock:
-                self._waiting.setdefault(problem)
-        return Candidate.named(verdict.chosen) if verdict is not None and verdict.chosen in able else None
+                if problem not in self.waiting:
+                    self.waiting[problem] = None
+                    self._shapes[_of_any_size(problem)] = self._shapes.get(_of_any_size(problem), 0) + 1
+        served = verdict is not None and verdict.chosen in able
+        return Candidate.named(verdict.chosen) if served else None, not undecided
+
+    def _may_try(self, problem: Problem) -> bool:
+        if self._broken or problem in self._taken or os.getpid() != self._owner:
+            return False
+        return problem in self.waiting or self._shapes.get(_of_any_size(problem), 0) < _SHAPES
 
     def verdicts(self, problem: Problem) -> Verdicts:
         """Those of the device of a problem."""
@@ -86,18 +108,22 @@ class Session:
     def settle(self, limit: float | None = None, told: Callable[[Verdict], object] = lambda verdict: None) -> None:
         """Try everything that waits, the largest first, within the budget; what is left waits for the next process.
 
-        Another process that tries for the same device is not waited for. Never raises: where nothing can be tried one
-        warning says why. Ctrl-C ends the trials alone.
+        Another process that tries for this user is not waited for: its verdicts are used when it has done. Never
+        raises: where nothing can be tried one warning says why. Ctrl-C ends the trials alone.
         """
-        if not self._waiting or watched() or current_mode() != "on" or not self._lock.acquire(blocking=False):
+        if not self.waiting or watched() or current_mode() != "on" or self.clock() < self._look_again:
+            return
+        if not self._lock.acquire(blocking=False):
             return
         try:
-            waiting = sorted(self._waiting, key=lambda problem: -problem.bytes)
-            self._waiting = {}
             limit = budget(BUDGET_S) if limit is None else limit
             with ExitStack() as stack:
                 if not stack.enter_context(_alone()):
+                    self._look_again = self.clock() + _AGAIN_S
                     return
+                waiting = sorted(self.waiting, key=lambda problem: -problem.bytes)
+                self._taken.update(waiting)
+                self.waiting.clear()
                 self._settle(waiting, limit, told)
         except KeyboardInterrupt:
             self._broken = True
@@ -110,14 +136,18 @@ class Session:
             self._lock.release()
 
     def _settle(self, waiting: list[Problem], limit: float, told: Callable[[Verdict], object]) -> None:
-        trial = _Trial(self, limit)
+        trial, gained = _Trial(self, limit), 0
+        _say(f"trying kernels for {len(waiting)} shapes, {max(0.0, limit - self._spent):.0f} s at most")
         try:
             for problem in waiting:
                 if trial.over():
                     break
-                told(trial.of(problem))
+                verdict = trial.of(problem)
+                gained += verdict.chosen != str(candidates(problem)[0])
+                told(verdict)
         finally:
             trial.end()
+            _say(f"{gained} of {len(waiting)} shapes have a faster kernel now; regnet-fast verdicts shows them")
 
     def _warn(self, reason: str) -> None:
         warnings.warn(f"no kernels are tried here, and {_PEERS}: {reason}", TrialWarning, stacklevel=4)
@@ -159,15 +189,17 @@ class _Trial:
         return self._session.verdicts(problem).keep(found)
 
     def _outcome(self, problem: Problem, candidate: Candidate, peer: Candidate) -> Outcome:
-        s, start = self._session, self._session._clock()
-        facts = {"problem": to_json(problem), "candidate": str(candidate), "peer": str(peer)}
+        s, start = self._session, self._session.clock()
+        facts = {"problem": to_json(problem), "candidate": str(candidate), "peer": str(peer), "tf32": tf32(problem)}
         try:
             with _journal(problem, candidate) as suspect:
                 if suspect:
                     return Outcome("suspect", reason="the process that tried it last ended with the one that asked")
                 for _ in range(2):
                     try:
-                        answer = self._process().ask({**facts, "rounds": ROUNDS, "modules": s._modules}, s._phases)
+                        answer = self._process().ask({**facts, "rounds": ROUNDS, "modules": s.modules}, s.phases)
+                        if answer["status"] == "unable":
+                            raise StartError(str(answer.get("reason")))
                         self._last = problem, candidate
                         return _read(answer)
                     except Fault as fault:
@@ -179,11 +211,14 @@ class _Trial:
                         return Outcome(kind, reason=str(fault))
                 return Outcome("crashed", reason="the process died twice before it began")
         finally:
-            s._spent += s._clock() - start
+            s._spent += s.clock() - start
 
     def _process(self) -> Child:
         if self._child is None:
-            self._child, self._last = Child(self._session._command), None
+            if getattr(sys, "frozen", False) or not self._session.command[0]:
+                raise StartError("a program without an interpreter beside it cannot start one")
+            path = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
+            self._child, self._last = Child(self._session.command, {"PYTHONPATH": path}), None
             self._child.started()
         return self._child
 
@@ -203,6 +238,13 @@ class _Trial:
             if self._last is not None:
                 self._blame(fault)
         self._child = None
+
+
+def _of_any_size(problem: Problem) -> Problem:
+    """What problems have in common that differ in the number or the size of their images."""
+    if hasattr(problem, "input_shape"):
+        return replace(problem, input_shape=(0, problem.input_shape[1], 0, 0))
+    return replace(problem, batch=0)
 
 
 def _read(answer: dict[str, Any]) -> Outcome:
@@ -285,5 +327,16 @@ def _held(path: Path) -> Iterator[bool]:
         yield True
 
 
+def _say(text: str) -> None:
+    """Tell whoever waits at a terminal; a log otherwise."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"regnet_fast: {text}", file=sys.stderr, flush=True)
+    else:
+        logging.getLogger("regnet_fast").info(text)
+
+
 session = Session()
 """What waits in this process."""
+
+waiting = session.waiting
+"""The same, for whoever looks in every call."""

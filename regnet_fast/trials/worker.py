@@ -20,15 +20,15 @@ from .check import Wrong, make, verify
 from .clock import timer
 from .process import descriptors, serve
 
-PHASES = {"start": 20.0, "compile": 60.0, "verify": 20.0, "time": 10.0}
-"""Seconds for each phase."""
-
 
 def answer(question: dict[str, Any], say: Callable[[str], object]) -> dict[str, Any]:
     """Try one candidate for one problem."""
     for module in question.get("modules", ()):
         importlib.import_module(module)
     problem = from_json(question["problem"])
+    unable = _unable(problem, question["tf32"])
+    if unable:
+        return {"status": "unable", "reason": unable}
     candidate, peer = (partial(prepare, Candidate.named(question[name])) for name in ("candidate", "peer"))
     with torch.inference_mode():
         try:
@@ -54,6 +54,23 @@ def answer(question: dict[str, Any], say: Callable[[str], object]) -> dict[str, 
                 raise
             return {"status": "refused", "reason": f"{type(error).__name__}: {str(error)[:300]}"}
     return {"status": "verified", "us": times, "peer_us": peers, "error": error}
+
+
+def _unable(problem: Problem, tf32: bool) -> str:
+    """Why nothing can be tried on the device of a problem, or ''. Half of the memory that is free may be used.
+
+    Another process may have the GPU for itself, or all of its memory.
+    """
+    if not problem.device.startswith("cuda"):
+        return ""
+    try:
+        free, total = torch.cuda.mem_get_info(problem.device)
+        torch.cuda.set_per_process_memory_fraction(free / total / 2, problem.device)
+        torch.ones(1, dtype=torch.float32, device=problem.device).sum().item()
+    except RuntimeError as error:
+        return f"{problem.device} cannot be used by a second process: {str(error).splitlines()[0]}"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    return ""
 
 
 def synchronize(problem: Problem) -> None:

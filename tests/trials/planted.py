@@ -23,6 +23,8 @@ LABEL = "planted"
 
 
 def refuse(problem):
+    if not isinstance(problem, backends.ConvProblem):
+        return "planted for convolutions alone"
     return None if problem.device == "cpu" else "planted on a CPU alone"
 
 

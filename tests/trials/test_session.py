@@ -88,7 +88,7 @@ def test_a_fault_is_put_aside_with_the_right_word(planted, status):
         outcome = verdict.outcomes[f"cuda:{name}"]
         assert outcome.status == status and FAULTS[name][1] in outcome.reason, (name, outcome)
     again = new()
-    assert str(again.chosen(PROBLEM)) == PEER and not again, "negative verdicts are kept"
+    assert str(again.chosen(PROBLEM)) == PEER and not again.waiting, "negative verdicts are kept"
 
 
 def test_what_is_right_and_not_faster_stays_aside(planted):
@@ -145,7 +145,7 @@ def test_the_next_process_starts_with_the_verdicts(planted):
     planted("Fast")
     settled()
     again = Session(command=["/nowhere/python"])
-    assert again.chosen(PROBLEM) == Candidate("cuda", "Fast") and not again
+    assert again.chosen(PROBLEM) == Candidate("cuda", "Fast") and not again.waiting
     again.settle(limit=1e9)
 
 
@@ -154,7 +154,7 @@ def test_a_new_candidate_is_tried_and_the_known_ones_are_not(planted):
     settled()
     planted("Slow", "Fast")
     again = new()
-    assert str(again.chosen(PROBLEM)) == PEER and again
+    assert str(again.chosen(PROBLEM)) == PEER and again.waiting
     told = []
     again.settle(limit=1e9, told=told.append)
     assert told[0].chosen == "cuda:Fast" and again.generation == 1
@@ -165,7 +165,7 @@ def test_modes(planted, how):
     planted("Fast")
     one = new()
     with mode(how):
-        assert one.chosen(PROBLEM) is None and not one
+        assert one.chosen(PROBLEM) is None and not one.waiting
     settled()
     with mode(how):
         assert new().chosen(PROBLEM) == (Candidate("cuda", "Fast") if how == "stored" else None)
@@ -177,7 +177,7 @@ def test_where_no_process_can_be_started_the_peer_serves_and_one_line_says_why(p
     one.chosen(PROBLEM)
     with pytest.warns(TrialWarning, match="no process can be started.*No such file"):
         one.settle(limit=1e9)
-    assert one.chosen(PROBLEM) is None and not one and not list(entries())
+    assert one.chosen(PROBLEM) is None and not one.waiting and not list(entries())
 
 
 def test_ctrl_c_ends_the_trials_alone(planted, monkeypatch):
@@ -203,7 +203,7 @@ def test_the_budget_ends_a_session_and_the_rest_waits_for_the_next(planted):
     ((_, verdict, _),) = entries()
     assert set(verdict.outcomes) == {PEER, "cuda:Slow"} and verdict.chosen == PEER
     again = new()
-    assert str(again.chosen(PROBLEM)) == PEER and again
+    assert str(again.chosen(PROBLEM)) == PEER and again.waiting
     again.settle(limit=1e9)
     assert again.chosen(PROBLEM) == Candidate("cuda", "Fast")
 
@@ -242,7 +242,7 @@ def test_a_fork_does_not_drive_its_parents_session(planted):
     planted("Fast")
     one = new()
     one._owner = os.getpid() + 1
-    assert one.chosen(PROBLEM) is None and not one
+    assert one.chosen(PROBLEM) is None and not one.waiting
 
 
 def test_under_a_dispatch_mode_nothing_waits(planted):
@@ -251,11 +251,11 @@ def test_under_a_dispatch_mode_nothing_waits(planted):
     planted("Fast")
     one = new()
     with FlopCounterMode(display=False):
-        assert one.chosen(PROBLEM) is None and not one
-    assert one.chosen(PROBLEM) is None and one
+        assert one.chosen(PROBLEM) is None and not one.waiting
+    assert one.chosen(PROBLEM) is None and one.waiting
     with FlopCounterMode(display=False):
         one.settle(limit=1e9)
-    assert one, "it still waits"
+    assert one.waiting, "it still waits"
 
 
 def test_the_worker_is_a_program():
