@@ -1,0 +1,79 @@
+"""What trials choose on this CPU with wrong priors, against a careful measurement, for a machine that is idle.
+
+`pytest -s -m slow tests/trials/test_choices.py` prints what was counted.
+"""
+
+import statistics
+import time
+from functools import partial
+
+import pytest
+import torch
+
+import regnet_fast
+from regnet_fast.backends import onednn
+from regnet_fast.trials import cpu
+from regnet_fast.trials.modes import mode
+
+MODELS = ("regnety_016", "regnetz_b16", "repvgg_a2", "resnetv2_50")
+ROUNDS = 41
+ALIKE = 1.03
+"""Two variants whose medians are nearer to each other are one to a trial, which keeps the first."""
+
+
+def convolutions(model, dtype, batch, monkeypatch):
+    """Every convolution of a model with its weights, as often as it stands there."""
+    found, chosen = [], cpu.conv_variant
+
+    def heard(problem, folded):
+        found.append((problem, folded))
+        return chosen(problem, folded)
+
+    with monkeypatch.context() as patch, mode("off"), torch.inference_mode():
+        patch.setattr(cpu, "conv_variant", heard)
+        fast = regnet_fast.create_model(model, num_classes=10).eval().to(dtype)
+        fast(torch.randn(batch, 3, 224, 224).to(dtype))
+    return found
+
+
+def measured(calls):
+    """The median of each call's times, in rounds that take turns."""
+    times = {name: [] for name in calls}
+    for i in range(ROUNDS):
+        for name in calls if i % 2 else reversed(calls):
+            calls[name]()
+            start = time.perf_counter()
+            calls[name]()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trials_choose_what_is_measured_as_the_fastest(dtype, batch, monkeypatch):
+    agreed, known, counted, worst = 0, {}, 0, (1.0, "")
+    for model in MODELS:
+        for problem, folded in convolutions(model, dtype, batch, monkeypatch):
+            counted += 1
+            if problem not in known:
+                variants = onednn.conv_variants(problem)[::-1]
+
+                def bind(variant, problem=problem, folded=folded):
+                    return partial(onednn.prepare_conv(problem, *folded(), variant=variant), *cpu.operands(problem))
+
+                with torch.inference_mode(False), torch.no_grad():
+                    chosen = cpu.tried("", variants, bind).chosen
+                    times = measured({name: bind(name) for name in variants})
+                slower = times[chosen] / min(times.values())
+                worst = max(worst, (slower, f"{cpu.words(problem)}: {chosen} {times}"))
+                known[problem] = slower <= ALIKE
+            agreed += known[problem]
+    several = sum(len(onednn.conv_variants(problem)) > 1 for problem in known)
+    print(
+        f"\n{dtype}, batch {batch}: {agreed} of {counted} convolutions, {several} of {len(known)} shapes with a choice;"
+    )
+    print(f"right for {sum(known.values())} shapes; the worst is {worst[0]:.3f} times the fastest: {worst[1]}")
+    assert agreed >= 0.95 * counted
+    assert worst[0] <= 1.05
