@@ -28,7 +28,7 @@ def _list(
     if context.invoked_subcommand is not None:
         return
     with reported_errors():
-        from ..trials import verdicts as kept
+        from ..store import verdicts as kept
 
         if forget:
             return line(f"{kept.forget()} verdicts removed from {kept.folder()}")
@@ -48,7 +48,7 @@ def _list(
 def _export(file: Annotated[Path, typer.Argument(help="A new file.")]) -> None:
     """All verdicts into one file, for a container image or other machines of the same kind."""
     with reported_errors():
-        from ..trials import verdicts as kept
+        from ..store import verdicts as kept
 
         content = kept.exported()
         with file.open("x") as out:
@@ -60,7 +60,7 @@ def _export(file: Annotated[Path, typer.Argument(help="A new file.")]) -> None:
 def _import(file: Annotated[Path, typer.Argument(help="A file that `regnet-fast verdicts export` wrote.")]) -> None:
     """Keep the verdicts of a file. They serve where device, libraries, threads and kernels are the same."""
     with reported_errors():
-        from ..trials import verdicts as kept
+        from ..store import verdicts as kept
 
         try:
             count = kept.imported(json.loads(file.read_bytes()))

@@ -26,9 +26,9 @@ from ..backends import backend, triton
 from ..kernels import tables
 from ..kernels.tables import Choice, Entry
 from ..observer import observing
+from ..store.verdicts import Verdict
 from ..trials import cpu
 from ..trials.modes import mode
-from ..trials.verdicts import Verdict
 from . import info
 from .timing import Announce, silent, synchronize
 from .verify import host_model, input_size, randomize_norms, rebuilt

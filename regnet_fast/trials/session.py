@@ -19,13 +19,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..backends import Problem, store
+from .. import store
+from ..backends import Problem
+from ..store.environment import environment
+from ..store.verdicts import Outcome, Verdict, Verdicts, folder
 from .candidate import Candidate, candidates, to_json
 from .cpu import words
-from .environment import environment
 from .modes import budget, current_mode, watched
 from .process import Child, Fault, StartError
-from .verdicts import Outcome, Verdict, Verdicts, folder
 from .worker import PHASES
 
 BUDGET_S = 60.0

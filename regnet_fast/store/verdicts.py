@@ -1,7 +1,8 @@
 """What was found about a problem's candidates, in memory and on disk.
 
-A verdict is one file, `verdicts/<environment>/<problem>` in the cache folder (backends/store.py), so that processes
-lose nothing of each other's. Another device, library, driver, number of threads or kernel is another folder.
+A verdict is one file, `verdicts/<environment>/<problem>` in the cache folder, so that processes lose nothing of each
+other's. Another device, library, driver, number of threads or kernel is another
+folder.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backends import store
+from .. import store
 
 SCHEMA = 1
 

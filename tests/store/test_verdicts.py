@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 
-from regnet_fast.backends import store
-from regnet_fast.trials import verdicts
-from regnet_fast.trials.environment import environment, kernels_digest
-from regnet_fast.trials.verdicts import Outcome, Verdict, VerdictError, Verdicts
+from regnet_fast import store
+from regnet_fast.store import verdicts
+from regnet_fast.store.environment import environment, kernels_digest
+from regnet_fast.store.verdicts import Outcome, Verdict, VerdictError, Verdicts
 
 HERE = {"device": "a CPU", "threads": "2"}
 FOUND = Verdict("a problem", "fast", {"safe": Outcome("verified", 2.0), "fast": Outcome("verified", 1.0)})
@@ -46,7 +46,7 @@ def test_the_environment_of_a_cpu_has_what_a_verdict_rests_on(fact):
 
 
 def test_the_digest_is_of_the_text_of_the_kernels(tmp_path, monkeypatch):
-    from regnet_fast.trials import environment as module
+    from regnet_fast.store import environment as module
 
     (tmp_path / "kernels").mkdir()
     source = tmp_path / "kernels" / "a.py"
@@ -61,7 +61,7 @@ def test_the_digest_is_of_the_text_of_the_kernels(tmp_path, monkeypatch):
 
 
 def test_the_digest_covers_every_kind_of_kernel():
-    from regnet_fast.trials.environment import _KERNELS, _PACKAGE
+    from regnet_fast.store.environment import _KERNELS, _PACKAGE
 
     found = {path.suffix for pattern in _KERNELS for path in _PACKAGE.glob(pattern)}
     assert {".cu", ".cuh", ".cpp", ".py"} <= found
@@ -109,7 +109,7 @@ def test_two_processes_lose_nothing(tmp_path):
     """Each keeps outcomes of its own for the same and for other problems, at once."""
     program = """
 import sys
-from regnet_fast.trials.verdicts import Outcome, Verdict, Verdicts
+from regnet_fast.store.verdicts import Outcome, Verdict, Verdicts
 who = sys.argv[1]
 for i in range(40):
     for problem in (f"problem {i}", f"problem {i} of {who}"):
