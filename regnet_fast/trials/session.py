@@ -62,9 +62,9 @@ class Session:
         self._owner = os.getpid()
         self.generation = 0
 
-    def __bool__(self) -> bool:
-        """Whether anything waits."""
-        return bool(self._waiting)
+    def __len__(self) -> int:
+        """How many problems wait."""
+        return len(self._waiting)
 
     def chosen(self, problem: Problem) -> Candidate | None:
         """The candidate that a verdict names; None where there is none, and the problem waits for one."""
@@ -85,7 +85,8 @@ class Session:
         return found
 
     def settle(self, limit: float | None = None, told: Callable[[Verdict], object] = lambda verdict: None) -> None:
-        """Try everything that waits, the largest first, within the budget; what is left waits for the next process.
+        """Try everything that waits, the largest first, within the budget, or for `limit` more seconds; what is left
+        waits for the next process.
 
         Another process that tries for the same device is not waited for. Never raises: where nothing can be tried one
         warning says why. Ctrl-C ends the trials alone.
@@ -95,7 +96,7 @@ class Session:
         try:
             waiting = sorted(self._waiting, key=lambda problem: -problem.bytes)
             self._waiting = {}
-            limit = budget(BUDGET_S) if limit is None else limit
+            limit = budget(BUDGET_S) if limit is None else self._spent + limit
             with ExitStack() as stack:
                 if not stack.enter_context(_alone()):
                     return

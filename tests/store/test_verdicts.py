@@ -135,6 +135,28 @@ def test_what_cannot_be_kept_serves_this_process(tmp_path, monkeypatch):
         assert here.keep(FOUND) == FOUND == here.find("a problem")
 
 
+def test_again_removes_what_is_looked_for_and_nothing_else():
+    other = Verdict("other", "safe", {"safe": Outcome("verified")})
+    Verdicts(HERE).keep(FOUND)
+    Verdicts(HERE).keep(other)
+    here = Verdicts(HERE)
+    with verdicts.again():
+        assert here.find("a problem") is None
+        here.keep(Verdict("a problem", "safe", {"safe": Outcome("verified", 3.0)}))
+        assert here.find("a problem").outcomes == {"safe": Outcome("verified", 3.0)}
+    assert [verdict.problem for verdict in Verdicts(HERE)] in (["a problem", "other"], ["other", "a problem"])
+    assert Verdicts(HERE).find("a problem").chosen == "safe" and Verdicts(HERE).find("other") == other
+
+
+def test_an_environment_knows_its_own_verdicts_alone(tmp_path):
+    Verdicts(HERE).keep(FOUND)
+    Verdicts({**HERE, "threads": "8"}).keep(Verdict("other", "safe", {"safe": Outcome("verified")}))
+    assert list(Verdicts(HERE)) == [FOUND]
+    (path,) = [path for path in files(tmp_path) if path.parent == Verdicts(HERE).folder]
+    path.write_bytes(path.read_bytes()[:-3])
+    assert list(Verdicts(HERE)) == []
+
+
 def test_verdicts_are_shipped(tmp_path, monkeypatch):
     Verdicts(HERE).keep(FOUND)
     Verdicts({**HERE, "threads": "8"}).keep(Verdict("other", "safe", {"safe": Outcome("verified")}))
