@@ -105,9 +105,10 @@ def load(path: Path, kind: str | None = None) -> dict[str, Any]:
 
 def save(run: dict[str, Any], path: Path) -> None:
     """Write a run in the place of what was there, all or nothing."""
-    from regnet_fast.kernels.tables import replace
+    from regnet_fast.store import replace
 
-    replace(path, json.dumps(run, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, (json.dumps(run, indent=1) + "\n").encode())
 
 
 def resume(path: Path, kind: str, facts: dict[str, Any]) -> dict[str, Any] | None:

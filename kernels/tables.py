@@ -2,10 +2,12 @@
 
 A kernel is a module of this package with `Shape`, `Config`, `CONFIGS`, `EXTENTS`, `heuristic(shape)` and
 `config_supports(config, shape)`. `EXTENTS` names the fields of a shape that say how much there is to compute; the rest
-says what, but for `arch` and `processors`, which a table leaves out: it belongs to one model of GPU.
+says what, but for `arch` and `processors`, which are left out: what was measured belongs to one model of GPU.
 
-Tables are `<gpu>/<kernel>.json` in the folder `tuned` beside this file and in the user's cache directory, whose entries
-win. They are read when a kernel is first launched on a GPU. Nothing of Triton is imported here.
+What was measured is kept as verdicts (store/verdicts.py): a problem is a kernel with its shape, a candidate a
+configuration, both in words, and the peer is `HEURISTIC`. `tuned/<gpu>.json` beside this file has verdicts that are
+shipped: measured on the same model of GPU, whatever its driver and libraries, they serve where nothing was measured
+here. They are read when a kernel is first launched on a GPU. Nothing of Triton is imported here.
 
 How much of a GPU a configuration takes is the compiler's to say, and another version says something else. Where it is
 more than there is, which shows when the kernel is first launched, a smaller configuration takes its place: `fitting`.
@@ -14,44 +16,31 @@ more than there is, which shows when the kernel is first launched, a smaller con
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import math
-import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 
 from ..observer import observer
+from ..store.environment import environment
+from ..store.verdicts import Verdict, VerdictError, Verdicts, listed
 
-KERNELS = (
-    *("pointwise_conv", "pointwise_pair", "implicit_gemm", "depthwise_conv", "squeeze_excite", "norm_act"),
-    *("channel_tiles", "grouped_input_gradient", "grouped_weight_gradient"),
-)
 SHIPPED = Path(__file__).parent / "tuned"
-SCHEMA = 1
 FARTHEST = 4  # so many times as much to compute, or as little, is still near
-LARGEST = 1 << 24  # bytes; a table is some KB
+HEURISTIC = "heuristic"
 MACHINE = ("arch", "processors")
+_TRITON = "triton "
 
 Key = tuple[tuple[str, int], ...]
-
-
-class TableError(ValueError):
-    """A table cannot be used; the message names the file and says why."""
-
-
-class TableWarning(UserWarning):
-    """A table is left aside, and the kernels run without it."""
 
 
 class TooLargeError(ValueError):
@@ -63,21 +52,10 @@ class SmallerWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What was measured for a shape: the fastest configuration, None where that is the heuristic's, its time and the
-    heuristic's, and the conditions: the GPU, the versions, the date.
-    """
-
-    config: Any
-    microseconds: float
-    heuristic: Any
-    heuristic_microseconds: float
-    conditions: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Choice:
-    """A launch whose configuration was chosen here, by a table where it is `tuned`. `run(config)` launches it again."""
+    """A launch whose configuration was chosen here, by what was measured where it is `tuned`. `run(config)` launches it
+    again.
+    """
 
     kernel: ModuleType
     shape: Any
@@ -146,13 +124,13 @@ def _replace(kernel: str, shape: Any, device: torch.device, config: Any, reason:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _chosen(kernel: str, shape: Any, device: torch.device) -> tuple[Any, bool]:
-    """The configuration, and whether it is a table's choice."""
-    module, folder = sys.modules[kernel], gpu(device)
-    entry = None if folder is None else find(module, entries(name(module), folder), shape)
-    if entry is None or entry.config is None or entry.config in _too_large.get((kernel, shape, device), ()):
-        return default(module, shape, device), entry is not None and entry.config is None
-    _check(module, entry.config, shape)
-    return entry.config, True
+    """The configuration, and whether it was measured to be the fastest."""
+    module = sys.modules[kernel]
+    found = find(module, known(device).get(name(module), {}), shape)
+    config = next((config for config in module.CONFIGS if words(config) == found), None)
+    if config is None or config in _too_large.get((kernel, shape, device), ()):
+        return default(module, shape, device), found == HEURISTIC
+    return config, True
 
 
 def default(kernel: ModuleType, shape: Any, device: torch.device) -> Any:
@@ -185,67 +163,101 @@ def _check(kernel: ModuleType, config: Any, shape: Any) -> None:
 
 
 def name(kernel: ModuleType) -> str:
-    """A kernel's name among `KERNELS`."""
+    """A kernel's name: its module's."""
     return kernel.__name__.rpartition(".")[2]
 
 
-def gpu(device: torch.device) -> str | None:
-    """The folder of a GPU's tables; None in the interpreter."""
+def problem(kernel: ModuleType, shape: Any) -> str:
+    """A kernel and a shape in the words that a verdict is known by."""
+    return f"{_TRITON}{name(kernel)}: {words(shape)}"
+
+
+def words(facts: Any) -> str:
+    """A shape or a configuration in words, which leave the machine out."""
+    return ", ".join(f"{field} {value}" for field, value in key(facts))
+
+
+def key(facts: Any) -> Key:
+    """The fields of a shape or a configuration but for those of the machine."""
+    return tuple((field, int(value)) for field, value in vars(facts).items() if field not in MACHINE)
+
+
+def parsed(problem: str) -> tuple[str, Key] | None:
+    """The kernel's name and the key of a shape of such words; None where they are another problem's."""
+    kernel, _, facts = problem.removeprefix(_TRITON).partition(": ")
+    try:
+        found = tuple((field, int(value)) for field, value in map(str.split, facts.split(", ")))
+    except ValueError:
+        return None
+    return (kernel, found) if problem.startswith(_TRITON) else None
+
+
+def here(device: torch.device) -> dict[str, str] | None:
+    """The environment of a device; None in the interpreter, where nothing can be measured."""
     from .common import interpreting
 
-    return None if interpreting() else slug(torch.cuda.get_device_name(device))
+    return None if interpreting() else environment(str(device))
 
 
-def slug(gpu_name: str) -> str:
-    """A GPU's name in lower case, its words joined by dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-")
-
-
-def user_folder() -> Path:
-    """Where `regnet-fast tune` keeps tables."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "regnet_fast" / "tuned"
-
-
-@functools.lru_cache(maxsize=128)
-def entries(kernel: str, gpu: str) -> dict[Key, Entry]:
-    """All that is known of a kernel on a GPU, the user's before what is shipped. Warns where a table cannot be used."""
-    module, found = importlib.import_module(f"{__package__}.{kernel}"), {}
-    for root in (SHIPPED, user_folder()):
-        try:
-            found |= read(root / gpu / f"{kernel}.json", module)
-        except TableError as error:
-            warnings.warn(f"{error}; until then the kernels run without it", TableWarning, stacklevel=2)
+@functools.lru_cache(maxsize=16)
+def known(device: torch.device) -> dict[str, dict[Key, str]]:
+    """The fastest configurations in words, by kernel and shape: those that are shipped, and before them those found in
+    this environment. Raises VerdictError where what is shipped cannot be read.
+    """
+    facts, found = here(device), {}
+    if facts is not None:
+        for verdict in [*(verdict for _, verdict in shipped(facts["device"])), *Verdicts(facts)]:
+            what = parsed(verdict.problem)
+            if what is not None and measured(verdict):
+                found.setdefault(what[0], {})[what[1]] = verdict.chosen
     return found
 
 
+def measured(verdict: Verdict | None) -> bool:
+    """Whether the configurations of a shape were tried to the end."""
+    return verdict is not None and verdict.outcomes[verdict.chosen].us is not None
+
+
+def shipped(gpu: str) -> list[tuple[dict[str, str], Verdict]]:
+    """What is shipped for a model of GPU, by its name, and where that was measured. Raises VerdictError."""
+    path = shipped_file(gpu)
+    try:
+        content = json.loads(path.read_bytes()) if path.exists() else None
+        found = [] if content is None else listed(content)
+    except ValueError as error:
+        raise VerdictError(f"{path}: {error}") from None
+    return [(facts, verdict) for facts, verdict in found if facts.get("device") == gpu]
+
+
+def shipped_file(gpu: str) -> Path:
+    """Where that is: under the GPU's name in lower case, its words joined by dashes."""
+    return SHIPPED / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+
+
 def forget() -> None:
-    """Read the tables again when they are next needed, and ask the compiler again."""
+    """Read what was measured again when it is next needed, and ask the compiler again."""
     _too_large.clear()
     _chosen.cache_clear()
-    entries.cache_clear()
+    known.cache_clear()
 
 
-def key(shape: Any) -> Key:
-    """What a table knows a shape by."""
-    return tuple((field, value) for field, value in vars(shape).items() if field not in MACHINE)
-
-
-def find(kernel: ModuleType, known: dict[Key, Entry], shape: Any) -> Entry | None:
-    """The entry for a shape, or else for the nearest one that differs in its extents alone, each by a factor of
-    `FARTHEST` at most, and whose configuration can serve.
+def find(kernel: ModuleType, known: dict[Key, str], shape: Any) -> str | None:
+    """The configuration for a shape, or else for the nearest one that differs in its extents alone, each by a factor of
+    `FARTHEST` at most; one that can serve.
     """
-    wanted = key(shape)
+    wanted, configs = key(shape), {words(config): config for config in kernel.CONFIGS}
     distances = {other: _distance(wanted, other, kernel.EXTENTS) for other in known}
     for other in sorted((other for other in known if distances[other] is not None), key=distances.get):
-        config = known[other].config
-        if config is None or kernel.config_supports(config, shape) is None:
+        config = configs.get(known[other])
+        if known[other] == HEURISTIC or (config is not None and kernel.config_supports(config, shape) is None):
             return known[other]
     return None
 
 
 def _distance(wanted: Key, other: Key, extents: tuple[str, ...]) -> float | None:
     """How far two shapes are from each other, or None where one says nothing about the other."""
+    if [field for field, _ in wanted] != [field for field, _ in other]:
+        return None
     distance = 0.0
     for (field, a), (_, b) in zip(wanted, other, strict=True):
         if a == b:
@@ -254,90 +266,3 @@ def _distance(wanted: Key, other: Key, extents: tuple[str, ...]) -> float | None
             return None
         distance += abs(math.log(a / b))
     return distance
-
-
-def read(path: Path, kernel: ModuleType) -> dict[Key, Entry]:
-    """A kernel's table from its file, empty where there is none.
-
-    Raises TableError unless every entry is a shape of this kernel and names one of its `CONFIGS` or none.
-    """
-    try:
-        if not path.exists():
-            return {}
-        if not path.is_file() or path.stat().st_size > LARGEST:
-            raise ValueError(f"it is no file of at most {LARGEST >> 20} MB")
-        return _parsed(json.loads(path.read_bytes()), kernel)
-    except OSError as error:
-        raise TableError(f"{path}: this table cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise TableError(f"{path}: this table cannot be used: {error}. Move it away and tune again") from None
-
-
-def _parsed(content: Any, kernel: ModuleType) -> dict[Key, Entry]:
-    content = _object(content, schema=int, kernel=str, provenance=list, entries=list)
-    if content["schema"] != SCHEMA:
-        raise ValueError(f"it has schema {content['schema']}, this version of regnet_fast reads {SCHEMA}")
-    if content["kernel"] != name(kernel):
-        raise ValueError(f"it is for the kernel {content['kernel'][:80]!r}")
-    found = {}
-    for entry in content["entries"]:
-        times = dict(microseconds=float, heuristic_microseconds=float)
-        entry = _object(entry, shape=dict, config=(dict, type(None)), heuristic=dict, provenance=int, **times)
-        shape = _object(entry["shape"], **{f: t for f, t in get_type_hints(kernel.Shape).items() if f not in MACHINE})
-        config, heuristic = (
-            None if facts is None else kernel.Config(**_object(facts, **get_type_hints(kernel.Config)))
-            for facts in (entry["config"], entry["heuristic"])
-        )
-        if config is not None and config not in kernel.CONFIGS:
-            raise ValueError(f"{config} is none of the configurations of {name(kernel)}")
-        if not all(0 < entry[field] < math.inf for field in times):
-            raise ValueError("a time is no positive number")
-        if not 0 <= entry["provenance"] < len(content["provenance"]):
-            raise ValueError("an entry does not say where it was measured")
-        measured = (config, entry["microseconds"], heuristic, entry["heuristic_microseconds"])
-        found[tuple(shape.items())] = Entry(*measured, content["provenance"][entry["provenance"]])
-    return found
-
-
-def _object(content: Any, **types: type | tuple[type, ...]) -> dict[str, Any]:
-    """A JSON object with exactly these fields in this order, each of its own type: True is no number."""
-    if not isinstance(content, dict) or content.keys() != types.keys():
-        raise ValueError(f"an object with the fields {', '.join(types)} is expected, found {str(content)[:80]!r}")
-    for field, expected in types.items():
-        if type(content[field]) not in (expected if isinstance(expected, tuple) else (expected,)):
-            raise ValueError(f"the field {field} is {str(content[field])[:80]!r}")
-    return {field: content[field] for field in types}
-
-
-def write(path: Path, kernel: ModuleType, known: dict[Key, Entry]) -> None:
-    """Write a table in the place of what was there, all or nothing, one line for each entry."""
-    provenance: list[dict[str, Any]] = []
-    lines = []
-    for shape, entry in sorted(known.items()):
-        if entry.conditions not in provenance:
-            provenance.append(entry.conditions)
-        line = {
-            "shape": dict(shape),
-            "config": None if entry.config is None else vars(entry.config),
-            "microseconds": entry.microseconds,
-            "heuristic": vars(entry.heuristic),
-            "heuristic_microseconds": entry.heuristic_microseconds,
-            "provenance": provenance.index(entry.conditions),
-        }
-        lines.append(json.dumps(line))
-    head = json.dumps({"schema": SCHEMA, "kernel": name(kernel), "provenance": provenance}, indent=1)
-    replace(path, head.removesuffix("\n}") + ',\n "entries": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n")
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file in the place of what was there, all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csrc.extension import cuda_launches
-from regnet_fast.backends import store
+from regnet_fast import store
 from regnet_fast.backends.cuda import plans
 from regnet_fast.backends.cuda.plans import SHARED_BYTES, WIDEST, Launch
 

@@ -19,7 +19,7 @@ import threading
 from ctypes import POINTER, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
-from . import store
+from .. import store
 from .cuda.sources import FOLDER
 
 SOURCE = FOLDER / "cpu" / "passes.cpp"

@@ -34,7 +34,11 @@ def reported_errors() -> Iterator[None]:
     from ..inspect.demo import PhotographMissingError
     from ..inspect.tune import TuneError
     from ..inspect.verify import UnknownModelError
-    from ..kernels.tables import SmallerWarning, TableError, TableWarning
+    from ..kernels.tables import SmallerWarning
+    from ..store import CacheWarning
+    from ..store.verdicts import VerdictError
+    from ..trials.process import StartError
+    from ..trials.session import TrialWarning
     from ..weights import CheckpointError
 
     for library in ("huggingface_hub", "timm", "torch", "transformers"):
@@ -42,16 +46,16 @@ def reported_errors() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for category in (FallbackWarning, SmallerWarning, TableWarning):
+            for category in (FallbackWarning, SmallerWarning, CacheWarning, TrialWarning):
                 warnings.simplefilter("once", category)
             warnings.showwarning = lambda message, *_, **__: complain(str(message))
             yield
     except (
-        UnreadableImageError, WeightsUnavailableError, CheckpointError, PhotographMissingError, TableError, OSError
+        UnreadableImageError, WeightsUnavailableError, CheckpointError, PhotographMissingError, VerdictError, OSError
     ) as error:  # fmt: skip
         complain(str(error))
         raise typer.Exit(UNREADABLE) from None
-    except (UnknownModelError, BackendError, TuneError, UsageError) as error:
+    except (UnknownModelError, BackendError, TuneError, StartError, UsageError) as error:
         complain(str(error))
         raise typer.Exit(USAGE) from None
     except torch.OutOfMemoryError as error:

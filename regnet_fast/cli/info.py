@@ -33,7 +33,7 @@ def info(as_json: JsonOption = False) -> None:
         rows.add_row(row["device"], row["backend"], row["dtype"], answer)
     show(rows)
     for row in facts["tuned"]:
-        known = f"{row['shapes']} tuned shapes for {row['gpu']}" if row["shapes"] else "heuristics only"
+        known = f"{row['shapes']} tuned shapes" if row["shapes"] else "heuristics only"
         line(f"Triton kernels on {row['device']}: {known}; `regnet-fast tune MODEL` measures.")
     compiler, refused = facts["cpu_kernels"]["compiler"], facts["cpu_kernels"]["refused"]
     live = f"torch calls, for {refused}" if refused else f"compiled by {compiler}"

@@ -6,13 +6,14 @@ import dataclasses
 import itertools
 import math
 import time
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 import typer
 
 from .app import BatchesOption, DtypesOption, JsonOption, SizeOption, app
 from .errors import check_environment, complain, compute_dtype, reported_errors
-from .terminal import line, print_json, progress, show, table
+from .terminal import line, print_json, progress
 from .verdicts import show_verdicts
 
 
@@ -24,52 +25,40 @@ def tune(
     size: SizeOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU if there is one]")] = None,
     budget: Annotated[float | None, typer.Option(min=0, help="Seconds after which no further shape is begun.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Measure what the table has as well.")] = False,
-    commit: Annotated[bool, typer.Option("--commit", help="Write into the checkout, to be shipped.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Forget what is known of these models first.")] = False,
+    commit: Annotated[bool, typer.Option("--commit", help="Write configurations into the checkout, too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """What is the fastest here for a model: on a CPU the variants of its layers, on a GPU the Triton kernels'
-    configurations. Goes on where it was interrupted.
+    """What is the fastest here for a model: the variants of its layers, and on a GPU first the configurations of Triton
+    kernels. Goes on where it was interrupted.
     """
-    if device is None:
-        device = _default_device()
-    if device == "cpu":
-        return _tune_cpu(models, batch, dtype, size, as_json)
-    found, left = [], 0
-    with reported_errors(), progress() as announce:
+    with reported_errors(), progress() as announce, ExitStack() as stack:
         from ..inspect import tune as tuning
         from ..inspect.verify import check_name
-        from ..kernels import tables
+        from ..store import verdicts as kept
 
-        tuning.check_device(device)
+        device = device or _default_device()
+        on_gpu = device != "cpu"
+        if on_gpu or commit:
+            tuning.check_device(device)
         check_environment(device)
-        folder = tuning.checkout_folder() if commit else tables.user_folder()
+        if commit:
+            tuning.checkout_folder()
+        if again:
+            stack.enter_context(kept.again())
         computes = [compute_dtype(name) for name in dtype]
         for model in models:
             check_name(model)
-        deadline = math.inf if budget is None else time.monotonic() + budget
-        for model, images, compute in itertools.product(models, batch, computes):
-            announce(f"{model}: building and running")
-            network, x = tuning.subject(model, images, size, compute, device)
-            shapes = tuning.missing(network, x, folder, again)
-            announce.expect(len(shapes))
-            left += len(shapes)
-            for result in tuning.tune(network, x, shapes, folder, deadline, announce=announce):
-                found.append(result)
-                announce.advance()
-                left -= 1
-    wrong = sum(result.skipped.get(tuning.WRONG, 0) for result in found)
-    if wrong:
-        complain(f"{wrong} configurations are left out whose results are wrong: not the heuristic's within rounding")
-    if as_json:
-        return print_json({"folder": folder, "left": left, "results": [result.as_dict() for result in found]})
-    _show_tuning(found)
-    faster = sum(result.entry.config is not None for result in found)
-    line(f"{len(found)} shapes measured, {faster} of them faster than in the heuristic configuration; tables: {folder}")
+        subjects = [tuning.Subject(m, n, size, d, device) for m, n, d in itertools.product(models, batch, computes)]
+        found, left = _on_gpu(subjects, budget, commit, announce) if on_gpu else (_on_cpu(subjects, announce), 0)
     if left:
-        line(f"{left} shapes are left: the same command goes on")
-    elif not found:
-        line("the tables have every shape that is launched; --again measures them once more")
+        complain(f"{left} kernels or layers are left: the same command goes on")
+    if as_json:
+        return print_json([dataclasses.asdict(verdict) for verdict in found])
+    show_verdicts(found)
+    line(f"{len(found)} verdicts; `regnet-fast verdicts` shows all that are kept")
+    if not found and not left:
+        line("there is a verdict on everything that runs; --again forgets it first")
 
 
 def _default_device() -> str:
@@ -78,32 +67,39 @@ def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _tune_cpu(models: list[str], batch: list[int], dtype: list[str], size: int | None, as_json: bool) -> None:
-    """Try every layer of the models in this process."""
+def _on_cpu(subjects: list[Any], announce: Any) -> list[Any]:
+    """Every layer and stage of the models, tried in this process."""
+    from ..inspect import tune as tuning
+
     found = {}
-    with reported_errors(), progress() as announce:
-        from ..inspect import tune as tuning
-        from ..inspect.verify import check_name
-
-        check_environment()
-        computes = [compute_dtype(name) for name in dtype]
-        for model in models:
-            check_name(model)
-        for model, images, compute in itertools.product(models, batch, computes):
-            announce(f"{model}: trying its layers")
-            for verdict in tuning.tune_cpu(*tuning.subject(model, images, size, compute, "cpu")):
-                found[verdict.problem] = verdict
-    if as_json:
-        return print_json([dataclasses.asdict(verdict) for verdict in found.values()])
-    show_verdicts(found.values())
-    line(f"{len(found)} layers and stages have a verdict; `regnet-fast verdicts` shows all that are kept")
+    for subject in subjects:
+        announce(f"{subject.model}: trying its layers")
+        for verdict in tuning.tune_cpu(*subject.built()):
+            found[verdict.problem] = verdict
+    return [*found.values()]
 
 
-def _show_tuning(found: list[Any]) -> None:
-    rows = table("", "kernel", "shape", "heuristic, us", "best, us", "gain", "tried", "left out", flexible="shape")
-    for result in found:
-        shape = ", ".join(f"{field} {value}" for field, value in result.shape.items())
-        times = (result.entry.heuristic_microseconds, result.entry.microseconds)
-        skipped = ", ".join(f"{count} {reason}" for reason, count in result.skipped.items())
-        rows.add_row(result.kernel, shape, *map(str, times), f"{result.gain:.2f}x", str(result.tried), skipped)
-    show(rows)
+def _on_gpu(subjects: list[Any], budget: float | None, commit: bool, announce: Any) -> tuple[list[Any], int]:
+    """What is found about kernels and layers of the models in other processes, and how much is left."""
+    from ..inspect import tune as tuning
+    from ..store.environment import environment
+    from ..store.verdicts import Verdicts
+
+    verdicts = Verdicts(environment(subjects[0].device))
+    found, left, deadline = [], 0, math.inf if budget is None else time.monotonic() + budget
+    for subject in subjects:
+        announce(f"{subject.model}: building and running")
+        model, x = subject.built()
+        try:
+            with tuning.Search(subject, verdicts, deadline) as search:
+                announce.expect(len(search.left))
+                for verdict in search.found(announce):
+                    found.append(verdict)
+                    announce.advance()
+                left += len(search.left)
+        except tuning.TuneError as error:
+            complain(str(error))
+        left += tuning.settle(model, x, deadline, announce, found.append)
+    if commit:
+        tuning.ship(verdicts)
+    return found, left

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +28,7 @@ def _list(
     if context.invoked_subcommand is not None:
         return
     with reported_errors():
-        from ..trials import verdicts as kept
+        from ..store import verdicts as kept
 
         if forget:
             return line(f"{kept.forget()} verdicts removed from {kept.folder()}")
@@ -48,7 +48,7 @@ def _list(
 def _export(file: Annotated[Path, typer.Argument(help="A new file.")]) -> None:
     """All verdicts into one file, for a container image or other machines of the same kind."""
     with reported_errors():
-        from ..trials import verdicts as kept
+        from ..store import verdicts as kept
 
         content = kept.exported()
         with file.open("x") as out:
@@ -60,7 +60,7 @@ def _export(file: Annotated[Path, typer.Argument(help="A new file.")]) -> None:
 def _import(file: Annotated[Path, typer.Argument(help="A file that `regnet-fast verdicts export` wrote.")]) -> None:
     """Keep the verdicts of a file. They serve where device, libraries, threads and kernels are the same."""
     with reported_errors():
-        from ..trials import verdicts as kept
+        from ..store import verdicts as kept
 
         try:
             count = kept.imported(json.loads(file.read_bytes()))
@@ -70,11 +70,15 @@ def _import(file: Annotated[Path, typer.Argument(help="A file that `regnet-fast 
 
 
 def show_verdicts(found: Iterable[Any]) -> None:
-    """A table of verdicts."""
-    rows = table("", "problem", "chosen", "us", "others", flexible="problem")
+    """A table of verdicts, with the times of other candidates, and how many of them failed in which way."""
+    rows = table("", "problem", "chosen", "us", "others", flexible=("problem", "chosen", "others"))
     for verdict in found:
-        outcomes = {name: dataclasses.astuple(outcome) for name, outcome in verdict.outcomes.items()}
-        status, us, *_ = outcomes.pop(verdict.chosen)
-        others = (f"{n} {s}" if t is None else f"{n} {t:.0f} us" for n, (s, t, *_) in outcomes.items())
-        rows.add_row(verdict.problem, verdict.chosen, f"{us:.0f}" if us else status, ", ".join(others))
+        outcomes = dict(verdict.outcomes)
+        chosen = outcomes.pop(verdict.chosen)
+        others = [f"{name} {outcome.us:.1f} us" for name, outcome in outcomes.items() if outcome.us is not None]
+        for status, count in Counter(o.status for o in outcomes.values() if o.us is None).items():
+            names = [name for name, outcome in outcomes.items() if (outcome.status, outcome.us) == (status, None)]
+            others.append(f"{count if count > 2 else ', '.join(names)} {status}")
+        us = chosen.status if chosen.us is None else f"{chosen.us:.1f}"
+        rows.add_row(verdict.problem, verdict.chosen, us, ", ".join(others))
     show(rows)

@@ -125,13 +125,12 @@ def support() -> list[dict[str, Any]]:
 
 
 def tuned() -> list[dict[str, Any]]:
-    """One row for each device that runs Triton's kernels: how many shapes the tables of its model of GPU have."""
+    """One row for each device that runs Triton's kernels: for how many shapes the fastest configuration is known."""
     rows = []
     for device in devices()[1:]:
         if backends.triton.refuse(probe(device["device"], "float32")) is None:
-            gpu = tables.slug(device["name"])
-            shapes = sum(len(tables.entries(kernel, gpu)) for kernel in tables.KERNELS)
-            rows.append({"device": device["device"], "gpu": gpu, "shapes": shapes})
+            shapes = sum(map(len, tables.known(torch.device(device["device"])).values()))
+            rows.append({"device": device["device"], "shapes": shapes})
     return rows
 
 
@@ -217,7 +216,7 @@ def _driver() -> str:
 
 
 def _commit() -> dict[str, Any]:
-    """The commit that the package was imported from, where that is a git checkout; results and tables make it no
+    """The commit that the package was imported from, where that is a git checkout; results and what is tuned make it no
     dirtier.
     """
     root = Path(__file__).resolve().parents[2]

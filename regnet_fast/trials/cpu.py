@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ..backends import ConvProblem, Geometry, NormActProblem, SqueezeExciteProblem, onednn
-from .environment import environment
+from ..store.environment import environment
+from ..store.verdicts import Outcome, Verdict, Verdicts
 from .modes import budget, current_mode, watched
-from .verdicts import Outcome, Verdict, Verdicts
 
 BUDGET_S = 2.0
 """Seconds of trials in a row of calls, unless REGNET_FAST_TRIALS_BUDGET says otherwise."""

@@ -2,8 +2,8 @@
 
 The parent writes one JSON line for each question and reads JSON lines back, on descriptors of their own: whatever the
 child prints goes to a log. The child first says that it has a question, then may say in which phase it is, then
-answers. Each phase has its deadline. A process that dies before it says that it has the next question died of the one
-before, so that nobody else is blamed.
+answers. Each phase has its deadline; what follows ": " in its name only says more. A process that dies before it says
+that it has the next question died of the one before, so that nobody else is blamed.
 """
 
 from __future__ import annotations
@@ -124,9 +124,10 @@ class Child:
                 if "status" in line:
                     return line
                 phase, begun = str(line.get("phase")), True
-                if phase not in deadlines:
+                kind = phase.partition(": ")[0]
+                if kind not in deadlines:
                     raise Fault("garbled", f"it is in a phase {phase!r}, which nobody knows")
-                until = time.monotonic() + deadlines[phase]
+                until = time.monotonic() + deadlines[kind]
                 heard(phase)
         except Fault as fault:
             self.kill()

@@ -6,10 +6,10 @@ from types import ModuleType
 from typing import NamedTuple
 
 from ..backends import Problem, forced_backend, library, select
+from ..store.verdicts import Outcome
 from .cpu import words
 from .modes import current_mode
 from .session import session
-from .verdicts import Outcome
 
 
 class Serving(NamedTuple):

@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 
-from ..backends import Problem, store
+from .. import store
+from ..backends import Problem
+from ..store.environment import environment
+from ..store.verdicts import Outcome, Verdict, Verdicts, folder
 from .candidate import Candidate, candidates, to_json
 from .cpu import tf32, words
-from .environment import environment
 from .modes import budget, current_mode, watched
 from .process import PHASES, Child, Fault, StartError
-from .verdicts import Outcome, Verdict, Verdicts, folder
 
 BUDGET_S = 60.0
 """Seconds of trials in a process, unless REGNET_FAST_TRIALS_BUDGET says otherwise."""
@@ -106,7 +107,8 @@ class Session:
         return found
 
     def settle(self, limit: float | None = None, told: Callable[[Verdict], object] = lambda verdict: None) -> None:
-        """Try everything that waits, the largest first, within the budget; what is left waits for the next process.
+        """Try everything that waits, the largest first, within the budget, or for `limit` more seconds; what is left
+        waits for the next process.
 
         Another process that tries for this user is not waited for: its verdicts are used when it has done. Never
         raises: where nothing can be tried one warning says why. Ctrl-C ends the trials alone.
@@ -116,7 +118,7 @@ class Session:
         if not self._lock.acquire(blocking=False):
             return
         try:
-            limit = budget(BUDGET_S) if limit is None else limit
+            limit = budget(BUDGET_S) if limit is None else self._spent + limit
             with ExitStack() as stack:
                 if not stack.enter_context(_alone()):
                     self._look_again = self.clock() + _AGAIN_S

@@ -16,6 +16,7 @@ from regnet_fast.backends import onednn, triton
 from regnet_fast.cli import app
 from regnet_fast.cli import explain as explain_command
 from regnet_fast.inspect import compare, info, verify
+from regnet_fast.store.verdicts import Outcome, Verdict, Verdicts
 
 MODEL, OTHER = "resnetv2_18", "resnet10t"  # one of our families, and one that is not
 SMALL = ["--size", "32"]
@@ -117,26 +118,27 @@ def test_info_says_where_tuning_would_help(monkeypatch, tmp_path):
     monkeypatch.setattr(info, "devices", lambda: [{"device": "cpu", "name": "a CPU"}, gpu])
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(triton, "refuse", lambda problem: None)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(tables, "here", lambda device: {"device": "Test GPU"})
     tables.forget()
     assert "Triton kernels on cuda:0: heuristics only; `regnet-fast tune MODEL` measures" in run("info").output
     shape, config = pointwise_conv.Shape(9, 8, 8, 2, False, False, 1, False, 90, 132), pointwise_conv.CONFIGS[0]
-    known = {tables.key(shape): tables.Entry(config, 1.0, config, 2.0, {})}
-    tables.write(tables.user_folder() / "test-gpu" / "pointwise_conv.json", pointwise_conv, known)
+    outcomes = {tables.words(config): Outcome("verified", 1.0)}
+    Verdicts({"device": "Test GPU"}).keep(Verdict(tables.problem(pointwise_conv, shape), *outcomes, outcomes))
     tables.forget()
-    assert run_json("info")["tuned"] == [{"device": "cuda:0", "gpu": "test-gpu", "shapes": 1}]
-    assert "1 tuned shapes for test-gpu" in run("info").output
+    assert run_json("info")["tuned"] == [{"device": "cuda:0", "shapes": 1}]
+    assert "1 tuned shapes; " in run("info").output
     tables.forget()
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_tuning_takes_a_gpu(device, tmp_path, monkeypatch):
-    if device == "cuda" and torch.cuda.is_available():
+@pytest.mark.parametrize("options", [("cpu", "--commit"), ("cuda",)], ids=lambda options: options[0])
+def test_what_takes_a_gpu_to_tune(options, tmp_path, monkeypatch):
+    if options[0] == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    result = run("tune", MODEL, "--device", device)
+    monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path))
+    result = run("tune", MODEL, "--device", *options)
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
-    assert f"on the device '{device}', but" in result.stderr and "compute capability 8.0" in result.stderr
+    assert f"on the device '{options[0]}', but" in result.stderr and "compute capability 8.0" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

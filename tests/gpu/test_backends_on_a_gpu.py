@@ -9,8 +9,14 @@ import pytest
 import torch
 
 from regnet_fast import backends, explain
-from regnet_fast.inspect import info, tune
+from regnet_fast.inspect import info
+from regnet_fast.inspect.tune import Search
+from regnet_fast.inspect.tuner import Subject, Tuner
 from regnet_fast.inspect.verify import DTYPES, verify
+from regnet_fast.kernels import tables
+from regnet_fast.kernels.tables import HEURISTIC
+from regnet_fast.store.environment import environment
+from regnet_fast.store.verdicts import Verdicts
 
 pytestmark = pytest.mark.gpu
 DEVICE = os.environ.get("REGNET_FAST_TEST_DEVICE", "cuda")
@@ -40,19 +46,31 @@ def test_automatic_choice(model):
 def test_tuning(tmp_path, monkeypatch):
     if not DEVICE.startswith("cuda"):
         pytest.skip("tuning takes a GPU")
-    monkeypatch.setattr(tune.tables, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tune.tables.forget()
-    folder = tune.tables.user_folder()
-    block = tune.subject("regnety_002", 1, 64, torch.bfloat16, DEVICE)[0].s1.b1
+    monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
+    tables.forget()
+    block = Subject("regnety_002", 1, 64, torch.bfloat16, DEVICE).built()[0].s1.b1
     x = torch.randn(8, 32, 32, 32, device=DEVICE, dtype=torch.bfloat16)
-    for kernel in {kernel for kernel, _ in tune.missing(block, x, folder)}:
-        monkeypatch.setattr(kernel, "CONFIGS", kernel.CONFIGS[::16])
+    one, verdicts = Tuner(block, x), Verdicts(tables.here(x.device))
     try:
-        results = list(tune.tune(block, x, tune.missing(block, x, folder), folder))
-        assert results and all(tune.WRONG not in result.skipped for result in results)
-        assert all(result.entry.microseconds <= result.entry.heuristic_microseconds for result in results)
+        for problem, (kernel, _) in one.shapes.items():
+            with monkeypatch.context() as few:
+                few.setattr(kernel, "CONFIGS", kernel.CONFIGS[::16])
+                verdict = verdicts.keep(one.measure(problem))
+            assert all(outcome.status != "wrong" for outcome in verdict.outcomes.values())
+            assert verdict.outcomes[verdict.chosen].us <= verdict.outcomes[HEURISTIC].us
+        tables.forget()
         with backends.backend("triton"):
             assert {row.label for row in explain(block, tuple(x.shape))} == {"Triton, tuned"}
     finally:
-        tune.tables.forget()
+        tables.forget()
+
+
+def test_a_search_in_a_process_of_its_own(tmp_path, monkeypatch):
+    if not DEVICE.startswith("cuda"):
+        pytest.skip("tuning takes a GPU")
+    monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path))
+    with Search(Subject("regnetx_002", 1, 32, torch.float16, DEVICE), Verdicts(environment(DEVICE))) as search:
+        left = len(search.left)
+        verdict = next(search.found())
+    assert tables.measured(verdict) and len(search.left) == left - 1

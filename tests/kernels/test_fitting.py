@@ -12,6 +12,7 @@ import triton
 from regnet_fast import kernels
 from regnet_fast.kernels import norm_act, pointwise_conv, squeeze_excite, tables
 from regnet_fast.observer import observing
+from regnet_fast.store.verdicts import Outcome, Verdict, Verdicts
 
 LIMIT = 99 << 10
 
@@ -102,14 +103,16 @@ def test_a_given_configuration_is_refused_with_the_reason(monkeypatch):
     gate(config=squeeze_excite.Config(16, 32, 128, 8, True))
 
 
-def test_a_tables_choice_gives_way_to_the_heuristics(monkeypatch, tmp_path):
-    monkeypatch.setattr(tables, "SHIPPED", tmp_path)
-    monkeypatch.setattr(tables, "gpu", lambda device: "test-gpu")
+def test_a_measured_choice_gives_way_to_the_heuristics(monkeypatch, tmp_path):
+    monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(tables, "here", lambda device: {"device": "a GPU"})
     shape = squeeze_excite.Shape(2, 3, 96, 16, 90)
     large, usual = squeeze_excite.Config(16, 64, 128, 8, True), squeeze_excite.heuristic(shape)
     assert squeeze_excite.config_supports(large, shape) is None and usual.block_r == 16
-    entry = tables.Entry(large, 1.0, usual, 2.0, {})
-    tables.write(tmp_path / "test-gpu" / "squeeze_excite.json", squeeze_excite, {tables.key(shape): entry})
+    found = Verdict(
+        tables.problem(squeeze_excite, shape), tables.words(large), {tables.words(large): Outcome("verified", 1.0)}
+    )
+    Verdicts({"device": "a GPU"}).keep(found)
     stand_in(monkeypatch, squeeze_excite, "whole_kernel", tiles(14))
     heard = []
     with observing(choice=heard.append), pytest.warns(tables.SmallerWarning):

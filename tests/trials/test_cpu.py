@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import regnet_fast
 from regnet_fast.backends import ConvProblem, Geometry, NormActProblem, onednn, store
+from regnet_fast.store.verdicts import entries
 from regnet_fast.trials import cpu
 from regnet_fast.trials.modes import budget, current_mode, mode
-from regnet_fast.trials.verdicts import entries
 
 POINTWISE = ConvProblem((1, 64, 8, 8), 32, (1, 1), Geometry(), "relu", False, False, torch.float32, "cpu")
 WEIGHTS = torch.randn(32, 64, 1, 1), torch.randn(32)

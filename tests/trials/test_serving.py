@@ -12,12 +12,12 @@ from timm.models import regnet
 from torch.utils.flop_counter import FlopCounterMode
 
 import regnet_fast
-from regnet_fast import backends
-from regnet_fast.backends import backend, reference, store
+from regnet_fast import backends, store
+from regnet_fast.backends import backend, reference
+from regnet_fast.store.verdicts import entries
 from regnet_fast.trials import process, session
 from regnet_fast.trials.modes import mode
 from regnet_fast.trials.session import Session
-from regnet_fast.trials.verdicts import entries
 
 HERE = Path(__file__).parent
 PHASES = dict.fromkeys(("start", "compile", "verify", "time"), 60.0)
@@ -133,16 +133,16 @@ def waiting_of(model):
 
 def keep(verdicts, problem):
     """A verdict as another process finds it."""
+    from regnet_fast.store.verdicts import Outcome, Verdict
     from regnet_fast.trials.cpu import words
-    from regnet_fast.trials.verdicts import Outcome, Verdict
 
     outcomes = {"aten": Outcome("verified"), "cuda:Fast": Outcome("verified", 50.0, "", 100.0)}
     verdicts.keep(Verdict(words(problem), "cuda:Fast", outcomes))
 
 
 def test_a_rank_that_does_not_hold_the_lock_goes_on_with_peers_until_the_verdicts_are_there(model, clock, no_children):
-    from regnet_fast.trials.environment import environment
-    from regnet_fast.trials.verdicts import Verdicts
+    from regnet_fast.store.environment import environment
+    from regnet_fast.store.verdicts import Verdicts
 
     waiting_of(model)
     with session._alone() as mine:

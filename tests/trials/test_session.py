@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from regnet_fast import backends
-from regnet_fast.backends import ConvProblem, Geometry, store
+from regnet_fast import backends, store
+from regnet_fast.backends import ConvProblem, Geometry
+from regnet_fast.store.verdicts import entries
 from regnet_fast.trials import process, session
 from regnet_fast.trials.candidate import Candidate, candidates, from_json, to_json
 from regnet_fast.trials.cpu import words
 from regnet_fast.trials.modes import mode
 from regnet_fast.trials.session import Session, TrialWarning
-from regnet_fast.trials.verdicts import entries
 
 HERE = Path(__file__).parent
 PHASES = dict.fromkeys(("start", "compile", "verify", "time"), 60.0)

@@ -6,9 +6,11 @@ import pytest
 from typer.testing import CliRunner
 
 from regnet_fast.cli import app
+from regnet_fast.store.verdicts import Outcome, Verdict
 from regnet_fast.trials import cpu
 from regnet_fast.trials.modes import mode
 
+FOUND = Verdict("a layer", "direct", {"direct": Outcome("verified", 1.0)})
 SMALL = ("regnetx_002", "--size", "64")
 
 
@@ -51,6 +53,13 @@ def test_from_tuning_to_another_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "tried", lambda *_: pytest.fail("everything is known"))
     again = json.loads(invoke("tune", *SMALL, "--device", "cpu", "--json").stdout)
     assert {one["problem"] for one in again} == {one["problem"] for one in found}
+
+    monkeypatch.setattr(cpu, "_decided", {})
+    cpu._verdicts.cache_clear()
+    tried = []
+    monkeypatch.setattr(cpu, "tried", lambda problem, *_: tried.append(problem) or FOUND)
+    invoke("tune", *SMALL, "--device", "cpu", "--again")
+    assert set(tried) == {one["problem"] for one in found}
 
 
 def test_a_batch_has_verdicts_on_its_stages():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import store
+from ... import store
 from . import sources
 
 OPTIONS = ("--std=c++17", "--device-as-default-execution-space")

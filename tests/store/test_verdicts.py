@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 
-from regnet_fast.backends import store
-from regnet_fast.trials import verdicts
-from regnet_fast.trials.environment import environment, kernels_digest
-from regnet_fast.trials.verdicts import Outcome, Verdict, VerdictError, Verdicts
+from regnet_fast import store
+from regnet_fast.store import verdicts
+from regnet_fast.store.environment import environment, kernels_digest
+from regnet_fast.store.verdicts import Outcome, Verdict, VerdictError, Verdicts
 
 HERE = {"device": "a CPU", "threads": "2"}
 FOUND = Verdict("a problem", "fast", {"safe": Outcome("verified", 2.0), "fast": Outcome("verified", 1.0)})
@@ -46,7 +46,7 @@ def test_the_environment_of_a_cpu_has_what_a_verdict_rests_on(fact):
 
 
 def test_the_digest_is_of_the_text_of_the_kernels(tmp_path, monkeypatch):
-    from regnet_fast.trials import environment as module
+    from regnet_fast.store import environment as module
 
     (tmp_path / "kernels").mkdir()
     source = tmp_path / "kernels" / "a.py"
@@ -61,7 +61,7 @@ def test_the_digest_is_of_the_text_of_the_kernels(tmp_path, monkeypatch):
 
 
 def test_the_digest_covers_every_kind_of_kernel():
-    from regnet_fast.trials.environment import _KERNELS, _PACKAGE
+    from regnet_fast.store.environment import _KERNELS, _PACKAGE
 
     found = {path.suffix for pattern in _KERNELS for path in _PACKAGE.glob(pattern)}
     assert {".cu", ".cuh", ".cpp", ".py"} <= found
@@ -109,7 +109,7 @@ def test_two_processes_lose_nothing(tmp_path):
     """Each keeps outcomes of its own for the same and for other problems, at once."""
     program = """
 import sys
-from regnet_fast.trials.verdicts import Outcome, Verdict, Verdicts
+from regnet_fast.store.verdicts import Outcome, Verdict, Verdicts
 who = sys.argv[1]
 for i in range(40):
     for problem in (f"problem {i}", f"problem {i} of {who}"):
@@ -133,6 +133,28 @@ def test_what_cannot_be_kept_serves_this_process(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert here.keep(FOUND) == FOUND == here.find("a problem")
+
+
+def test_again_removes_what_is_looked_for_and_nothing_else():
+    other = Verdict("other", "safe", {"safe": Outcome("verified")})
+    Verdicts(HERE).keep(FOUND)
+    Verdicts(HERE).keep(other)
+    here = Verdicts(HERE)
+    with verdicts.again():
+        assert here.find("a problem") is None
+        here.keep(Verdict("a problem", "safe", {"safe": Outcome("verified", 3.0)}))
+        assert here.find("a problem").outcomes == {"safe": Outcome("verified", 3.0)}
+    assert [verdict.problem for verdict in Verdicts(HERE)] in (["a problem", "other"], ["other", "a problem"])
+    assert Verdicts(HERE).find("a problem").chosen == "safe" and Verdicts(HERE).find("other") == other
+
+
+def test_an_environment_knows_its_own_verdicts_alone(tmp_path):
+    Verdicts(HERE).keep(FOUND)
+    Verdicts({**HERE, "threads": "8"}).keep(Verdict("other", "safe", {"safe": Outcome("verified")}))
+    assert list(Verdicts(HERE)) == [FOUND]
+    (path,) = [path for path in files(tmp_path) if path.parent == Verdicts(HERE).folder]
+    path.write_bytes(path.read_bytes()[:-3])
+    assert list(Verdicts(HERE)) == []
 
 
 def test_verdicts_are_shipped(tmp_path, monkeypatch):

@@ -1,18 +1,21 @@
 """What was found about a problem's candidates, in memory and on disk.
 
-A verdict is one file, `verdicts/<environment>/<problem>` in the cache folder (backends/store.py), so that processes
-lose nothing of each other's. Another device, library, driver, number of threads or kernel is another folder.
+A problem is a layer, whose candidates are backends and their variants, or a shape of a Triton kernel, whose candidates
+are the kernel's configurations. A verdict is one file, `verdicts/<environment>/<problem>` in the cache folder, so that
+processes lose nothing of each other's. Another device, library, driver, number of threads or kernel is another folder.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backends import store
+from .. import store
 
 SCHEMA = 1
 
@@ -55,6 +58,21 @@ def folder() -> Path:
     return store.user_folder("verdicts")
 
 
+_again: ContextVar[bool] = ContextVar("regnet_fast_again", default=False)
+
+
+@contextmanager
+def again() -> Iterator[None]:
+    """Inside the `with` block a verdict that is looked for is removed before, where nobody asked for it yet; in this
+    thread or task alone.
+    """
+    token = _again.set(True)
+    try:
+        yield
+    finally:
+        _again.reset(token)
+
+
 class Verdicts:
     """The verdicts of one environment."""
 
@@ -63,9 +81,16 @@ class Verdicts:
         self.folder = folder() / store.key(json.dumps(environment, sort_keys=True))[:16]
         self._known: dict[str, Verdict | None] = {}
 
+    def __iter__(self) -> Iterator[Verdict]:
+        """Every verdict on disk."""
+        return (verdict for _, verdict, _ in _read(self.folder.glob("*")))
+
     def find(self, problem: str) -> Verdict | None:
         """The verdict on a problem; read from its file once, and again after `forget`."""
         if problem not in self._known:
+            if _again.get():
+                with suppress(OSError):
+                    self._path(problem).unlink()
             content = store.read(self._path(problem))
             self._known[problem] = None if content is None else _parsed(content, problem)
         return self._known[problem]
@@ -106,7 +131,11 @@ def _parsed(content: bytes, problem: str | None = None) -> Verdict | None:
 
 def entries() -> Iterator[tuple[dict[str, str], Verdict, Path]]:
     """Every verdict on disk with its environment and file."""
-    for path in sorted(folder().glob("*/*")):
+    return _read(folder().glob("*/*"))
+
+
+def _read(paths: Iterable[Path]) -> Iterator[tuple[dict[str, str], Verdict, Path]]:
+    for path in sorted(paths):
         content = store.read(path)
         verdict = None if content is None else _parsed(content)
         if verdict is not None:
@@ -122,19 +151,14 @@ def forget() -> int:
     return count
 
 
-def exported() -> dict[str, Any]:
-    """All verdicts as one JSON object, for a container image or other machines of the same kind."""
-    return {
-        "schema": SCHEMA,
-        "verdicts": [{"environment": environment, **asdict(verdict)} for environment, verdict, _ in entries()],
-    }
+def listing(found: Iterable[tuple[dict[str, str], Verdict]]) -> dict[str, Any]:
+    """Verdicts, each with its environment, as one JSON object."""
+    verdicts = [{"environment": environment, **asdict(verdict)} for environment, verdict in found]
+    return {"schema": SCHEMA, "verdicts": verdicts}
 
 
-def imported(content: Any) -> int:
-    """Keep the verdicts of such an object; how many. They hold only where every fact of their environment does.
-
-    Raises VerdictError, before anything is kept, where one is not a verdict.
-    """
+def listed(content: Any) -> list[tuple[dict[str, str], Verdict]]:
+    """The verdicts of such an object. Raises VerdictError where one is none."""
     if (
         not isinstance(content, dict)
         or content.get("schema") != SCHEMA
@@ -144,10 +168,24 @@ def imported(content: Any) -> int:
     found = []
     for entry in content["verdicts"]:
         environment = entry.pop("environment", None) if isinstance(entry, dict) else None
-        verdict = _parsed(json.dumps({"schema": SCHEMA, **entry}).encode()) if environment is not None else None
+        verdict = _parsed(json.dumps({"schema": SCHEMA, **entry}).encode()) if isinstance(environment, dict) else None
         if verdict is None or not all(isinstance(v, str) for v in [*environment, *environment.values()]):
             raise VerdictError(f"this is no verdict: {str(entry)[:200]}")
         found.append((environment, verdict))
+    return found
+
+
+def exported() -> dict[str, Any]:
+    """All verdicts as one JSON object, for a container image or other machines of the same kind."""
+    return listing((environment, verdict) for environment, verdict, _ in entries())
+
+
+def imported(content: Any) -> int:
+    """Keep the verdicts of such an object; how many. They hold only where every fact of their environment does.
+
+    Raises VerdictError, before anything is kept, where one is not a verdict.
+    """
+    found = listed(content)
     for environment, verdict in found:
         Verdicts(environment).keep(verdict)
     return len(found)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from regnet_fast.backends import store
-from regnet_fast.backends.store import CacheWarning, key, stored
+from regnet_fast import store
+from regnet_fast.store import CacheWarning, key, stored
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTENT = bytes(range(256)) * 40

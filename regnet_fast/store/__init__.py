@@ -77,16 +77,22 @@ def updated(path: Path, change: Callable[[bytes | None], bytes]) -> bytes:
 
 def _write(path: Path, content: bytes) -> None:
     try:
-        handle, name = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(content).digest() + content)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        replace(path, hashlib.sha256(content).digest() + content)
     except OSError as error:
         _warn(str(path.parent), error.strerror)
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file in the place of what was there, all or nothing, for everybody to read."""
+    handle, name = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
 @contextmanager
