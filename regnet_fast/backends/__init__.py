@@ -18,7 +18,17 @@ from types import ModuleType
 
 from . import cuda, cudnn, onednn, reference, triton
 from .activations import ACTIVATIONS
-from .problem import ConvProblem, Deferred, Geometry, NormActProblem, Problem, Run, SqueezeExciteProblem, computed
+from .problem import (
+    ConvProblem,
+    Deferred,
+    Geometry,
+    NormActProblem,
+    Problem,
+    Run,
+    SqueezeExciteProblem,
+    computed,
+    pixel_means,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -37,6 +47,7 @@ __all__ = [
     "forced_backend",
     "forced_backends",
     "library",
+    "pixel_means",
     "refuse",
     "select",
 ]

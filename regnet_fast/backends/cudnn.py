@@ -24,36 +24,79 @@ def refuse(problem: Problem) -> str | None:
     return None
 
 
-class FusedConv(Run):
-    """cuDNN's convolution + bias [+ residual] + ReLU; other activations follow in place."""
+class PlainConv(Run):
+    """cuDNN's convolution with its bias; residual and activation follow in place."""
 
     label = "cuDNN"
 
     def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
-        self.problem = problem
         self.weight = weight.contiguous(memory_format=torch.channels_last)
         self.bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(problem.dtype)
         stride, padding, dilation, groups = problem.geometry
         self.geometry = (list(stride), list(padding), list(dilation), groups)
+        self.activate = ACTIVATIONS[problem.activation].in_place
 
     def __call__(
         self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool
     ) -> Tensor:
         if gate is not None:
             x = x.mul_(gate[:, :, None, None]) if consume else x * gate[:, :, None, None]
-        if self.problem.activation == "relu":
-            if residual is None:
-                return torch.ops.aten.cudnn_convolution_relu(x, self.weight, self.bias, *self.geometry)
-            return torch.ops.aten.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *self.geometry)
+        return self.convolve(x, residual)
+
+    def convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The convolution of a map that the gate is in already."""
         y = F.conv2d(x, self.weight, self.bias, *self.geometry)
-        if residual is not None:
-            y = y.add_(residual)
-        return ACTIVATIONS[self.problem.activation].in_place(y)
+        return self.activate(y if residual is None else y.add_(residual))
 
 
-def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Run:
-    """The convolution bound to its weights."""
-    return FusedConv(problem, weight, bias)
+class FusedConv(PlainConv):
+    """cuDNN's convolution + bias [+ residual] + ReLU in one call, which raises where it has no engine for that."""
+
+    label = "cuDNN, fused"
+
+    def convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if residual is None:
+            return torch.ops.aten.cudnn_convolution_relu(x, self.weight, self.bias, *self.geometry)
+        return torch.ops.aten.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *self.geometry)
+
+
+class FusedOrPlainConv(FusedConv):
+    """The fused call, or the plain one for good once that has computed what the fused one could not.
+
+    torch says of a missing engine no more than a RuntimeError with a text. So whatever is neither memory nor the device
+    is taken for one, and an error that is not is the plain call's as well, which raises it.
+    """
+
+    fuses = True
+
+    def convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if not self.fuses:
+            return PlainConv.convolve(self, x, residual)
+        try:
+            return super().convolve(x, residual)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except RuntimeError:
+            y = PlainConv.convolve(self, x, residual)
+            self.fuses, self.label = False, PlainConv.label
+            return y
+
+
+CONVS: dict[str, type[Run]] = {"plain": PlainConv, "fused": FusedConv}
+"""The variants of a convolution."""
+
+
+def variants(problem: Problem) -> tuple[str, ...]:
+    """The variants that can compute a problem, first the one that always works."""
+    if not isinstance(problem, ConvProblem):
+        return ("",)
+    return ("plain", "fused") if problem.activation == "relu" else ("plain",)
+
+
+def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None, variant: str | None = None) -> Run:
+    """The convolution bound to its weights, fused where cuDNN can unless a variant is named."""
+    untried = FusedOrPlainConv if problem.activation == "relu" else PlainConv
+    return (untried if variant is None else CONVS[variant])(problem, weight, bias)
 
 
 prepare_squeeze_excite = reference.prepare_squeeze_excite

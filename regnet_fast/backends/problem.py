@@ -44,6 +44,7 @@ class ConvProblem:
     """One convolution with its epilogue: `activation(conv(x * gate) + bias + residual)`.
 
     `input_shape` is (N, C, H, W) whatever the memory format. `device` is a device's name, such as "cpu" or "cuda:1".
+    `means` says that the channel means of the result are asked as well.
     """
 
     input_shape: tuple[int, int, int, int]
@@ -55,6 +56,7 @@ class ConvProblem:
     residual: bool
     dtype: torch.dtype
     device: str
+    means: bool = False
 
     @property
     def op(self) -> str:
@@ -162,6 +164,17 @@ class Run:
     beside: Callable[..., tuple[Tensor, Tensor] | None] | None = None
     from_parts: Callable[[Tensor, torch.dtype], Tensor] | None = None
 
+    def with_means(
+        self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool
+    ) -> tuple[Tensor, Tensor]:
+        """A convolution's result and its channel means, float32 or wider: (N, K), or (N, T, K) parts whose sum over T
+        they are where the backend computes these on the way.
+        """
+        if self.with_parts is not None and gate is None and residual is None:
+            return self.with_parts(x)
+        y = self(x, gate, residual, consume, into_residual)
+        return y, pixel_means(y)
+
 
 class Call(Run):
     """A run that is nothing but a function."""
@@ -197,3 +210,11 @@ class Deferred:
 def computed(x: Tensor | Deferred) -> Tensor:
     """x itself, or the value of a deferred one."""
     return x.value() if x.__class__ is Deferred else x
+
+
+def pixel_means(y: Tensor) -> Tensor:
+    """(N, C) means over the pixels of a channels_last tensor, float32 or wider."""
+    if y.dtype != torch.bfloat16 or not y.is_cpu:
+        return y.mean((2, 3), dtype=torch.promote_types(y.dtype, torch.float32))
+    # on a CPU torch's own mean converts the whole map to float32 first, which is slower (docs/cpu.md)
+    return y.sum((2, 3)).float().mul_(1 / (y.shape[2] * y.shape[3]))

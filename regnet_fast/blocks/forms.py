@@ -17,8 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..backends import Deferred, computed
-from ..ops.convolution import pixel_means
+from ..backends import Deferred, computed, pixel_means
 from .units import ConvUnit, GateUnit, HostNormUnit, LinearUnit, NormActUnit, Refused, SqueezeExciteUnit, Unit
 
 

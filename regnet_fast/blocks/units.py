@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends import Geometry, computed
+from ..backends import Geometry, computed, pixel_means
 from ..backends.reference import activate, channel_means
 from ..ops.conv import conv
-from ..ops.convolution import PackedConv, pixel_means
+from ..ops.convolution import PackedConv
 from ..ops.fold import BatchNorm, fold
 from ..ops.norm_act import PackedNormAct, norm_act
 from ..ops.squeeze_excite import PackedSqueezeExcite, squeeze_excite

@@ -308,7 +308,10 @@ class _Recorded:
         if not isinstance(packed, Packed):
             return [_host_row(self.layer, packed.norm, (args[0],), y, _norm_reason(packed.norm))]
         count = 2 if norm is not None else _OPERANDS[type(packed)]  # the host's norm stands before the residual
-        problem, label = packed.explain(*args[:count])
+        operands = args[:count]
+        if norm is None and kwargs.get("means"):
+            operands = (*(*args, None, None)[:3], True)
+        problem, label = packed.explain(*operands)
         label += ", tuned" if tuned else ""
         selection, by = select(problem), serving(problem)
         reasons = [f"{name}: {it}" for name, it in selection.refused.items() if by.name == selection.name]

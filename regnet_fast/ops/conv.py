@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import Geometry
+from ..backends import Geometry, pixel_means
 from . import checks
 from .checks import pair
 from .convolution import (
@@ -24,7 +24,6 @@ from .convolution import (
     autocast_enabled,
     channels_last,
     needs_input,
-    pixel_means,
     without_autocast,
 )
 from .fold import BatchNorm, fold_to

@@ -61,14 +61,25 @@ class PackedConv(Packed):
             self._forced = {**self._forced, forced: one}
         return self._forced[forced]
 
-    def key(self, x: Tensor | Deferred, gate: Tensor | None = None, residual: Tensor | Deferred | None = None) -> tuple:
-        return x.shape, gate is None, residual is None
+    def key(
+        self,
+        x: Tensor | Deferred,
+        gate: Tensor | None = None,
+        residual: Tensor | Deferred | None = None,
+        means: bool = False,
+    ) -> tuple:
+        key = x.shape, gate is None, residual is None
+        return (*key, means) if means and _decides(x) else key
 
     def problem(
-        self, x: Tensor | Deferred, gate: Tensor | None = None, residual: Tensor | Deferred | None = None
+        self,
+        x: Tensor | Deferred,
+        gate: Tensor | None = None,
+        residual: Tensor | Deferred | None = None,
+        means: bool = False,
     ) -> ConvProblem:
         out_channels, _, *kernel = self.weight.shape
-        facts = self.activation, gate is not None, residual is not None, x.dtype, str(x.device)
+        facts = self.activation, gate is not None, residual is not None, x.dtype, str(x.device), means and _decides(x)
         return ConvProblem(tuple(x.shape), out_channels, tuple(kernel), self.geometry, *facts)
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
@@ -76,9 +87,13 @@ class PackedConv(Packed):
         return self.weight, self.bias
 
     def run_for(
-        self, x: Tensor | Deferred, gate: Tensor | None = None, residual: Tensor | Deferred | None = None
+        self,
+        x: Tensor | Deferred,
+        gate: Tensor | None = None,
+        residual: Tensor | Deferred | None = None,
+        means: bool = False,
     ) -> Run:
-        key = self.key(x, gate, residual)
+        key = self.key(x, gate, residual, means)
         run = self._runs.get(key)
         if run is not None:
             return run
@@ -87,7 +102,7 @@ class PackedConv(Packed):
             if residual.shape != shape:
                 shapes = f"{tuple(residual.shape)} to a result of shape {shape}"
                 raise RuntimeError(f"{self.op}: cannot add a residual of shape {shapes}")
-        return super().run_for(x, gate, residual)
+        return super().run_for(x, gate, residual, means)
 
     def bind(self, problem: ConvProblem, by: Serving) -> Run:
         if by.module is onednn:
@@ -149,13 +164,16 @@ class PackedConv(Packed):
         Deferred ones are computed first where the backend cannot normalise what it reads. No argument is checked and
         autocast is off: the callers saw to that.
         """
-        run = self._runs.get((x.shape, gate is None, residual is None)) or self.run_for(x, gate, residual)
+        run = None if means else self._runs.get((x.shape, gate is None, residual is None))
+        run = run or self.run_for(x, gate, residual, means)
         if not run.takes_deferred and (x.__class__ is Deferred or residual.__class__ is Deferred):
             x, residual = computed(x), computed(residual)
-        if means and run.with_parts is not None:
-            return run.with_parts(x)
-        y = run(x, gate, residual, consume, into_residual)
-        return (y, pixel_means(y)) if means else y
+        return (run.with_means if means else run)(x, gate, residual, consume, into_residual)
+
+
+def _decides(x: Tensor | Deferred) -> bool:
+    """Whether it may be another backend that serves where means are asked: none on a CPU, where weights are shared."""
+    return x.device.type != "cpu"
 
 
 def channels_last(y: Tensor) -> Tensor:
@@ -177,14 +195,6 @@ def without_autocast(packed: Callable, x: Tensor, *arguments, **options):
         with torch.autocast(x.device.type, enabled=False):
             return packed(x, *arguments, **options)
     return packed(x, *arguments, **options)
-
-
-def pixel_means(y: Tensor) -> Tensor:
-    """(N, C) means over the pixels of a channels_last tensor, float32 or wider."""
-    if y.dtype != torch.bfloat16 or not y.is_cpu:
-        return y.mean((2, 3), dtype=torch.promote_types(y.dtype, torch.float32))
-    # on a CPU torch's own mean converts the whole map to float32 first, which is slower (docs/cpu.md)
-    return y.sum((2, 3)).float().mul_(1 / (y.shape[2] * y.shape[3]))
 
 
 def activation_gradient(dy: Tensor, y: Tensor, before: Tensor | None, activation: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,7 +16,6 @@ from ..backends import (
     Geometry,
     NormActProblem,
     Problem,
-    Run,
     SqueezeExciteProblem,
     library,
     refuse,
@@ -27,6 +26,9 @@ _PREPARE = {
     SqueezeExciteProblem: "prepare_squeeze_excite",
     NormActProblem: "prepare_norm_act",
 }
+Bound = Callable[..., Tensor | tuple[Tensor, ...]]
+"""What a call of a problem gives: one result, or several together."""
+
 _KINDS = {kind.__name__: kind for kind in _PREPARE}
 
 
@@ -59,15 +61,16 @@ def candidates(problem: Problem) -> list[Candidate]:
     return found
 
 
-def prepare(candidate: Candidate, problem: Problem, weights: Sequence[Tensor | None]) -> Run:
+def prepare(candidate: Candidate, problem: Problem, weights: Sequence[Tensor | None]) -> Bound:
     """The weights bound by a candidate."""
     options = {"variant": candidate.variant} if candidate.variant else {}
     return bound(library(candidate.backend, problem.device), problem, weights, **options)
 
 
-def bound(module: ModuleType, problem: Problem, weights: Sequence[Tensor | None], **options: str) -> Run:
-    """The weights bound by a backend."""
-    return getattr(module, _PREPARE[type(problem)])(problem, *weights, **options)
+def bound(module: ModuleType, problem: Problem, weights: Sequence[Tensor | None], **options: str) -> Bound:
+    """The weights bound by a backend, as the problem calls them."""
+    run = getattr(module, _PREPARE[type(problem)])(problem, *weights, **options)
+    return run.with_means if getattr(problem, "means", False) else run
 
 
 def to_json(problem: Problem) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Whether a candidate computes what it should, and nothing beside: in the process that may die of it.
 
-A result is held to float64's by the rule of `inspect.judging`, eager being the reference in the dtype, on the first and
-last image of the problem, with two seeds, and on a small odd one; all other images to the peer's. Inputs lie between
-guards of NaN, which must stay as they are, and the memory that a result may be put into is NaN before.
+A result, each where there are several, is held to float64's by the rule of `inspect.judging`, eager being the reference
+in the dtype, on the first and last image of the problem, with two seeds, and on a small odd one; all other images to
+the peer's. Inputs lie between guards of NaN, which must stay as they are, and the memory that a result may be put into
+is NaN before.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import ConvProblem, NormActProblem, Problem, Run, reference
+from ..backends import ConvProblem, NormActProblem, Problem, reference
 from ..inspect.judging import judge
-from .candidate import bound
+from .candidate import Bound, bound
 
 _GUARD = 4096
 """Elements before and behind each input."""
 
 _APART = 8.0
 """How many times as far from the peer a result may be as the peer and the reference are from float64."""
+
+_SECOND = {ConvProblem: "the means"}
+"""What the second result of a problem is called, where there is one."""
 
 
 class Wrong(Exception):
@@ -114,19 +118,26 @@ def edges(problem: Problem, call: tuple[Any, ...]) -> tuple[Problem, tuple[Any, 
     return small, tuple(t[chosen] if isinstance(t, Tensor) else t for t in call), lambda y: y[chosen]
 
 
-def by_reference(problem: Problem, weights: Sequence[Tensor | None], call: tuple, dtype: torch.dtype | None) -> Tensor:
+def results(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a call gives, with means added up where they are in parts."""
+    return tuple(t.sum(1) if t.dim() == 3 else t for t in (found if isinstance(found, tuple) else (found,)))
+
+
+def by_reference(
+    problem: Problem, weights: Sequence[Tensor | None], call: tuple, dtype: torch.dtype | None
+) -> tuple[Tensor, ...]:
     """The reference, in another dtype where one is named."""
     if dtype is not None:
         problem = replace(problem, dtype=dtype)
         weights = [None if t is None else t.to(dtype) for t in weights]
         call = tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in call)
-    return bound(reference, problem, weights)(*call)
+    return results(bound(reference, problem, weights)(*call))
 
 
 def verify(
     problem: Problem,
-    prepare: Callable[[Problem, Sequence[Tensor | None]], Run],
-    peer: Callable[[Problem, Sequence[Tensor | None]], Run],
+    prepare: Callable[[Problem, Sequence[Tensor | None]], Bound],
+    peer: Callable[[Problem, Sequence[Tensor | None]], Bound],
 ) -> float:
     """The largest error of a candidate against float64, in units of what eager is granted. Raises Wrong.
 
@@ -136,52 +147,64 @@ def verify(
     worst = 0.0
     for one, seed in ((problem, 0), (odd(problem), 1), (problem, 2)):
         case = make(one, seed)
-        expected = peer(one, case.weights)(*case.call)
+        expected = results(peer(one, case.weights)(*case.call))
         run = prepare(one, case.weights)
-        found = _twice(run, case)
+        found = _twice(run, case, expected)
         small, call, pick = edges(one, case.call)
         exact = by_reference(small, case.weights, call, torch.float64)
-        eager = by_reference(small, case.weights, call, None).to(found.dtype)
-        check = judge("", pick(found), eager, exact)
-        if not check.ok:
-            raise Wrong(f"{check.failure} ({check.place})")
-        worst = max(worst, check.ratio)
-        granted = _APART * max(_largest(pick(expected).double() - exact), check.max_eager, check.floor)
-        if not _largest(found.double() - expected.double()) <= granted:
-            raise Wrong("an image in the middle of the batch is not the peer's")
+        eager = by_reference(small, case.weights, call, None)
+        for i, result in enumerate(zip(found, expected, eager, exact, strict=True)):
+            try:
+                worst = max(worst, _judged(*result, pick))
+            except Wrong as wrong:
+                raise Wrong(f"{_SECOND[type(one)]}: {wrong}" if i else str(wrong)) from None
     return worst
 
 
-def _twice(run: Run, case: Case) -> Tensor:
-    """The result of a run, which two calls give to the bit."""
-    _poison(case)
-    found = run(*case.call)
-    first = found.clone()
-    _poison(case)
-    second = run(*case.call)
+def _judged(found: Tensor, expected: Tensor, eager: Tensor, exact: Tensor, pick: Callable[[Tensor], Tensor]) -> float:
+    """The error of one result in units of what eager is granted. Raises Wrong."""
+    check = judge("", pick(found), eager.to(found.dtype), exact)
+    if not check.ok:
+        raise Wrong(f"{check.failure} ({check.place})")
+    granted = _APART * max(_largest(pick(expected).double() - exact), check.max_eager, check.floor)
+    if not _largest(found.double() - expected.double()) <= granted:
+        raise Wrong("an image in the middle of the batch is not the peer's")
+    return check.ratio
+
+
+def _twice(run: Bound, case: Case, expected: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results of a run, which two calls give to the bit."""
+    _poison(expected)
+    first = _inferred(run, case)
+    _poison(expected)
+    second = _inferred(run, case)
     fault = case.unchanged()
     if fault:
         raise Wrong(fault)
-    if not torch.equal(first, second):
-        raise Wrong("two calls differ" if first.isfinite().all() else "it leaves values unwritten, or makes them NaN")
-    elsewhere: list[Tensor] = []
+    if not _equal(first, second):
+        finite = all(t.isfinite().all() for t in first)
+        raise Wrong("two calls differ" if finite else "it leaves values unwritten, or makes them NaN")
+    elsewhere: list[tuple[Tensor, ...]] = []
     thread = threading.Thread(target=lambda: elsewhere.append(_inferred(run, case)))
     thread.start()
     thread.join()
-    if not elsewhere or not torch.equal(first, elsewhere[0]):
+    if not elsewhere or not _equal(first, elsewhere[0]):
         raise Wrong("another thread gets another result")
     return first
 
 
-def _inferred(run: Run, case: Case) -> Tensor:
+def _inferred(run: Bound, case: Case) -> tuple[Tensor, ...]:
     with torch.inference_mode():
-        return run(*case.call).clone()
+        return tuple(t.clone() for t in results(run(*case.call)))
 
 
-def _poison(case: Case) -> None:
-    """Memory as large as a result, full of NaN and let go."""
-    shape = getattr(case.problem, "output_shape", None) or case.call[0].shape
-    torch.full(tuple(shape), float("nan"), dtype=case.problem.dtype, device=case.problem.device)
+def _equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def _poison(like: Sequence[Tensor]) -> None:
+    """Memory as large as the results, full of NaN and let go."""
+    _ = [torch.full_like(t, float("nan")) for t in like]
 
 
 def _largest(t: Tensor) -> float:

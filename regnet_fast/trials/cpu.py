@@ -226,7 +226,7 @@ def words(problem: Any) -> str:
     """A problem in a line, which a verdict is known by."""
     if isinstance(problem, Stage):
         return f"stage {'x'.join(map(str, problem.image))} {_name(problem.dtype)}: {problem.blocks}"
-    facts = [problem.activation, *(f for f in ("gate", "residual") if getattr(problem, f, False))]
+    facts = [problem.activation, *(f for f in ("gate", "residual", "means") if getattr(problem, f, False))]
     if isinstance(problem, SqueezeExciteProblem):
         sizes = f"{problem.batch}x{problem.channels}, {problem.hidden} hidden"
         return f"{problem.op} {sizes}, {problem.activation}, {problem.gate_activation}, {_name(problem.dtype)}"

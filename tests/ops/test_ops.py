@@ -36,8 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import regnet_fast.functional as R
-from regnet_fast.backends import ACTIVATIONS, backend, reference
-from regnet_fast.ops.convolution import pixel_means
+from regnet_fast.backends import ACTIVATIONS, backend, pixel_means, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -423,6 +423,6 @@ def test_a_problem_in_words():
     assert (
         words(**grouped) == "grouped_conv 1x64x8x8 -> 32, 3x3, stride (2, 2), padding (1, 1), groups 4, relu, bfloat16"
     )
-    other = [words(**{field: value}) for field, value in dict(gate=True, residual=True, activation="silu").items()]
-    assert len({words(), *other}) == 4
+    facts = dict(gate=True, residual=True, means=True, activation="silu")
+    assert len({words(), *(words(**{field: value}) for field, value in facts.items())}) == 5
     assert cpu.words(cpu.Stage("A(1x2) B(3)", (8, 4, 4), torch.float32)) == "stage 8x4x4 float32: A(1x2) B(3)"

@@ -1,5 +1,6 @@
 """Planted candidates, each with a fault of its own: put aside with the right word, and nobody else harmed."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -111,6 +112,18 @@ def test_the_fastest_verified_candidate_serves(planted):
     assert not sleeping, "a child of the child was left behind"
 
 
+def test_means_are_verified_and_timed_with_the_map(planted):
+    """`Fast` is that for the map alone, which is another problem."""
+    planted("WrongMeans", "MapWrongWithMeans", "Parts", "Fast")
+    verdict = settled(problem=dataclasses.replace(PROBLEM, means=True))
+    assert verdict.chosen == "cuda:Parts" and verdict.outcomes["cuda:Fast"].status == "verified"
+    assert verdict.outcomes["cuda:Parts"].us == 60 and verdict.outcomes["cuda:Parts"].peer_us == 100
+    wrong = [verdict.outcomes[f"cuda:{name}"] for name in ("WrongMeans", "MapWrongWithMeans")]
+    assert [outcome.status for outcome in wrong] == ["wrong"] * 2
+    assert wrong[0].reason.startswith("the means: ") and not wrong[1].reason.startswith("the means")
+    assert settled(problem=PROBLEM).chosen == "cuda:Fast"
+
+
 def test_a_crash_after_the_answer_is_blamed_on_who_answered(planted):
     planted("DiesLater", "Fast")
     verdict = settled()
@@ -123,6 +136,7 @@ def test_problems_and_names_survive_the_way_to_the_child():
 
     for problem in (
         PROBLEM,
+        dataclasses.replace(PROBLEM, means=True),
         SqueezeExciteProblem(2, 16, 4, "relu", torch.bfloat16, "cuda:1"),
         NormActProblem((1, 2, 3, 4), "silu", True, torch.float16, "cpu"),
     ):
