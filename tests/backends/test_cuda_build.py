@@ -20,7 +20,8 @@ import torch
 
 import regnet_fast
 from csrc.extension import cuda_launches
-from regnet_fast.backends import backend, store
+from regnet_fast import store
+from regnet_fast.backends import backend
 from regnet_fast.backends.cuda import extension, launcher, plans, sources
 from regnet_fast.backends.cuda.plans import PROCESSORS, TYPES, Target
 

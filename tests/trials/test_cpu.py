@@ -10,7 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import regnet_fast
-from regnet_fast.backends import ConvProblem, Geometry, NormActProblem, onednn, store
+from regnet_fast import store
+from regnet_fast.backends import ConvProblem, Geometry, NormActProblem, onednn
 from regnet_fast.store.verdicts import entries
 from regnet_fast.trials import cpu
 from regnet_fast.trials.modes import budget, current_mode, mode
