@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import ConvProblem, NormActProblem, Problem, reference
+from ..backends import ConvProblem, NormActProblem, PairProblem, Problem, reference
 from ..inspect.judging import judge
 from .candidate import Bound, bound
 
@@ -26,7 +26,7 @@ _GUARD = 4096
 _APART = 8.0
 """How many times as far from the peer a result may be as the peer and the reference are from float64."""
 
-_SECOND = {ConvProblem: "the means"}
+_SECOND = {ConvProblem: "the means", PairProblem: "the other convolution"}
 """What the second result of a problem is called, where there is one."""
 
 
@@ -77,6 +77,10 @@ def make(problem: Problem, seed: int) -> Case:
         weights = normal((c,), 0.3, torch.float32) + 1, normal((c,), 0.5, torch.float32)
         gate = normal((n, c)).sigmoid() if problem.gate else None
         return Case(problem, weights, (normal(problem.input_shape), gate, False), guarded)
+    if isinstance(problem, PairProblem):
+        first = make(problem.first, seed)
+        other = make(replace(problem.other, input_shape=(1, problem.input_shape[1], 1, 1)), seed + 1)
+        return Case(problem, first.weights + other.weights, first.call[:1], first.guarded + other.guarded)
     c, r = problem.channels, problem.hidden
     shapes = ((r, c), c**-0.5), ((r,), 0.5), ((c, r), r**-0.5), ((c,), 0.5)
     weights = tuple(normal(shape, scale, torch.float32) for shape, scale in shapes)
@@ -99,7 +103,7 @@ def _guarded(t: Tensor, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 def odd(problem: Problem) -> Problem:
     """A small problem of the same kind with an odd size, for which other tiles are cut."""
-    if isinstance(problem, (ConvProblem, NormActProblem)):
+    if isinstance(problem, (ConvProblem, NormActProblem, PairProblem)):
         height, width = (max(5, 2 * k + 1) for k in getattr(problem, "kernel", (1, 1)))
         return replace(problem, input_shape=(3, problem.input_shape[1], height + 2, width))
     return replace(problem, batch=3)
@@ -153,6 +157,8 @@ def verify(
         small, call, pick = edges(one, case.call)
         exact = by_reference(small, case.weights, call, torch.float64)
         eager = by_reference(small, case.weights, call, None)
+        if len(found) != len(expected):
+            raise Wrong(f"it gives {len(found)} result where there are {len(expected)}")
         for i, result in enumerate(zip(found, expected, eager, exact, strict=True)):
             try:
                 worst = max(worst, _judged(*result, pick))

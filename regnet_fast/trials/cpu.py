@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import ConvProblem, Geometry, NormActProblem, onednn
+from ..backends import ConvProblem, Geometry, NormActProblem, PairProblem, onednn
 from .environment import environment
 from .modes import budget, current_mode, watched
 from .verdicts import Outcome, Verdict, Verdicts
@@ -228,6 +228,8 @@ def words(problem: Any) -> str:
         return f"stage {'x'.join(map(str, problem.image))} {_name(problem.dtype)}: {problem.blocks}"
     facts = [problem.activation, *(f for f in ("gate", "residual", "means") if getattr(problem, f, False))]
     text = f"{problem.op} {'x'.join(map(str, problem.input_shape))}"
+    if isinstance(problem, PairProblem):
+        text += f" -> {problem.out_channels} and {problem.other_channels}, stride {problem.stride}"
     if isinstance(problem, ConvProblem):
         text += f" -> {problem.out_channels}, {'x'.join(map(str, problem.kernel))}"
         g, usual = problem.geometry, Geometry()

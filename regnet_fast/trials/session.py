@@ -24,9 +24,8 @@ from .candidate import Candidate, candidates, to_json
 from .cpu import words
 from .environment import environment
 from .modes import budget, current_mode, watched
-from .process import Child, Fault, StartError
+from .process import PHASES, Child, Fault, StartError
 from .verdicts import Outcome, Verdict, Verdicts, folder
-from .worker import PHASES
 
 BUDGET_S = 60.0
 """Seconds of trials in a process, unless REGNET_FAST_TRIALS_BUDGET says otherwise."""

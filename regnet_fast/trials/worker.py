@@ -20,9 +20,6 @@ from .check import Wrong, make, verify
 from .clock import timer
 from .process import descriptors, serve
 
-PHASES = {"start": 20.0, "compile": 60.0, "verify": 20.0, "time": 10.0}
-"""Seconds for each phase."""
-
 
 def answer(question: dict[str, Any], say: Callable[[str], object]) -> dict[str, Any]:
     """Try one candidate for one problem."""
