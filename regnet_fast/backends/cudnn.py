@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import reference
 from .activations import ACTIVATIONS
-from .problem import Call, ConvProblem, NormActProblem, Problem, Run
+from .problem import Apart, Call, ConvProblem, NormActProblem, Problem, Run
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -99,6 +99,7 @@ def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None, vari
     return (untried if variant is None else CONVS[variant])(problem, weight, bias)
 
 
+prepare_pair = Apart.by(PlainConv)
 prepare_squeeze_excite = reference.prepare_squeeze_excite
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import winograd
 from .activations import ACTIVATIONS
-from .problem import ConvProblem, Geometry, NormActProblem, Problem, Run, SqueezeExciteProblem
+from .problem import Apart, ConvProblem, Geometry, NormActProblem, Problem, Run, SqueezeExciteProblem
 
 
 def refuse(problem: Problem) -> str | None:
@@ -194,6 +194,9 @@ def prepare_conv(
 ) -> Convolution:
     """The convolution bound to its weights, packed or not, in the probably fastest variant unless one is named."""
     return CONVS[variant or conv_variants(problem)[0]](problem, weight, bias, packed)
+
+
+prepare_pair = Apart.by(prepare_conv)
 
 
 class SqueezeExcite(Run):

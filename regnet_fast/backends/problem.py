@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -135,15 +136,62 @@ class NormActProblem:
         return (2 * n * c * h * w + 2 * c) * self.dtype.itemsize
 
 
-Problem = ConvProblem | SqueezeExciteProblem | NormActProblem
+@dataclass(frozen=True)
+class PairProblem:
+    """Two 1x1 convolutions of one map, as a block's first one and its shortcut: `activation(conv(x) + bias)`, and
+    `conv(x) + bias` with other channels and a stride.
+    """
+
+    input_shape: tuple[int, int, int, int]
+    out_channels: int
+    other_channels: int
+    activation: str
+    stride: int
+    dtype: torch.dtype
+    device: str
+    op: str = "pointwise_pair"
+
+    @classmethod
+    def of(cls, first: ConvProblem, other: ConvProblem) -> PairProblem | None:
+        """The two as a pair, or None where they are not of this form."""
+        stride = other.geometry.stride[0]
+        widths = first.out_channels, other.out_channels
+        pair = cls(first.input_shape, *widths, first.activation, stride, first.dtype, first.device)
+        return pair if (pair.first, pair.other) == (first, other) else None
+
+    @property
+    def first(self) -> ConvProblem:
+        """The convolution without a stride."""
+        return self._conv(self.out_channels, 1, self.activation)
+
+    @property
+    def other(self) -> ConvProblem:
+        """The convolution with the stride."""
+        return self._conv(self.other_channels, self.stride, "none")
+
+    def _conv(self, out_channels: int, stride: int, activation: str) -> ConvProblem:
+        facts = activation, False, False, self.dtype, self.device
+        return ConvProblem(self.input_shape, out_channels, (1, 1), Geometry((stride, stride)), *facts)
+
+    @property
+    def flops(self) -> int:
+        return self.first.flops + self.other.flops
+
+    @property
+    def bytes(self) -> int:
+        return self.first.bytes + self.other.bytes - math.prod(self.input_shape) * self.dtype.itemsize
+
+
+Problem = ConvProblem | SqueezeExciteProblem | NormActProblem | PairProblem
 
 
 class Run:
-    """A problem's weights bound to a backend: what its `prepare_conv`, `prepare_squeeze_excite` and `prepare_norm_act`
-    return. A subclass defines `__call__` and, where it can more, some of the others:
+    """A problem's weights bound to a backend: what its `prepare_conv`, `prepare_pair` and so on return. A
+    subclass defines `__call__` and, where it can more, some of the others:
 
     - a convolution is `run(x, gate, residual, consume, into_residual)`: `consume` allows it to overwrite x,
       `into_residual` to write its result there. It is packed for one input shape, or serves every shape;
+    - a pair is `run(x)`, which gives both results;
     - squeeze-excite is `run(means)`, and a scale, shift and activation `run(x, gate, consume)`.
 
     Attributes:
@@ -184,6 +232,31 @@ class Call(Run):
 
     def __call__(self, *arguments) -> Tensor:
         return self.call(*arguments)
+
+
+class Apart(Run):
+    """The convolutions of a pair one after the other: `Apart.by(prepare_conv)` is a backend's `prepare_pair`."""
+
+    label = "two convolutions"
+
+    def __init__(self, *runs: Run):
+        self.runs = runs
+
+    @classmethod
+    def by(cls, prepare_conv: Callable[..., Run]) -> Callable[..., Run]:
+        def prepare_pair(
+            problem: PairProblem,
+            weight: Tensor,
+            bias: Tensor | None,
+            other_weight: Tensor,
+            other_bias: Tensor | None,
+        ) -> Run:
+            return cls(prepare_conv(problem.first, weight, bias), prepare_conv(problem.other, other_weight, other_bias))
+
+        return prepare_pair
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(run(x, None, None, False, False) for run in self.runs)
 
 
 class Deferred:

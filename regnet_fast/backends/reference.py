@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .problem import Call, ConvProblem, Geometry, NormActProblem, Problem, Run, SqueezeExciteProblem
+from .problem import Apart, Call, ConvProblem, Geometry, NormActProblem, Problem, Run, SqueezeExciteProblem
 
 LABEL = "plain torch"
 
@@ -74,6 +74,9 @@ def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> R
         return conv(x, weight, bias, gate, residual, problem.geometry, problem.activation)
 
     return Call(run, LABEL)
+
+
+prepare_pair = Apart.by(prepare_conv)
 
 
 def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> Run:

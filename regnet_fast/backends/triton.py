@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from . import activations
-from .problem import ConvProblem, Deferred, NormActProblem, Problem, Run, SqueezeExciteProblem, computed
+from .problem import (
+    Apart,
+    ConvProblem,
+    Deferred,
+    NormActProblem,
+    PairProblem,
+    Problem,
+    Run,
+    SqueezeExciteProblem,
+    computed,
+)
 
 LABEL = "Triton"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -22,6 +32,8 @@ _MOST = 2**31 - 2**16  # of what kernels count in 32 bits, with room for the las
 
 def refuse(problem: Problem) -> str | None:
     """Why there is no kernel for a problem, or None."""
+    if isinstance(problem, PairProblem):
+        return refuse(problem.first) or refuse(problem.other)
     reason = _refuse_device(problem.device)
     if reason is not None:
         return reason
@@ -189,6 +201,30 @@ class GroupedConv(Run):
 def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Run:
     """The convolution bound to its weights."""
     return (PointwiseConv if problem.geometry.pointwise(problem.kernel) else GroupedConv)(problem, weight, bias)
+
+
+class PointwisePair(Apart):
+    """The convolutions of a pair in one launch."""
+
+    label = LABEL
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        first, other = self.runs
+        return first.beside(other, x)
+
+
+PAIRS = {"apart": Apart, "beside": PointwisePair}
+"""The variants of a pair."""
+
+
+def variants(problem: Problem) -> tuple[str, ...]:
+    """The variants that can compute a problem."""
+    return tuple(PAIRS) if isinstance(problem, PairProblem) else ("",)
+
+
+def prepare_pair(problem: PairProblem, *weights: Tensor | None, variant: str = "apart") -> Run:
+    """Two convolutions of one map bound to their weights."""
+    return PAIRS[variant].by(prepare_conv)(problem, *weights)
 
 
 class SqueezeExcite(Run):

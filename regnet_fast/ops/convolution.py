@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,13 +14,16 @@ from ..backends import (
     ConvProblem,
     Deferred,
     Geometry,
+    PairProblem,
     Run,
     computed,
     forced_backend,
     onednn,
 )
 from ..trials import cpu
+from ..trials.modes import current_mode, watched
 from ..trials.serving import Serving
+from ..trials.session import session
 from .packed import KEPT, Packed
 
 _SHARED_KEPT = 32
@@ -141,7 +145,7 @@ class PackedConv(Packed):
         if run.beside is None or not isinstance(other, PackedConv):
             return None
         partner = other.run_for(x)
-        return run.beside(partner, x) if type(partner) is type(run) else None
+        return run.beside(partner, x) if type(partner) is type(run) and beside_allowed(self, other, x) else None
 
     def pin(self) -> tuple:
         return super().pin(), self._unpacked
@@ -174,6 +178,23 @@ class PackedConv(Packed):
 def _decides(x: Tensor | Deferred) -> bool:
     """Whether it may be another backend that serves where means are asked: none on a CPU, where weights are shared."""
     return x.device.type != "cpu"
+
+
+def beside_allowed(one: PackedConv, other: PackedConv, x: Tensor | Deferred) -> bool:
+    """Whether two convolutions may be computed from one read of x: where a backend is forced, or by a verdict on the
+    two. There is none for maps that are normalised as they are read.
+    """
+    if forced_backend() is not None:
+        return True
+    pair = None if x.__class__ is Deferred else PairProblem.of(one.problem(x), other.problem(x))
+    return pair is not None and _beside(pair, session.generation, current_mode(), watched())
+
+
+@lru_cache(maxsize=256)
+def _beside(pair: PairProblem, *_: object) -> bool:
+    """Whether a verdict names one launch for the two; asked again where one of the others has changed."""
+    chosen = session.chosen(pair)
+    return chosen is not None and chosen.variant == "beside"
 
 
 def channels_last(y: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from ..backends import (
     ConvProblem,
     Geometry,
     NormActProblem,
+    PairProblem,
     Problem,
     SqueezeExciteProblem,
     library,
@@ -25,6 +26,7 @@ _PREPARE = {
     ConvProblem: "prepare_conv",
     SqueezeExciteProblem: "prepare_squeeze_excite",
     NormActProblem: "prepare_norm_act",
+    PairProblem: "prepare_pair",
 }
 Bound = Callable[..., Tensor | tuple[Tensor, ...]]
 """What a call of a problem gives: one result, or several together."""

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import ConvProblem, Geometry, NormActProblem, SqueezeExciteProblem, onednn
+from ..backends import ConvProblem, Geometry, NormActProblem, PairProblem, SqueezeExciteProblem, onednn
 from ..store.environment import environment
 from ..store.verdicts import Outcome, Verdict, Verdicts
 from .modes import budget, current_mode, watched
@@ -231,6 +231,8 @@ def words(problem: Any) -> str:
         sizes = f"{problem.batch}x{problem.channels}, {problem.hidden} hidden"
         return f"{problem.op} {sizes}, {problem.activation}, {problem.gate_activation}, {_name(problem.dtype)}"
     text = f"{problem.op} {'x'.join(map(str, problem.input_shape))}"
+    if isinstance(problem, PairProblem):
+        text += f" -> {problem.out_channels} and {problem.other_channels}, stride {problem.stride}"
     if isinstance(problem, ConvProblem):
         text += f" -> {problem.out_channels}, {'x'.join(map(str, problem.kernel))}"
         g, usual = problem.geometry, Geometry()

@@ -1,6 +1,7 @@
 """The backend `triton` forced in the interpreter: the public operations, blocks of every group width, whole models."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import timm
@@ -11,8 +12,19 @@ from torch import nn
 
 import regnet_fast
 import regnet_fast.functional as R
-from regnet_fast.backends import BackendError, Geometry, backend, select, triton
+from regnet_fast.backends import (
+    BackendError,
+    ConvProblem,
+    Geometry,
+    PairProblem,
+    backend,
+    reference,
+    select,
+    triton,
+)
 from regnet_fast.observer import observing
+from regnet_fast.trials.candidate import bound
+from regnet_fast.trials.check import verify
 
 pytestmark = pytest.mark.usefixtures("unchecked_integers")
 
@@ -157,3 +169,18 @@ def test_a_gradient_flows_through_forced_kernels():
         R.pointwise_conv(x, conv.weight, conv.bias, activation="silu").sum().backward()
     expected = torch.autograd.grad(torch.nn.functional.silu(conv(x)).sum(), x)[0]
     torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("variant", ["apart", "beside"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_pair_passes_its_trial(variant, stride):
+    pair = PairProblem((3, 16, 6, 5), 8, 24, "relu", stride, torch.float32, "cpu")
+    with torch.inference_mode():
+        assert verify(pair, partial(bound, triton, variant=variant), partial(bound, reference)) < 3
+
+
+def test_a_convolution_with_its_means_passes_its_trial():
+    geometry = Geometry(padding=(1, 1), groups=2)
+    problem = ConvProblem((3, 16, 6, 5), 16, (3, 3), geometry, "relu", False, False, torch.float32, "cpu", means=True)
+    with torch.inference_mode():
+        assert verify(problem, partial(bound, triton), partial(bound, reference)) < 9

@@ -232,9 +232,60 @@ def prepare_conv(problem, weight, bias, variant):
     return FAULTS[variant](problem, weight, bias)
 
 
+class Pair(Run):
+    label = "planted"
+
+    def __init__(self, problem, *weights):
+        self.right = reference.prepare_pair(problem, *weights)
+
+    def __call__(self, x):
+        y, other = self.right(x)
+        return y, self.changed(other)
+
+    def changed(self, other):
+        return other
+
+
+class FastPair(Pair):
+    pass
+
+
+class WrongOther(Pair):
+    """Wrong in the last column of the second result."""
+
+    def changed(self, other):
+        other = other.clone()
+        other[..., -1] += 0.1
+        return other
+
+
+class OtherUnwritten(Pair):
+    def changed(self, other):
+        return torch.full_like(other, float("nan"))
+
+
+class OtherInTheMiddle(Pair):
+    def changed(self, other):
+        other = other.clone()
+        other[1:-1] += 0.1
+        return other
+
+
+class OneAlone(Pair):
+    def __call__(self, x):
+        return super().__call__(x)[:1]
+
+
+PAIRS = {cls.__name__: cls for cls in (Pair, *Pair.__subclasses__())}
+
+
+def prepare_pair(problem, *weights, variant):
+    return PAIRS[variant](problem, *weights)
+
+
 def _timer(device):
     """An invented clock: a call takes what its class says, the peer 100 us."""
-    times = {"Fast": 50.0, "HardlyFaster": 98.0, "Slow": 20e3}
+    times = {"Fast": 50.0, "FastPair": 50.0, "HardlyFaster": 98.0, "Slow": 20e3}
     with_means = {"Parts": 60.0, "Fast": 100.0, "WrongMeans": 10.0, "MapWrongWithMeans": 10.0}
 
     def timed(calls, rounds):

@@ -6,15 +6,19 @@ from functools import partial
 import planted
 import pytest
 import torch
-from test_session import PROBLEM
+from test_session import PAIR, PROBLEM
 
 import regnet_fast.functional as R
-from regnet_fast.backends import reference
+from regnet_fast import backends
+from regnet_fast.backends import Geometry, PairProblem, cudnn, onednn, reference, triton
 from regnet_fast.backends.problem import Run
+from regnet_fast.ops import convolution
 from regnet_fast.ops.convolution import PackedConv
 from regnet_fast.trials import candidate
+from regnet_fast.trials.candidate import Candidate
 from regnet_fast.trials.check import Wrong, verify
 
+PAIR_OF = (8, 1, "relu"), (24, 2, "none")
 MEANS = dataclasses.replace(PROBLEM, means=True)
 PEER = partial(candidate.bound, reference)
 
@@ -76,3 +80,90 @@ def test_packed_weights_on_a_cpu_are_one_problem_with_means_or_without():
     assert isinstance(packed, PackedConv) and len(packed._runs) == 1 and torch.equal(y, again)
     torch.testing.assert_close(means, y.mean((2, 3)))
     assert packed.problem(x, None, None, True) == packed.problem(x)
+
+
+# Pairs
+
+
+def test_a_pair_is_of_one_form():
+    assert PairProblem.of(PAIR.first, PAIR.other) == PAIR
+    assert (PAIR.first.geometry.stride, PAIR.other.geometry.stride) == ((1, 1), (2, 2))
+    others = dict(activation="relu", geometry=Geometry((2, 1)), kernel=(3, 3), residual=True, means=True, gate=True)
+    for name, value in others.items():
+        assert PairProblem.of(PAIR.first, dataclasses.replace(PAIR.other, **{name: value})) is None
+    assert PairProblem.of(dataclasses.replace(PAIR.first, geometry=Geometry((2, 2))), PAIR.other) is None
+    read_once = PAIR.first.bytes + PAIR.other.bytes - 4 * 16 * 8 * 8 * 4
+    assert PAIR.bytes == read_once and PAIR.flops == PAIR.first.flops + PAIR.other.flops
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_pair_that_is_right(stride, dtype):
+    assert verified(dataclasses.replace(PAIR, stride=stride, dtype=dtype), "Pair") < 3
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ("WrongOther", "the other convolution: the largest error"),
+        ("OtherUnwritten", "unwritten"),
+        ("OtherInTheMiddle", "the other convolution: an image in the middle"),
+    ],
+)
+def test_a_pair_whose_second_result_is_wrong(variant, message):
+    with pytest.raises(Wrong, match=message):
+        verified(PAIR, variant)
+
+
+def test_one_result_is_no_pair():
+    with pytest.raises(Wrong, match="1 result where there are 2"):
+        verified(PAIR, "OneAlone")
+
+
+def test_triton_has_both_ways_of_a_pair_and_the_peer_is_another(monkeypatch):
+    on_gpu = dataclasses.replace(PAIR, device="cuda:0")
+    for module in (cudnn, triton):
+        monkeypatch.setattr(module, "refuse", lambda problem: None)
+    assert [*map(str, candidate.candidates(on_gpu))] == ["aten", "triton:apart", "triton:beside"]
+
+
+@pytest.mark.parametrize("module", [cudnn, onednn, reference], ids=lambda module: module.__name__)
+def test_the_convolutions_of_a_pair_one_after_the_other(module):
+    with torch.inference_mode():
+        assert verify(PAIR, partial(candidate.bound, module), PEER) < 3
+
+
+@pytest.mark.parametrize("chosen", [None, "aten", "triton:apart", "triton:beside"])
+def test_a_pair_is_computed_from_one_read_by_a_verdict_alone(monkeypatch, chosen):
+    asked = []
+
+    class Bound(Run):
+        def beside(self, other, x):
+            return x, x
+
+    def choose(problem):
+        asked.append(problem)
+        return chosen and Candidate.named(chosen)
+
+    monkeypatch.setattr(convolution.session, "chosen", choose)
+    convolution._beside.cache_clear()
+    one, other = (R.pack_conv(torch.randn(k, 16, 1, 1), stride=s, activation=a) for k, s, a in PAIR_OF)
+    monkeypatch.setattr(PackedConv, "run_for", lambda *_: Bound())
+    x = torch.randn(PAIR.input_shape)
+    for _ in range(2):
+        assert (one.beside(other, x) is None) == (chosen != "triton:beside")
+    assert asked == [PAIR], "the verdict is looked up once"
+    assert other.beside(one, x) is None and len(asked) == 1
+    with backends.backend("triton"):
+        assert one.beside(other, x) is not None
+    monkeypatch.setattr(convolution.session, "generation", convolution.session.generation + 1)
+    one.beside(other, x)
+    assert asked == [PAIR] * 2
+    convolution._beside.cache_clear()
+
+
+def test_what_is_normalised_as_it_is_read_has_no_verdict(monkeypatch):
+    monkeypatch.setattr(convolution.session, "chosen", lambda problem: pytest.fail("asked"))
+    one, other = (R.pack_conv(torch.randn(k, 16, 1, 1), stride=s, activation=a) for k, s, a in PAIR_OF)
+    x = backends.Deferred(Run(), torch.randn(PAIR.input_shape), None)
+    assert not convolution.beside_allowed(one, other, x)

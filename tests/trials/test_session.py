@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from regnet_fast import backends, store
-from regnet_fast.backends import ConvProblem, Geometry
+from regnet_fast.backends import ConvProblem, Geometry, PairProblem
 from regnet_fast.store.verdicts import entries
 from regnet_fast.trials import process, session
 from regnet_fast.trials.candidate import Candidate, candidates, from_json, to_json
@@ -24,6 +24,7 @@ SHORT = {**PHASES, "compile": 2.0}
 PROBLEM = ConvProblem(
     (4, 16, 8, 8), 16, (3, 3), Geometry(padding=(1, 1), groups=2), "relu", False, False, torch.float32, "cpu"
 )
+PAIR = PairProblem((4, 16, 8, 8), 8, 24, "relu", 2, torch.float32, "cpu")
 PEER = "aten"
 
 
@@ -124,6 +125,14 @@ def test_means_are_verified_and_timed_with_the_map(planted):
     assert settled(problem=PROBLEM).chosen == "cuda:Fast"
 
 
+def test_a_pair_is_tried_against_two_convolutions(planted):
+    planted("WrongOther", "FastPair")
+    verdict = settled(problem=PAIR)
+    assert verdict.chosen == "cuda:FastPair" and "pointwise_pair 4x16x8x8 -> 8 and 24, stride 2" in verdict.problem
+    wrong = verdict.outcomes["cuda:WrongOther"]
+    assert wrong.status == "wrong" and wrong.reason.startswith("the other convolution: ")
+
+
 def test_a_crash_after_the_answer_is_blamed_on_who_answered(planted):
     planted("DiesLater", "Fast")
     verdict = settled()
@@ -137,6 +146,7 @@ def test_problems_and_names_survive_the_way_to_the_child():
     for problem in (
         PROBLEM,
         dataclasses.replace(PROBLEM, means=True),
+        PAIR,
         SqueezeExciteProblem(2, 16, 4, "relu", torch.bfloat16, "cuda:1"),
         NormActProblem((1, 2, 3, 4), "silu", True, torch.float16, "cpu"),
     ):
