@@ -21,6 +21,7 @@ from ..trials.session import session, waiting
 from . import training
 from .forms import Form
 from .substitution import with_tensors
+from .tried import Serving, Tried, asked
 from .units import ConvUnit, LinearUnit, Refused
 from .watch import PLAIN, Structure, Watch, hooked, transformed
 
@@ -30,7 +31,8 @@ _TRAINED = "_regnet_fast_training"
 _FROZEN = "_regnet_fast_frozen"
 PIECES = "_regnet_fast_pieces"
 """Where a subclass keeps blocks that it made of parts of itself."""
-_DERIVED = (_STATE, _TRAINED, _FROZEN, PIECES)
+_PACKED = (_STATE, _FROZEN, PIECES)
+_DERIVED = (*_PACKED, _TRAINED)
 
 _BRIEF = 2
 """After how many plans that were good for one call the weights are taken for ones that change in every call."""
@@ -115,6 +117,11 @@ class Trained(Structure):
             self.training = training.Training(form)
         except Refused as refusal:
             self.refusal = str(refusal)
+
+    @cached_property
+    def tried(self) -> Tried:
+        """What trials found about its steps."""
+        return Tried(self._modules[0], self.training, self._read_tensors)
 
     def _read_kinds(self) -> list[tuple]:
         return [(type(t), t.shape if type(t) in PLAIN else None) for t in self._read_tensors()]
@@ -220,7 +227,7 @@ class Fused:
 
     def _trained(self, x: Tensor) -> Tensor:
         """The output in training mode."""
-        reason, found, lost = unfit(x), None, False
+        reason, found, lost, names = unfit(x), None, False, None
         if reason is None and forced_backend() == "reference":
             return super().forward(x)
         if reason is None:
@@ -232,12 +239,19 @@ class Fused:
             reason, lost = found.refusal, found.lost
         if reason is None:
             reason = found.training.unfit(x)
+        if reason is None and asked(x):
+            names, words = found.tried.serving(x)
+            reason = words if names is None else None
         told = observer.get()
         if told is not None:
             told.block(self, x, None, reason)
         if reason is not None:
             return self._by_host(x, f"in training mode {reason}", lost_speed=lost)
-        return found.training.run(x)
+        return found.training.run(x, names)
+
+    def tried(self, x: Tensor) -> Serving | None:
+        """What trials found about the training step on x that runs fused; None where they are not asked."""
+        return self.__dict__[_TRAINED].tried.serving(x) if asked(x) else None
 
     def _plan(self, x: Tensor) -> tuple[Plan | None, Tensor, str | None]:
         """The current plan for an input, and the input in the plan's dtype; or the reason why there is none."""
@@ -321,13 +335,13 @@ class Fused:
         """What keeps the memory of the packed weights in use now from being freed, as long as it is held."""
         return [plan.pin() for plan in self.__dict__.get(_STATE, {}).values() if plan.refusal is None]
 
-    def _forget(self) -> None:
+    def _forget(self, names: tuple[str, ...] = _DERIVED) -> None:
         """Drop the packed weights, and with them the promise that nothing changes."""
-        for name in _DERIVED:
+        for name in names:
             self.__dict__.pop(name, None)
 
     def train(self, mode: bool = True):
-        self._forget()
+        self._forget(_PACKED)  # a step in training rests on no weights, and its trials on the step before
         return super().train(mode)
 
     def _apply(self, fn, *args, **kwargs):

@@ -169,7 +169,7 @@ _RUN: dict[type[forms.Form], Callable[[Step, forms.Form, Tensor], Tensor]] = {
 
 def unserved(x: Tensor) -> str | None:
     """Why the operations are not used for such an input, or None."""
-    if not x.is_cpu and forced_backend() is None:
+    if not (x.is_cpu or x.is_cuda) and forced_backend() is None:
         return f"the operations have not been measured on the device type {x.device.type!r}"
     return refuse(x)
 
@@ -211,7 +211,8 @@ class Training:
     """A form in training mode: what is known of a block as long as its structure, settings and modes stay. Raises
     `Refused` for a form that is left to the host.
 
-    Attributes: `geometries` of its convolutions; `statistics` of its norms that are those of the batch in one process.
+    Attributes: `geometries` of its convolutions; `statistics` of its norms that are those of the batch in one process;
+    `synchronised`, the norms that may be those of several.
     """
 
     def __init__(self, form: forms.Form):
@@ -219,6 +220,7 @@ class Training:
         self.form, self.run_form, self.channels = form, _RUN[type(form)], form.in_channels()
         self.convs = [unit for unit in form.units().values() if isinstance(unit, ConvUnit)]
         self.geometries = {unit: unit.geometry() for unit in self.convs}
+        self.synchronised = [norm for _, norm in form.norms() if isinstance(norm, nn.SyncBatchNorm)]
         self.statistics = {
             norm: NormStatistics(None, None, norm.eps, None, partial(_note, norm))
             for _, norm in form.norms()
@@ -240,11 +242,15 @@ class Training:
             return f"under autocast this block adds its {x.dtype} input to {compute_dtype(x)} results"
         return None
 
-    def run(self, x: Tensor) -> Tensor:
-        """The block's output."""
+    def in_processes(self) -> bool:
+        """Whether the batch of a norm is spread over processes."""
+        return any(_group(norm) is not None for norm in self.synchronised)
+
+    def run(self, x: Tensor, names: Sequence[str] | None = None) -> Tensor:
+        """The block's output, on the passes of the backends named, or by default of those that are forced."""
         dtype = compute_dtype(x)
         with without_autocast(x.device.type):
             x = x.to(dtype)
             if not isinstance(self.form, forms.Single):  # a convolution takes any layout, and need not keep a copy
                 x = x.contiguous(memory_format=torch.channels_last)
-            return self.run_form(Step(self, dtype, passes_for(x)), self.form, x)
+            return self.run_form(Step(self, dtype, passes_for(x, names)), self.form, x)

@@ -190,10 +190,12 @@ def _training(model: nn.Module, x: Tensor) -> list[Row]:
             rows.append(replace(row, backward="torch autograd") if asked else row)
             return
         grouped = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in block.modules())
-        served = describe(x.to(compute_dtype(x)), grouped)
+        tried = block.tried(x)
+        served = describe(x.to(compute_dtype(x)), grouped, tried and tried.names)
         backward = served.backward if asked else ""
         kind = block.host.__name__
-        rows.append(Row(path, kind, _size(x.shape), served.backend, served.forward, served.reason, backward=backward))
+        reason = tried.reason if tried else served.reason
+        rows.append(Row(path, kind, _size(x.shape), served.backend, served.forward, reason, backward=backward))
 
     state = {name: nn.Parameter(p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
     state |= {name: t.detach().clone() for name, t in model.named_buffers()}

@@ -1,9 +1,14 @@
-"""What can serve a problem: a backend and one of its variants."""
+"""What can serve a problem: a backend and one of its variants.
+
+What trials need to know of a kind of problem are functions of one dispatch each, on the class of the problem: those of
+the operations are `candidates` and `prepare` here, `cpu.words`, and `make` and `verify` of check.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import singledispatch
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -31,7 +36,8 @@ _PREPARE = {
 Bound = Callable[..., Tensor | tuple[Tensor, ...]]
 """What a call of a problem gives: one result, or several together."""
 
-_KINDS = {kind.__name__: kind for kind in _PREPARE}
+KINDS: dict[str, type] = {kind.__name__: kind for kind in _PREPARE}
+"""Every kind of problem by the name of its class."""
 
 
 class Candidate(NamedTuple):
@@ -50,6 +56,7 @@ class Candidate(NamedTuple):
         return cls(backend, variant)
 
 
+@singledispatch
 def candidates(problem: Problem) -> list[Candidate]:
     """Everything that can serve a problem here, the peer first: what serves where nothing was tried.
 
@@ -63,7 +70,8 @@ def candidates(problem: Problem) -> list[Candidate]:
     return found
 
 
-def prepare(candidate: Candidate, problem: Problem, weights: Sequence[Tensor | None]) -> Bound:
+@singledispatch
+def prepare(problem: Problem, weights: Sequence[Tensor | None], candidate: Candidate) -> Bound:
     """The weights bound by a candidate."""
     options = {"variant": candidate.variant} if candidate.variant else {}
     return bound(library(candidate.backend, problem.device), problem, weights, **options)
@@ -84,7 +92,7 @@ def to_json(problem: Problem) -> dict[str, Any]:
 def from_json(facts: dict[str, Any]) -> Problem:
     """The problem of `to_json`."""
     facts = dict(facts)
-    kind = _KINDS[facts.pop("kind")]
+    kind = KINDS[facts.pop("kind")]
     facts["dtype"] = getattr(torch, facts["dtype"])
     for name in ("input_shape", "kernel"):
         if name in facts:

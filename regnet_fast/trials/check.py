@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import singledispatch
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class Case:
         return None
 
 
+@singledispatch
 def make(problem: Problem, seed: int) -> Case:
     """Operands of unit variance, and weights that keep it."""
     random = torch.Generator().manual_seed(seed)
@@ -62,7 +64,7 @@ def make(problem: Problem, seed: int) -> Case:
 
     def normal(shape: Sequence[int], scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         made = torch.randn(shape, generator=random, dtype=torch.float32, device="cpu") * scale
-        return _guarded(made.to(problem.device, dtype or problem.dtype), guarded)
+        return guarded(made.to(problem.device, dtype or problem.dtype), guarded)
 
     if isinstance(problem, ConvProblem):
         n, c, _, _ = problem.input_shape
@@ -90,7 +92,7 @@ def make(problem: Problem, seed: int) -> Case:
     return Case(problem, weights, (normal((problem.batch, c)),), guarded)
 
 
-def _guarded(t: Tensor, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
+def guarded(t: Tensor, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The same tensor between guards, in channels_last."""
     held = torch.full((t.numel() + 2 * _GUARD,), float("nan"), dtype=t.dtype, device=t.device)
     inner = held[_GUARD:-_GUARD]
@@ -104,6 +106,7 @@ def _guarded(t: Tensor, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
     return inside
 
 
+@singledispatch
 def odd(problem: Problem) -> Problem:
     """A small problem of the same kind with an odd size, for which other tiles are cut."""
     if isinstance(problem, (ConvProblem, NormActProblem, PairProblem)):
@@ -141,6 +144,7 @@ def by_reference(
     return results(bound(reference, problem, weights)(*call))
 
 
+@singledispatch
 def verify(
     problem: Problem,
     prepare: Callable[[Problem, Sequence[Tensor | None]], Bound],

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache, partial
+from functools import lru_cache, partial, singledispatch
 from typing import Any, NamedTuple
 
 import torch
@@ -222,6 +222,7 @@ def tried(
     return Verdict(problem, fastest if faster else first, outcomes)
 
 
+@singledispatch
 def words(problem: Any) -> str:
     """A problem in a line, which a verdict is known by."""
     if isinstance(problem, Stage):

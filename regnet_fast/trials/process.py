@@ -27,7 +27,7 @@ START_S = 120.0
 END_S = 10.0
 """How long a child may take to end when it is asked to."""
 
-PHASES = {"start": 20.0, "compile": 60.0, "verify": 20.0, "time": 10.0}
+PHASES = {"start": 60.0, "compile": 60.0, "verify": 20.0, "time": 10.0}
 """Seconds for each phase of a trial."""
 
 _LINE = 1 << 20  # no answer is as long

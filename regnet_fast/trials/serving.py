@@ -8,7 +8,6 @@ from typing import NamedTuple
 from ..backends import Problem, forced_backend, library, select
 from ..store.verdicts import Outcome
 from .cpu import words
-from .modes import current_mode
 from .session import session
 
 
@@ -26,7 +25,7 @@ def serving(problem: Problem) -> Serving:
 
     Raises BackendError as that does.
     """
-    if forced_backend() is None and problem.device.partition(":")[0] in session.devices:
+    if forced_backend() is None:
         candidate, settled = session.look(problem)
         if candidate is not None:
             options = {"variant": candidate.variant} if candidate.variant else {}
@@ -44,7 +43,7 @@ def noted(problem: Problem) -> int:
 
 def why(problem: Problem) -> str:
     """What trials found about a problem, in words; '' where there were none."""
-    if current_mode() == "off" or problem.device.partition(":")[0] not in session.devices:
+    if not session.applies(problem):
         return ""
     verdict = session.verdicts(problem).find(words(problem))
     if verdict is None:

@@ -60,9 +60,10 @@ class Session:
         modules: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
         phases: dict[str, float] = PHASES,
+        devices: Sequence[str] = ("cuda",),
     ):
         self.command, self.modules, self.clock, self.phases = command, list(modules), clock, phases
-        self.devices: tuple[str, ...] = ("cuda",)
+        self.devices = devices
         self.waiting: dict[Problem, None] = {}
         self.generation = 0
         self._lock = threading.RLock()
@@ -78,7 +79,7 @@ class Session:
 
     def look(self, problem: Problem) -> tuple[Candidate | None, bool]:
         """`chosen`, and whether that stays so in this process."""
-        if current_mode() == "off" or torch.are_deterministic_algorithms_enabled():
+        if not self.applies(problem) or torch.are_deterministic_algorithms_enabled():
             return None, True
         able = [*map(str, candidates(problem))]
         if len(able) == 1:
@@ -93,6 +94,10 @@ class Session:
                     self._shapes[_of_any_size(problem)] = self._shapes.get(_of_any_size(problem), 0) + 1
         served = verdict is not None and verdict.chosen in able
         return Candidate.named(verdict.chosen) if served else None, not undecided
+
+    def applies(self, problem: Problem) -> bool:
+        """Whether verdicts are asked for the device of a problem."""
+        return problem.device.partition(":")[0] in self.devices and current_mode() != "off"
 
     def _may_try(self, problem: Problem) -> bool:
         if self._broken or problem in self._taken or os.getpid() != self._owner:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..backends import Problem
+from . import step  # noqa: F401, as a kind of problem
 from .candidate import Candidate, from_json, prepare
 from .check import Wrong, make, verify
 from .clock import timer
@@ -29,11 +30,12 @@ def answer(question: dict[str, Any], say: Callable[[str], object]) -> dict[str, 
     unable = _unable(problem, question["tf32"])
     if unable:
         return {"status": "unable", "reason": unable}
-    candidate, peer = (partial(prepare, Candidate.named(question[name])) for name in ("candidate", "peer"))
+    candidate, peer = (partial(prepare, candidate=Candidate.named(question[name])) for name in ("candidate", "peer"))
     with torch.inference_mode():
         try:
+            case = make(problem, 0)  # with the imports that a problem takes, which are no candidate's fault
+            synchronize(problem)
             say("compile")
-            case = make(problem, 0)
             run = candidate(problem, case.weights)
             run(*case.call)
             synchronize(problem)

@@ -347,7 +347,7 @@ def command(planted, monkeypatch):
     planted("")
 
     def invoke(*arguments):
-        fresh = session.Session(modules=["planted"], phases=dict.fromkeys(PHASES, 60.0))
+        fresh = session.Session(modules=["planted"], phases=dict.fromkeys(PHASES, 60.0), devices=("cpu",))
         monkeypatch.setattr(tune, "session", fresh)
         monkeypatch.setattr(Subject, "built", lambda subject: (lambda x: fresh.chosen(LAYER), None))
         return CliRunner().invoke(app, ["tune", "regnety_002", "--device", "cuda", *map(str, arguments)])

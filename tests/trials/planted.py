@@ -23,7 +23,7 @@ LABEL = "planted"
 
 
 def refuse(problem):
-    if not isinstance(problem, backends.ConvProblem):
+    if not isinstance(problem, backends.ConvProblem | backends.PairProblem):
         return "planted for convolutions alone"
     return None if problem.device == "cpu" else "planted on a CPU alone"
 

@@ -49,8 +49,8 @@ def planted(tmp_path, monkeypatch, clock):
 
     monkeypatch.setitem(backends._MODULES, "cuda", module)
     monkeypatch.setitem(backends._ATEN, "cpu", reference)
-    fresh = Session(modules=["planted"], phases=PHASES, clock=clock)
-    fresh.devices, fresh.waiting = ("cpu",), session.session.waiting
+    fresh = Session(modules=["planted"], phases=PHASES, clock=clock, devices=("cpu",))
+    fresh.waiting = session.session.waiting
     kept = dict(vars(session.session))
     vars(session.session).update(vars(fresh))
     with mode("on"):

@@ -44,7 +44,7 @@ def planted(tmp_path, monkeypatch):
 
 
 def new(phases=PHASES, **options):
-    return Session(modules=["planted"], phases=phases, **options)
+    return Session(modules=["planted"], phases=phases, devices=("cpu",), **options)
 
 
 def settled(one=None, problem=PROBLEM):
@@ -168,7 +168,7 @@ def test_the_peer_is_first(planted):
 def test_the_next_process_starts_with_the_verdicts(planted):
     planted("Fast")
     settled()
-    again = Session(command=["/nowhere/python"])
+    again = Session(command=["/nowhere/python"], devices=("cpu",))
     assert again.chosen(PROBLEM) == Candidate("cuda", "Fast") and not again.waiting
     again.settle(limit=1e9)
 
@@ -197,7 +197,7 @@ def test_modes(planted, how):
 
 def test_where_no_process_can_be_started_the_peer_serves_and_one_line_says_why(planted):
     planted("Fast")
-    one = Session(command=["/nowhere/python"])
+    one = Session(command=["/nowhere/python"], devices=("cpu",))
     one.chosen(PROBLEM)
     with pytest.warns(TrialWarning, match="no process can be started.*No such file"):
         one.settle(limit=1e9)

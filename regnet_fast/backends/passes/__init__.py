@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
 
 from .. import BACKENDS, BackendError, forced_backend, forced_backends, library
+from ..cuda import launcher
 from . import compiled
 from .compiled import CompiledPasses
 from .cuda import CudaConvs
@@ -27,20 +29,28 @@ def _refused(name: str, x: Tensor) -> str | None:
     return None if refuse_training is None else refuse_training(x)
 
 
-def passes_for(x: Tensor) -> Passes:
-    """The compiled passes for what they do not refuse, otherwise torch's calls; or those of the first forced backend
-    that has them, with csrc/'s grouped convolutions where `cuda` is forced before it.
+def passes_for(x: Tensor, names: Sequence[str] | None = None) -> Passes:
+    """The compiled passes for what they do not refuse, otherwise torch's calls; or those of the first backend named
+    that has them, with csrc/'s grouped convolutions where `cuda` is named before it.
 
-    Raises BackendError where the forced backends have none for maps like x.
+    `names` are the forced backends where none are given. Raises BackendError where these have none for maps like x.
     """
-    names = forced_backends()
+    names = forced_backends() if names is None else names
     if not names:
         return TORCH if compiled.refuse(x) else COMPILED
-    reason = refuse(x)
-    if reason is not None:
-        raise BackendError(f"training: the backend {forced_backend()!r} was asked for and cannot serve: {reason}")
-    name = next(name for name in names if not _refused(name, x))
+    name = next((name for name in names if not _refused(name, x)), None)
+    if name is None:
+        raise BackendError(f"training: the backend {forced_backend()!r} was asked for and cannot serve: {refuse(x)}")
     return _forced(name, "cuda" in names[: names.index(name)])
+
+
+def choices(x: Tensor, grouped: bool) -> list[str]:
+    """Everything that `backend(...)` can be told for maps like x, but the reference; csrc/'s grouped convolutions are
+    named before other passes where there are `grouped` ones.
+    """
+    able = [name for name in BACKENDS if name != "reference" and _refused(name, x) is None]
+    behind = able if grouped and launcher.refuse_device(str(x.device)) is None else []
+    return [*(f"cuda,{name}" for name in behind), *able]
 
 
 @lru_cache(maxsize=len(BACKENDS) * 2)
@@ -64,10 +74,10 @@ class Served(NamedTuple):
     reason: str
 
 
-def describe(x: Tensor, grouped: bool) -> Served:
-    """What `passes_for(x)` is. `grouped` says that the block has a grouped convolution."""
+def describe(x: Tensor, grouped: bool, names: Sequence[str] | None = None) -> Served:
+    """What `passes_for(x, names)` is. `grouped` says that the block has a grouped convolution."""
     host = "cuDNN" if x.is_cuda else "oneDNN"
-    names = forced_backends()
+    names = forced_backends() if names is None else names
     refused = {name: reason for name in names if (reason := _refused(name, x)) is not None}
     if not names:
         reason = compiled.refuse(x)

@@ -1,0 +1,117 @@
+"""Which passes take the training step of a block where nobody trusts them unseen, on a GPU: those that trials chose.
+
+The host answers a block's first step with an input of a kind, and trials note it. They are made before the second one
+(trials/session.py), and passes that were verified and faster than the host serve from then on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import forced_backend
+from ..observer import observer
+from ..store.verdicts import Outcome
+from ..trials.cpu import words
+from ..trials.modes import current_mode, mode
+from ..trials.session import session
+from ..trials.step import PEER, StepProblem, pose
+from .training import Training, compute_dtype
+
+if TYPE_CHECKING:
+    from .fused import Fused
+
+_KINDS = 32
+"""Of how many kinds of inputs a block keeps what serves them."""
+
+
+def asked(x: Tensor) -> bool:
+    """Whether trials say what serves a step on x."""
+    return x.is_cuda and forced_backend() is None
+
+
+class Serving(NamedTuple):
+    """The backends whose passes serve, None for the host's own step; and why, in words."""
+
+    names: tuple[str, ...] | None
+    reason: str
+
+
+class _Kept(NamedTuple):
+    problem: StepProblem
+    generation: int
+    serving: Serving
+
+
+class Tried:
+    """What serves the steps of a block.
+
+    Args:
+        block: whose steps they are. training: what computes them.
+        tensors: reads those of the block.
+    """
+
+    def __init__(self, block: Fused, training: Training, tensors: Callable[[], list[Tensor | None]]):
+        self._block, self._training, self._tensors = block, training, tensors
+        self._kept: dict[tuple, _Kept] = {}
+
+    def serving(self, x: Tensor) -> Serving:
+        """What serves a step on x now."""
+        needs = tuple(t is not None and t.requires_grad for t in self._tensors())
+        reason = self._refusal(x, needs)
+        if reason is not None:
+            return Serving(None, reason)
+        facts = x.shape, x.dtype, x.device, x.is_contiguous(memory_format=torch.channels_last), x.requires_grad
+        key = *facts, compute_dtype(x), needs, torch.backends.cudnn.benchmark, current_mode()
+        found = self._kept.get(key)
+        if found is not None and session.waiting and not _follows() and observer.get() is None:
+            session.settle()
+        if found is None or found.generation != session.generation:
+            try:
+                problem = pose(self._block, x, compute_dtype(x)) if found is None else found.problem
+            except Exception as error:
+                return Serving(None, f"it cannot be told to another process: {type(error).__name__}: {error}")
+            found = _Kept(problem, session.generation, _chosen(problem))
+            self._kept = {**(self._kept if len(self._kept) < _KINDS else {}), key: found}
+        return found.serving
+
+    def _refusal(self, x: Tensor, needs: tuple[bool, ...]) -> str | None:
+        """Why a step is the host's whatever trials found, or None."""
+        if not torch.is_grad_enabled() or not (x.requires_grad or any(needs)):
+            return "no gradient is asked for"
+        if torch.are_deterministic_algorithms_enabled():
+            return "trials choose nothing where deterministic algorithms are asked for"
+        if self._training.in_processes():
+            return "its norms are those of several processes, which must all take the same way"
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            return "what is saved for the gradient is seen, so that the way has to stay the same"
+        if torch._C._current_graph_task_id() >= 0:
+            return "it is computed again in a backward pass, by the way that it took before"
+        return None
+
+
+def _chosen(problem: StepProblem) -> Serving:
+    with mode("stored") if current_mode() == "on" and _follows() else nullcontext():
+        candidate = session.chosen(problem)
+    verdict = None if current_mode() == "off" else session.verdicts(problem).find(words(problem))
+    if candidate is None or verdict is None:
+        return Serving(None, "its step was not tried on this device" + (" yet" if current_mode() == "on" else ""))
+    told = [_told(name, outcome) for name, outcome in verdict.outcomes.items() if name != PEER]
+    names = None if candidate.backend == PEER else tuple(candidate.backend.split(","))
+    return Serving(names, f"a trial: {'; '.join([candidate.backend, *told])}")
+
+
+def _told(name: str, outcome: Outcome) -> str:
+    if outcome.us is None or outcome.peer_us is None:
+        return f"{name} {outcome.status}: {outcome.reason}"
+    return f"{name} {outcome.us:.0f} us against the host's {outcome.peer_us:.0f}"
+
+
+def _follows() -> bool:
+    """Whether another process of this machine tries for this one: all but the first of those that train together."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"
