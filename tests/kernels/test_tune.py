@@ -326,7 +326,7 @@ def test_too_little_memory_is_said(planted):
 
 # The command
 
-LAYER = ConvProblem((2, 8, 4, 4), 8, (3, 3), Geometry(padding=(1, 1)), "relu", False, False, torch.float32, "cpu")
+LAYER = ConvProblem((2, 8, 4, 4), 8, (3, 3), Geometry(padding=(1, 1)), "gelu", False, False, torch.float32, "cpu")
 
 
 @pytest.fixture
@@ -367,7 +367,6 @@ def test_the_command_tries_configurations_and_layers_once(command):
     assert layer["chosen"] == "cuda:Fast" and layer["outcomes"]["cuda:OneValue"]["status"] == "wrong"
     text = command().stdout
     assert "0 verdicts" in text and "--again" in text
-    assert len(json.loads(command("--again", "--json").stdout)) == 3
 
     listed = CliRunner().invoke(app, ["verdicts"]).stdout
     assert "3 verdicts" in listed and "cuda:Fast" in listed and "triton squeeze_excite: images 2" in listed
