@@ -2,7 +2,7 @@
 
 A backend is a module with `refuse(problem) -> str | None` (why it cannot serve, in words for the user) and one
 `prepare_*` function per kind of problem, which takes folded weights and returns a `Run` bound to them. One that has
-`NOT_BY_ITSELF`, a reason, serves only where it is forced. The name `aten` stands for the framework's own library for a
+`NOT_BY_ITSELF`, a reason, serves only where a trial chose it or it is forced. The name `aten` stands for the framework's own library for a
 device: oneDNN on a CPU, cuDNN on a GPU.
 """
 

@@ -18,7 +18,7 @@ from .plans import DepthwiseConv, Launch
 from .plans import GroupedConv as Groups
 
 LABEL = "CUDA C++"
-NOT_BY_ITSELF = "the CUDA C++ kernels have not been measured on a GPU yet, so that they run only where they are forced"
+NOT_BY_ITSELF = "the CUDA C++ kernels serve where a trial chose them or where they are forced"
 """Why `auto` leaves a backend aside that could serve."""
 
 
