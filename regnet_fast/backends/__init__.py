@@ -1,9 +1,10 @@
 """The backends, and the one place where a backend is chosen.
 
 A backend is a module with `refuse(problem) -> str | None` (why it cannot serve, in words for the user) and one
-`prepare_*` function per kind of problem, which takes folded weights and returns a `Run` bound to them. One that has
-`NOT_BY_ITSELF`, a reason, serves only where a trial chose it or it is forced. The name `aten` stands for the framework's own library for a
-device: oneDNN on a CPU, cuDNN on a GPU.
+`prepare_*` function per kind of problem, which takes folded weights and returns a `Run` bound to them. Where it has
+several ways to serve, `variants(problem)` names them. One that has `NOT_BY_ITSELF`, a reason, serves only where a trial
+chose it or it is forced. The name `aten` stands for the framework's own library for a device: oneDNN on a CPU, cuDNN on
+a GPU.
 """
 
 from __future__ import annotations
