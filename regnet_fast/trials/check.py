@@ -60,11 +60,11 @@ class Case:
 def make(problem: Problem, seed: int) -> Case:
     """Operands of unit variance, and weights that keep it."""
     random = torch.Generator().manual_seed(seed)
-    guarded: list[tuple[Tensor, Tensor]] = []
+    kept: list[tuple[Tensor, Tensor]] = []
 
     def normal(shape: Sequence[int], scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         made = torch.randn(shape, generator=random, dtype=torch.float32, device="cpu") * scale
-        return guarded(made.to(problem.device, dtype or problem.dtype), guarded)
+        return guarded(made.to(problem.device, dtype or problem.dtype), kept)
 
     if isinstance(problem, ConvProblem):
         n, c, _, _ = problem.input_shape
@@ -76,12 +76,12 @@ def make(problem: Problem, seed: int) -> Case:
         x = normal(problem.input_shape)
         gate = normal((n, c)).sigmoid() if problem.gate else None
         residual = normal(problem.output_shape) if problem.residual else None
-        return Case(problem, weights, (x, gate, residual, False, False), guarded)
+        return Case(problem, weights, (x, gate, residual, False, False), kept)
     if isinstance(problem, NormActProblem):
         n, c, _, _ = problem.input_shape
         weights = normal((c,), 0.3, torch.float32) + 1, normal((c,), 0.5, torch.float32)
         gate = normal((n, c)).sigmoid() if problem.gate else None
-        return Case(problem, weights, (normal(problem.input_shape), gate, False), guarded)
+        return Case(problem, weights, (normal(problem.input_shape), gate, False), kept)
     if isinstance(problem, PairProblem):
         first = make(problem.first, seed)
         other = make(replace(problem.other, input_shape=(1, problem.input_shape[1], 1, 1)), seed + 1)
@@ -89,7 +89,7 @@ def make(problem: Problem, seed: int) -> Case:
     c, r = problem.channels, problem.hidden
     shapes = ((r, c), c**-0.5), ((r,), 0.5), ((c, r), r**-0.5), ((c,), 0.5)
     weights = tuple(normal(shape, scale, torch.float32) for shape, scale in shapes)
-    return Case(problem, weights, (normal((problem.batch, c)),), guarded)
+    return Case(problem, weights, (normal((problem.batch, c)),), kept)
 
 
 def guarded(t: Tensor, kept: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -33,8 +33,14 @@ def answer(question: dict[str, Any], say: Callable[[str], object]) -> dict[str, 
     candidate, peer = (partial(prepare, candidate=Candidate.named(question[name])) for name in ("candidate", "peer"))
     with torch.inference_mode():
         try:
-            case = make(problem, 0)  # with the imports that a problem takes, which are no candidate's fault
+            case = make(problem, 0)
+            peer(problem, case.weights)(*case.call)
             synchronize(problem)
+        except torch.OutOfMemoryError as error:
+            return {"status": "out of memory", "reason": str(error).splitlines()[0]}
+        except Exception as error:  # no candidate's fault
+            return {"status": "unable", "reason": f"the peer: {type(error).__name__}: {str(error)[:300]}"}
+        try:
             say("compile")
             run = candidate(problem, case.weights)
             run(*case.call)

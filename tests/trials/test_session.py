@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,16 @@ def test_under_a_dispatch_mode_nothing_waits(planted):
     with FlopCounterMode(display=False):
         one.settle(limit=1e9)
     assert one.waiting, "it still waits"
+
+
+def test_a_fault_that_is_no_candidates_is_held_against_none(planted):
+    """Such as operands that cannot be made, or a peer that fails."""
+    planted("Fast")
+    one = new()
+    one.chosen(replace(PROBLEM, activation="unheard of"))
+    with pytest.warns(TrialWarning, match="the peer: .*unheard of"):
+        one.settle(limit=1e9)
+    assert not list(entries())
 
 
 def test_the_worker_is_a_program():
