@@ -43,7 +43,9 @@ class Serving(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    problem: StepProblem
+    """What serves a kind of input, as of a generation of the session; there is no problem that cannot be posed."""
+
+    problem: StepProblem | None
     generation: int
     serving: Serving
 
@@ -71,14 +73,21 @@ class Tried:
         found = self._kept.get(key)
         if found is not None and session.waiting and not _follows() and observer.get() is None:
             session.settle()
-        if found is None or found.generation != session.generation:
-            try:
-                problem = pose(self._block, x, compute_dtype(x)) if found is None else found.problem
-            except Exception as error:
-                return Serving(None, f"it cannot be told to another process: {type(error).__name__}: {error}")
-            found = _Kept(problem, session.generation, _chosen(problem))
+        if found is None:
+            found = self._posed(x)
+        elif found.problem is not None and found.generation != session.generation:
+            found = _served(found.problem)
+        if self._kept.get(key) is not found:
             self._kept = {**(self._kept if len(self._kept) < _KINDS else {}), key: found}
         return found.serving
+
+    def _posed(self, x: Tensor) -> _Kept:
+        try:
+            problem = pose(self._block, x, compute_dtype(x))
+        except Exception as error:
+            reason = f"it cannot be told to another process: {type(error).__name__}: {error}"
+            return _Kept(None, session.generation, Serving(None, reason))
+        return _served(problem)
 
     def _refusal(self, x: Tensor, needs: tuple[bool, ...]) -> str | None:
         """Why a step is the host's whatever trials found, or None."""
@@ -88,11 +97,17 @@ class Tried:
             return "trials choose nothing where deterministic algorithms are asked for"
         if self._training.in_processes():
             return "its norms are those of several processes, which must all take the same way"
+        if getattr(self._block, "_is_replica", False):
+            return "it is a replica for one call"
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             return "what is saved for the gradient is seen, so that the way has to stay the same"
         if torch._C._current_graph_task_id() >= 0:
             return "it is computed again in a backward pass, by the way that it took before"
         return None
+
+
+def _served(problem: StepProblem) -> _Kept:
+    return _Kept(problem, session.generation, _chosen(problem))
 
 
 def _chosen(problem: StepProblem) -> Serving:

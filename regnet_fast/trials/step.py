@@ -32,7 +32,10 @@ DRAWS = 8
 """How many small problems are judged together: a norm's gradient has few values, which say little of an error."""
 
 _ATTEMPTS = 16
-_KINK = 3e-6  # as near a float32 value before a ReLU may come to zero: on which side it falls is chance
+_KINK = (
+    3e-6  # on which side of a ReLU's kink a float32 value falls that is as near, or a rounding in 16 bits, is chance
+)
+_CROWDED = 2.0  # where so many values are as near, other draws are no better
 _APART = 3.0  # times eager's error a candidate may be from the host in images of the real size,
 _CHANCE = 2e-3  # and so much more of their size: some of many values change their side of a ReLU
 _OUTPUT, _INPUT = "the output", "the gradient of the input"
@@ -238,25 +241,27 @@ def _expected(problem: StepProblem, seed: int) -> tuple[int, bool, dict[str, Ten
     """The host's results of a small problem in float64 and, of two calls, in its own dtype; with the seed of one whose
     values keep away from ReLU's kink, and whether that could be had.
     """
-    for attempt in range(_ATTEMPTS if problem.dtype == torch.float32 else 1):
+    kink = max(_KINK, torch.finfo(problem.dtype).eps)
+    for attempt in range(_ATTEMPTS):
         chosen = seed + DRAWS * attempt
         case = make(problem, chosen)
         exact = Step(replace(problem, dtype=torch.float64, cast_from=""), case.weights[0].double(), PEER)
         nearest = _listened(exact.block)
         found = exact.results(*(t.double() for t in case.call))
-        if min(nearest) > _KINK:
+        if all(least > kink or count * kink > _CROWDED for least, count in nearest):
             break
     eager = Step(problem, *make(problem, chosen).weights, PEER)
-    return chosen, min(nearest) > _KINK, found, [eager.results(*case.call) for _ in range(2)]
+    smooth = all(least > kink for least, _ in nearest)
+    return chosen, smooth, found, [eager.results(*case.call) for _ in range(2)]
 
 
-def _listened(block: nn.Module) -> list[float]:
-    """How near to zero the values before each ReLU come, as the block runs."""
-    nearest = [math.inf]
+def _listened(block: nn.Module) -> list[tuple[float, int]]:
+    """How near to zero the values before each ReLU come, and how many there are, as the block runs."""
+    heard: list[tuple[float, int]] = []
     for module in block.modules():
         if isinstance(module, nn.ReLU):
-            module.register_forward_pre_hook(lambda _, args: nearest.append(args[0].abs().min().item()))
-    return nearest
+            module.register_forward_pre_hook(lambda _, x: heard.append((x[0].abs().min().item(), x[0].numel())))
+    return heard
 
 
 Bind = Callable[[Problem, Sequence[nn.Module]], Step]
