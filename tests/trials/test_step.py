@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from training_blocks import assert_equal_states, pair_of, state_of
 
 import regnet_fast
-from regnet_fast.backends import BackendError, backend, forced_backend, store
+from regnet_fast import store
+from regnet_fast.backends import BackendError, backend, forced_backend
 from regnet_fast.backends.passes import choices, compiled
 from regnet_fast.blocks import fused, tried
 from regnet_fast.observer import observing
