@@ -53,7 +53,7 @@ def planted(tmp_path, monkeypatch):
 class Here:
     """The process that tries candidates, in this one."""
 
-    def __init__(self, command):
+    def __init__(self, command, environment=None):
         if command == ["/nowhere"]:
             raise AssertionError("nothing is tried here")
 
@@ -266,10 +266,10 @@ def test_the_host_answers_first_and_the_chosen_passes_from_the_second_step_on(ga
     one, (block, host), x = gate(), pair_of(NAME), images()
     expected = stepped(host, x)
     assert_equal_states(stepped(block, x), expected, 0.0)
-    assert not Fast.calls and one
+    assert not Fast.calls and one.waiting
     block.train().eval().train()
     stepped(block, x)
-    assert Fast.calls and not one
+    assert Fast.calls and not one.waiting
     ((_, verdict, _),) = entries()
     assert verdict.chosen == "Fast" and verdict.outcomes["OneGradient"].status == "wrong"
     assert heard(block, x) is None
@@ -309,7 +309,7 @@ def test_modes(gate, how):
     with mode(how):
         for _ in range(2):
             assert heard(block, x) == HOST
-    assert not one
+    assert not one.waiting
 
 
 def test_a_forced_backend_is_as_ever(gate):
@@ -320,7 +320,7 @@ def test_a_forced_backend_is_as_ever(gate):
         assert heard(block, x) is None and Fast.calls == 3
     with backend("cuda"), pytest.raises(BackendError):
         block(x)
-    assert not one
+    assert not one.waiting
 
 
 def without_grad(block, x):
@@ -367,7 +367,7 @@ def test_where_the_host_serves_whatever_was_found(gate, situation):
     one, block, x = gate(), pair_of(NAME)[0], images()
     for _ in range(2):
         assert SITUATIONS[situation] in situation(block, x)
-    assert not one
+    assert not one.waiting
     for _ in range(2):
         stepped(block, x)
     assert heard(block, x) is None
@@ -379,7 +379,7 @@ def test_a_checkpointed_block_is_computed_again_as_it_was(gate):
     one, block, x = gate(), pair_of(NAME)[0], images()
     for reentrant in (False, True):
         checkpoint(block, x, use_reentrant=reentrant).sum().backward()
-    assert not one
+    assert not one.waiting
     for _ in range(2):
         stepped(block, x)
     assert heard(block, x) is None
@@ -392,12 +392,12 @@ def test_a_checkpointed_block_is_computed_again_as_it_was(gate):
 def test_norms_of_several_processes_take_the_hosts_way(gate, monkeypatch):
     one, block, x = gate(), pair_of(NAME)[0], images()
     monkeypatch.setattr("regnet_fast.blocks.training.Training.in_processes", lambda self: True)
-    assert "several processes" in heard(block, x) and not one
+    assert "several processes" in heard(block, x) and not one.waiting
 
 
 def test_a_replica_of_a_call_is_left_to_the_host(gate):
     one, block, x = gate(), pair_of(NAME)[0], images()
-    assert "replica" in heard(block._replicate_for_data_parallel(), x) and not one
+    assert "replica" in heard(block._replicate_for_data_parallel(), x) and not one.waiting
 
 
 def test_only_the_first_process_of_a_machine_tries(gate, monkeypatch):
@@ -405,7 +405,7 @@ def test_only_the_first_process_of_a_machine_tries(gate, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     for _ in range(2):
         stepped(block, x)
-    assert not one and not list(entries())
+    assert not one.waiting and not list(entries())
     monkeypatch.setenv("LOCAL_RANK", "0")
     gate()
     block = pair_of(NAME)[0]
@@ -420,7 +420,7 @@ def test_who_observes_sees_no_trials(gate):
     one, block, x = gate(), pair_of(NAME)[0], images()
     for _ in range(3):
         assert HOST in heard(block, x)
-    assert one
+    assert one.waiting
 
 
 def test_another_structure_is_asked_for_again(gate):
@@ -429,7 +429,7 @@ def test_another_structure_is_asked_for_again(gate):
         stepped(block, x)
     assert heard(block, x) is None
     block.conv1.conv.weight.requires_grad_(False)
-    assert HOST in heard(block, x) and one
+    assert HOST in heard(block, x) and one.waiting
     block.conv1.conv.weight.requires_grad_(True)
     assert heard(block, x) is None
 
@@ -438,7 +438,7 @@ def test_a_block_that_cannot_travel_is_left_to_the_host(gate):
     one, block, x = gate(), pair_of(NAME)[0], images()
     block.note = lambda: None
     for _ in range(2):
-        assert "cannot be told to another process" in heard(block, x) and not one
+        assert "cannot be told to another process" in heard(block, x) and not one.waiting
 
 
 def test_explain_says_what_was_found(gate):
