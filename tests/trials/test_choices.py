@@ -29,9 +29,9 @@ def convolutions(model, dtype, batch, monkeypatch):
         found.append((problem, folded))
         return chosen(problem, folded)
 
+    fast = regnet_fast.create_model(model, num_classes=10).eval().to(dtype)
     with monkeypatch.context() as patch, mode("off"), torch.inference_mode():
         patch.setattr(cpu, "conv_variant", heard)
-        fast = regnet_fast.create_model(model, num_classes=10).eval().to(dtype)
         fast(torch.randn(batch, 3, 224, 224).to(dtype))
     return found
 
@@ -75,5 +75,5 @@ def test_trials_choose_what_is_measured_as_the_fastest(dtype, batch, monkeypatch
         f"\n{dtype}, batch {batch}: {agreed} of {counted} convolutions, {several} of {len(known)} shapes with a choice;"
     )
     print(f"right for {sum(known.values())} shapes; the worst is {worst[0]:.3f} times the fastest: {worst[1]}")
-    assert agreed >= 0.95 * counted
+    assert counted > 100 and agreed >= 0.95 * counted
     assert worst[0] <= 1.05
