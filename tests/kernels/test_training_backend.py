@@ -88,7 +88,9 @@ def check(theirs: nn.Module, dtype: torch.dtype, x: torch.Tensor, forced: str = 
     assert heard == {None}
     assert_close_to_reference(*(one["output"] for one in found), "output")
     for what in ("gradients", "statistics"):
-        scale = {name: value.square().mean().sqrt() + 1e-12 for name, value in found[2][what].items()}
+        scale = {name: value.square().mean().sqrt() for name, value in found[2][what].items()}
+        most = max(scale.values())  # the unit of what is zero but for float64's rounding: a shift that a norm takes out
+        scale = {name: s if s > 1e-12 * most else most for name, s in scale.items()}
         vectors = [torch.cat([(one[what][k].double() / s).flatten() for k, s in scale.items()]) for one in found]
         assert_near(*vectors, torch.finfo(dtype).eps, what)
 
@@ -127,6 +129,7 @@ def test_with_grouped_convolutions_of_csrc():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model", MODELS)
 def test_whole_models(model, dtype):
