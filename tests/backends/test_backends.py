@@ -38,7 +38,7 @@ from regnet_fast.backends import (
 )
 from regnet_fast.backends.problem import Call, Problem
 from regnet_fast.ops.convolution import _SHARED_KEPT
-from regnet_fast.ops.packed import _KEPT, Packed
+from regnet_fast.ops.packed import KEPT, Packed
 
 CONV = ConvProblem((2, 8, 14, 14), 16, (3, 3), Geometry(padding=(1, 1)), "relu", False, False, torch.float32, "cpu")
 PROBLEMS: list[Problem] = [
@@ -332,7 +332,7 @@ def test_labels_say_what_runs():
         assert runs_of(packed) == [label]
 
 
-@pytest.mark.parametrize(("force", "most"), [("reference", _KEPT), ("auto", _SHARED_KEPT)])
+@pytest.mark.parametrize(("force", "most"), [("reference", KEPT), ("auto", _SHARED_KEPT)])
 def test_only_the_last_shapes_are_kept(force, most):
     packed = R.pack_conv(torch.randn(5, 3, 1, 1))
     shapes = [(1, 3, h, w) for h in range(1, 8) for w in range(1, 8)]

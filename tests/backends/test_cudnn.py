@@ -139,5 +139,5 @@ def test_a_candidate_is_prepared_by_its_name(library, monkeypatch):
     monkeypatch.setitem(backends._ATEN, "cpu", cudnn)
     w = weights(RELU)
     for name, calls in (("aten:plain", 0), ("aten:fused", 1)):
-        check(RELU, partial(prepare(Candidate.named(name), RELU, w)), w)
+        check(RELU, partial(prepare(RELU, w, Candidate.named(name))), w)
         assert len(library.calls) == calls
