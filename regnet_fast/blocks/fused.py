@@ -21,7 +21,7 @@ from ..trials.session import session, waiting
 from . import training
 from .forms import Form
 from .substitution import with_tensors
-from .tried import Serving, Tried, asked
+from .tried import Chosen, Tried, asked
 from .units import ConvUnit, LinearUnit, Refused
 from .watch import PLAIN, Structure, Watch, hooked, transformed
 
@@ -249,7 +249,7 @@ class Fused:
             return self._by_host(x, f"in training mode {reason}", lost_speed=lost)
         return found.training.run(x, names)
 
-    def tried(self, x: Tensor) -> Serving | None:
+    def tried(self, x: Tensor) -> Chosen | None:
         """What trials found about the training step on x that runs fused; None where they are not asked."""
         return self.__dict__[_TRAINED].tried.serving(x) if asked(x) else None
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..backends import forced_backend
 from ..observer import observer
-from ..store.verdicts import Outcome
 from ..trials.cpu import words
 from ..trials.modes import current_mode, mode
+from ..trials.serving import told
 from ..trials.session import session
 from ..trials.step import PEER, StepProblem, pose
 from .training import Training, compute_dtype
@@ -35,7 +35,7 @@ def asked(x: Tensor) -> bool:
     return x.is_cuda and forced_backend() is None
 
 
-class Serving(NamedTuple):
+class Chosen(NamedTuple):
     """The backends whose passes serve, None for the host's own step; and why, in words."""
 
     names: tuple[str, ...] | None
@@ -47,7 +47,7 @@ class _Kept(NamedTuple):
 
     problem: StepProblem | None
     generation: int
-    serving: Serving
+    serving: Chosen
 
 
 class Tried:
@@ -62,12 +62,12 @@ class Tried:
         self._block, self._training, self._tensors = block, training, tensors
         self._kept: dict[tuple, _Kept] = {}
 
-    def serving(self, x: Tensor) -> Serving:
+    def serving(self, x: Tensor) -> Chosen:
         """What serves a step on x now."""
         needs = tuple(t is not None and t.requires_grad for t in self._tensors())
         reason = self._refusal(x, needs)
         if reason is not None:
-            return Serving(None, reason)
+            return Chosen(None, reason)
         facts = x.shape, x.dtype, x.device, x.is_contiguous(memory_format=torch.channels_last), x.requires_grad
         key = *facts, compute_dtype(x), needs, torch.backends.cudnn.benchmark, current_mode()
         found = self._kept.get(key)
@@ -86,7 +86,7 @@ class Tried:
             problem = pose(self._block, x, compute_dtype(x))
         except Exception as error:
             reason = f"it cannot be told to another process: {type(error).__name__}: {error}"
-            return _Kept(None, session.generation, Serving(None, reason))
+            return _Kept(None, session.generation, Chosen(None, reason))
         return _served(problem)
 
     def _refusal(self, x: Tensor, needs: tuple[bool, ...]) -> str | None:
@@ -110,21 +110,14 @@ def _served(problem: StepProblem) -> _Kept:
     return _Kept(problem, session.generation, _chosen(problem))
 
 
-def _chosen(problem: StepProblem) -> Serving:
+def _chosen(problem: StepProblem) -> Chosen:
     with mode("stored") if current_mode() == "on" and _follows() else nullcontext():
         candidate = session.chosen(problem)
     verdict = None if current_mode() == "off" else session.verdicts(problem).find(words(problem))
     if candidate is None or verdict is None:
-        return Serving(None, "its step was not tried on this device" + (" yet" if current_mode() == "on" else ""))
-    told = [_told(name, outcome) for name, outcome in verdict.outcomes.items() if name != PEER]
+        return Chosen(None, "its step was not tried on this device" + (" yet" if current_mode() == "on" else ""))
     names = None if candidate.backend == PEER else tuple(candidate.backend.split(","))
-    return Serving(names, f"a trial: {'; '.join([candidate.backend, *told])}")
-
-
-def _told(name: str, outcome: Outcome) -> str:
-    if outcome.us is None or outcome.peer_us is None:
-        return f"{name} {outcome.status}: {outcome.reason}"
-    return f"{name} {outcome.us:.0f} us against the host's {outcome.peer_us:.0f}"
+    return Chosen(names, told(verdict))
 
 
 def _follows() -> bool:

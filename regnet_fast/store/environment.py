@@ -13,7 +13,7 @@ import torch
 from .. import __version__
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_KERNELS = ("csrc/**/*.cu*", "csrc/**/*.cpp", "csrc/**/*.h", "kernels/*.py", "backends/**/*.py")
+_KERNELS = ("csrc/**/*.cu*", "csrc/**/*.cpp", "csrc/**/*.h", "kernels/*.py", "backends/**/*.py", "ops/*.py", "blocks/*.py")
 
 
 def environment(device: str) -> dict[str, str]:
@@ -71,7 +71,7 @@ def _cuda() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def kernels_digest() -> str:
-    """A digest of the text of every kernel and of what plans and launches them."""
+    """A digest of the text of every kernel and of what plans, launches and composes them."""
     digest = hashlib.sha256()
     for pattern in _KERNELS:
         for path in sorted(_PACKAGE.glob(pattern)):

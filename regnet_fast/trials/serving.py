@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from ..backends import Problem, forced_backend, library, select
-from ..store.verdicts import Outcome
+from ..store.verdicts import Outcome, Verdict
 from .cpu import words
 from .session import session
 
@@ -48,6 +48,11 @@ def why(problem: Problem) -> str:
     verdict = session.verdicts(problem).find(words(problem))
     if verdict is None:
         return "not tried yet" if problem in session.waiting else ""
+    return told(verdict)
+
+
+def told(verdict: Verdict) -> str:
+    """A verdict in words: what was chosen, and why each other candidate lost."""
     mine = verdict.outcomes[verdict.chosen]
     gain = f", {mine.peer_us / mine.us:.2f} times as fast as the peer" if mine.us and mine.peer_us else ""
     others = (f"{name} {_lost(outcome)}" for name, outcome in verdict.outcomes.items() if name != verdict.chosen)

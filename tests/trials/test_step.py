@@ -291,7 +291,7 @@ def test_what_is_not_faster_leaves_the_step_to_the_host(gate, planted):
     block, x = pair_of(NAME)[0], images()
     for _ in range(2):
         stepped(block, x)
-    assert heard(block, x) == "a trial: reference; HardlyFaster 98 us against the host's 100"
+    assert heard(block, x) == "a trial: reference; HardlyFaster 98 us against the peer's 100"
 
 
 def test_equal_blocks_wait_once_and_another_shape_waits_again(gate):
@@ -450,7 +450,8 @@ def test_explain_says_what_was_found(gate):
         stepped(block, x.contiguous())
     (row,) = regnet_fast.explain(block, tuple(x.shape), train=True)
     assert row.operation == "ConvNormAct" and row.backend == "Fast"
-    assert row.reason.startswith("a trial: Fast; Fast 50 us against the host's 100; OneGradient wrong: the gradient")
+    assert row.reason.startswith("a trial: Fast, 2.00 times as fast as the peer; ")
+    assert "reference the peer; OneGradient wrong: the gradient" in row.reason
 
 
 def test_a_cpu_is_trusted(monkeypatch):
