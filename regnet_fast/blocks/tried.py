@@ -6,9 +6,7 @@ The host answers a block's first step with an input of a kind, and trials note i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor
 from ..backends import forced_backend
 from ..observer import observer
 from ..trials.cpu import words
-from ..trials.modes import current_mode, mode
+from ..trials.modes import current_mode
 from ..trials.serving import told
 from ..trials.session import session
 from ..trials.step import PEER, StepProblem, pose
@@ -71,7 +69,7 @@ class Tried:
         facts = x.shape, x.dtype, x.device, x.is_contiguous(memory_format=torch.channels_last), x.requires_grad
         key = *facts, compute_dtype(x), needs, torch.backends.cudnn.benchmark, current_mode()
         found = self._kept.get(key)
-        if found is not None and session.waiting and not _follows() and observer.get() is None:
+        if found is not None and session.waiting and observer.get() is None:
             session.settle()
         if found is None:
             found = self._posed(x)
@@ -111,15 +109,9 @@ def _served(problem: StepProblem) -> _Kept:
 
 
 def _chosen(problem: StepProblem) -> Chosen:
-    with mode("stored") if current_mode() == "on" and _follows() else nullcontext():
-        candidate = session.chosen(problem)
+    candidate = session.chosen(problem)
     verdict = None if current_mode() == "off" else session.verdicts(problem).find(words(problem))
     if candidate is None or verdict is None:
         return Chosen(None, "its step was not tried on this device" + (" yet" if current_mode() == "on" else ""))
     names = None if candidate.backend == PEER else tuple(candidate.backend.split(","))
     return Chosen(names, told(verdict))
-
-
-def _follows() -> bool:
-    """Whether another process of this machine tries for this one: all but the first of those that train together."""
-    return os.environ.get("LOCAL_RANK", "0") != "0"

@@ -36,7 +36,7 @@ BUDGET_S = 60.0
 """Seconds of trials in a process, unless REGNET_FAST_TRIALS_BUDGET says otherwise."""
 
 ROUNDS = 9
-_AGAIN_S = 1.0  # after which it is looked again whether another process has done with its trials
+_AGAIN_S = 1.0  # after which it is looked again for what another process has found; the next time after twice as long
 _SHAPES = 8  # so many shapes that differ in their size alone are tried in a process
 _ROOT = str(Path(__file__).resolve().parents[2])
 _MARGIN = 1.03
@@ -68,7 +68,7 @@ class Session:
         self.generation = 0
         self._lock = threading.RLock()
         self._verdicts: dict[str, Verdicts] = {}
-        self._spent, self._broken, self._look_again = 0.0, False, float("-inf")
+        self._spent, self._broken, self._look_again, self._apart = 0.0, False, float("-inf"), _AGAIN_S
         self._taken: set[Problem] = set()
         self._shapes: dict[Problem, int] = {}
         self._owner = os.getpid()
@@ -115,7 +115,8 @@ class Session:
         """Try everything that waits, the largest first, within the budget, or for `limit` more seconds; what is left
         waits for the next process.
 
-        Another process that tries for this user is not waited for: its verdicts are used when it has done. Never
+        Another process that tries for this user is not waited for: its verdicts are used when they are there. Of
+        processes that train together the first one of a machine tries alone. Never
         raises: where nothing can be tried one warning says why. Ctrl-C ends the trials alone.
         """
         if not self.waiting or watched() or current_mode() != "on" or self.clock() < self._look_again:
@@ -125,13 +126,16 @@ class Session:
         try:
             limit = budget(BUDGET_S) if limit is None else self._spent + limit
             with ExitStack() as stack:
-                if not stack.enter_context(_alone()):
-                    self._look_again = self.clock() + _AGAIN_S
+                if _follows() or not stack.enter_context(_alone()):
+                    self._take_up()
                     return
                 waiting = sorted(self.waiting, key=lambda problem: -problem.bytes)
                 self._taken.update(waiting)
                 self.waiting.clear()
-                self._settle(waiting, limit, told)
+                try:
+                    self._settle(waiting, limit, told)
+                finally:
+                    self.generation += 1
         except KeyboardInterrupt:
             self._broken = True
             self._warn("interrupted")
@@ -139,8 +143,22 @@ class Session:
             self._broken = True
             self._warn(str(error))
         finally:
-            self.generation += 1
             self._lock.release()
+
+    def _take_up(self) -> None:
+        """Use what another process has found meanwhile, and look again later and later."""
+        found = [problem for problem in self.waiting if self._found(problem)]
+        self._taken.update(found)
+        for problem in found:
+            del self.waiting[problem]
+        self.generation += bool(found)
+        self._look_again = self.clock() + self._apart
+        self._apart *= 2
+
+    def _found(self, problem: Problem) -> bool:
+        verdicts = self.verdicts(problem)
+        verdicts.forget(words(problem))
+        return verdicts.find(words(problem)) is not None
 
     def _settle(self, waiting: list[Problem], limit: float, told: Callable[[Verdict], object]) -> None:
         trial, gained = _Trial(self, limit), 0
@@ -245,6 +263,11 @@ class _Trial:
             if self._last is not None and fault.kind == "crashed":  # a slow end, on a busy machine, is nobody's fault
                 self._blame(fault)
         self._child = None
+
+
+def _follows() -> bool:
+    """Whether another process of this machine tries for this one: all but the first of those that train together."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def _of_any_size(problem: Problem) -> Problem:

@@ -84,6 +84,13 @@ def gate(planted, monkeypatch):
     return new
 
 
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
 def images(channels=48, size=(12, 10), dtype=torch.float32):
     x = torch.randn(3, channels, *size).to(dtype)
     return x.contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -401,19 +408,25 @@ def test_a_replica_of_a_call_is_left_to_the_host(gate):
 
 
 def test_only_the_first_process_of_a_machine_tries(gate, monkeypatch):
-    one, block, x = gate(), pair_of(NAME)[0], images()
+    """The others take up its verdicts as soon as they are there."""
     monkeypatch.setenv("LOCAL_RANK", "1")
-    for _ in range(2):
+    clock = Clock()
+    follower, block, x = gate(command=["/nowhere"], clock=clock), pair_of(NAME)[0], images()
+    for _ in range(3):
         stepped(block, x)
-    assert not one.waiting and not list(entries())
+    assert HOST in heard(block, x) and follower.waiting and not list(entries())
     monkeypatch.setenv("LOCAL_RANK", "0")
-    gate()
-    block = pair_of(NAME)[0]
+    first, theirs = gate(), pair_of(NAME)[0]
     for _ in range(2):
-        stepped(block, x)
+        stepped(theirs, x)
+    assert not first.waiting and heard(theirs, x) is None
     monkeypatch.setenv("LOCAL_RANK", "1")
-    gate(command=["/nowhere"])
-    assert heard(pair_of(NAME)[0], x) is None
+    monkeypatch.setattr(tried, "session", follower)
+    stepped(block, x)
+    assert HOST in heard(block, x), "it is not looked in every step"
+    clock.now += 2
+    stepped(block, x)
+    assert heard(block, x) is None and not follower.waiting
 
 
 def test_who_observes_sees_no_trials(gate):
