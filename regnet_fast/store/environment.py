@@ -13,7 +13,10 @@ import torch
 from .. import __version__
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_KERNELS = ("csrc/**/*.cu*", "csrc/**/*.cpp", "csrc/**/*.h", "kernels/*.py", "backends/**/*.py", "ops/*.py", "blocks/*.py")
+_KERNELS = (
+    *("csrc/**/*.cu*", "csrc/**/*.cpp", "csrc/**/*.h", "kernels/*.py"),
+    *("backends/**/*.py", "ops/*.py", "blocks/*.py"),
+)
 
 
 def environment(device: str) -> dict[str, str]:
