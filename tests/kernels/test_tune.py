@@ -26,7 +26,7 @@ from regnet_fast.observer import observing
 from regnet_fast.store import environment
 from regnet_fast.store.verdicts import Outcome, Verdict, Verdicts, imported
 from regnet_fast.trials import process, session
-from regnet_fast.trials.worker import PHASES
+from regnet_fast.trials.process import PHASES
 
 pytestmark = pytest.mark.usefixtures("unchecked_integers")
 
