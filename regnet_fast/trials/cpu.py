@@ -8,6 +8,7 @@ and tried by another one. Verdicts are kept on disk.
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, partial, singledispatch
+from operator import truediv
 from typing import Any, NamedTuple
 
 import torch
@@ -31,10 +33,11 @@ BUDGET_S = 2.0
 _SHARE = 3  # trials take at most one part in so many
 _APART_S = 1.0  # calls that meet new problems so long after each other are not of one row
 _ENOUGH_S = 4e-3  # a variant is timed for so long, in
-_ROUNDS = (3, 25)  # so many rounds at least and at most
+_ROUNDS = (9, 25)  # so many rounds at least and at most
 _HOPELESS = 1.5  # a variant so many times as slow as the fastest in two calls is not timed further
 _NOISY = 1.3  # where the median of a variant's times is so many times the least, nothing can be said
-_MARGIN = 1.03  # what is faster by less stays untaken
+_NEAR = 0.1  # two variants whose times differ by a smaller part are timed three times as long
+_MARGIN = 1.02  # what is faster by less stays untaken
 _WRONG = 0.05  # two variants that differ by more of the largest value do not compute the same
 _LARGEST = 32e6  # bytes; of larger problems fewer images are tried
 
@@ -82,10 +85,6 @@ class Stage(NamedTuple):
     dtype: torch.dtype
 
 
-def _same(variant: str) -> float:
-    return 1.0
-
-
 _purse = Purse()
 _lock = threading.RLock()  # a stage's trial meets those of its convolutions
 _decided: dict[tuple[int, object], str] = {}
@@ -100,19 +99,35 @@ def _verdicts(threads: int) -> Verdicts:
 def conv_variant(problem: ConvProblem, folded: Callable[[], tuple[Tensor, Tensor | None]]) -> str:
     """The variant of oneDNN's convolutions that serves a problem. `folded()` is the weight and bias."""
 
-    def bind(variant: str) -> Call:
-        return partial(onednn.prepare_conv(problem, *folded(), variant=variant), *operands(problem))
+    variants = onednn.conv_variants(problem)
 
-    return _chosen(problem, onednn.conv_variants(problem), bind)
+    def trial() -> Verdict:
+        made = Operands(problem)
+        return tried(
+            words(problem),
+            variants,
+            lambda variant: partial(onednn.prepare_conv(problem, *folded(), variant=variant), *made.all),
+            made.renew,
+        )
+
+    return _chosen(problem, variants, trial)
 
 
 def norm_act_variant(problem: NormActProblem, scale: Tensor, shift: Tensor) -> str:
     """The variant of scale, shift and activation that serves a problem."""
 
-    def bind(variant: str) -> Call:
-        return partial(onednn.prepare_norm_act(problem, scale, shift, variant), *operands(problem))
+    variants = onednn.norm_act_variants(problem)
 
-    return _chosen(problem, onednn.norm_act_variants(problem), bind)
+    def trial() -> Verdict:
+        made = Operands(problem)
+        return tried(
+            words(problem),
+            variants,
+            lambda variant: partial(onednn.prepare_norm_act(problem, scale, shift, variant), *made.all),
+            made.renew,
+        )
+
+    return _chosen(problem, variants, trial)
 
 
 def images(stage: Stage, probable: int, most: int, bind: Callable[[], Callable[[int], Tensor]]) -> int:
@@ -127,19 +142,13 @@ def images(stage: Stage, probable: int, most: int, bind: Callable[[], Callable[[
     if not counts:
         return probable
 
-    def calls(count: str) -> Call:
-        return partial(bind(), int(count))
+    def trial() -> Verdict:
+        return tried(words(stage), counts, lambda count: partial(bind(), int(count)), work=int)
 
-    return int(_chosen(stage, counts, calls, int, _unhurried.get()))
+    return int(_chosen(stage, counts, trial, _unhurried.get()))
 
 
-def _chosen(
-    problem: Any,
-    variants: Sequence[str],
-    bind: Callable[[str], Call],
-    work: Callable[[str], float] = _same,
-    tries: bool = True,
-) -> str:
+def _chosen(problem: Any, variants: Sequence[str], trial: Callable[[], Verdict], tries: bool = True) -> str:
     if len(variants) == 1 or current_mode() == "off" or torch.are_deterministic_algorithms_enabled():
         return variants[0]
     key = (torch.get_num_threads(), problem)
@@ -151,21 +160,19 @@ def _chosen(
     try:
         found = _decided.get(key)  # by whoever held it
         if found not in variants:
-            found = _decided[key] = _found(words(problem), variants, bind, work, tries)
+            found = _decided[key] = _found(words(problem), variants, trial, tries)
         return found
     finally:
         _lock.release()
 
 
-def _found(
-    problem: str, variants: Sequence[str], bind: Callable[[str], Call], work: Callable[[str], float], tries: bool
-) -> str:
+def _found(problem: str, variants: Sequence[str], trial: Callable[[], Verdict], tries: bool) -> str:
     """By a verdict, a trial where there is time for one, or by what is probable."""
     verdicts, told = _verdicts(torch.get_num_threads()), _told.get()
     verdict = verdicts.find(problem)
     untried = verdict is None or not set(variants) <= set(verdict.outcomes)
     if tries and untried and current_mode() == "on" and not watched() and _purse.allows():
-        found = _purse.time(lambda: tried(problem, variants, bind, work))
+        found = _purse.time(trial)
         quiet = all(outcome.status != "noisy" for outcome in found.outcomes.values())
         verdict = verdicts.keep(found) if quiet else None
     if verdict is not None and told is not None:
@@ -174,33 +181,46 @@ def _found(
 
 
 def tried(
-    problem: str, variants: Sequence[str], bind: Callable[[str], Call], work: Callable[[str], float] = _same
+    problem: str,
+    variants: Sequence[str],
+    bind: Callable[[str], Call],
+    renew: Callable[[], None] = lambda: None,
+    work: Callable[[str], float] = lambda variant: 1.0,
 ) -> Verdict:
-    """Time every variant of a problem, in rounds that take turns.
+    """Time every variant of a problem, in rounds.
+
+    The gain of one over the first is the median of the quotients within the rounds. Their order stays, so that no
+    variant follows itself and finds its own result in the cache, as none does in a model.
 
     Args:
         problem: in words.
         variants: the first serves where no other one is faster.
         bind: the call of a variant, whose result begins with the same image for all.
+        renew: makes what the calls read as it was, before each one.
         work: how much a call of a variant does.
 
     Raises what the first variant raises.
     """
     with torch.inference_mode(False), torch.no_grad():
         first = variants[0]
-        calls, times, outcomes = {first: bind(first)}, {}, {}
-        expected = calls[first]()[:1]
-        for name in variants[1:]:
+        calls, times, outcomes = {}, {}, {}
+        for name in variants:
             try:
                 calls[name] = bind(name)
-                wrong = _differ(calls[name]()[:1], expected)
+                renew()
+                result = calls[name]()[:1]
+                if name == first:
+                    expected = result.clone()
             except RuntimeError as error:
+                if name == first:
+                    raise
                 outcomes[name] = Outcome("refused", reason=str(error))
                 continue
-            if wrong:
+            if _differ(result, expected):
                 outcomes[name] = Outcome("wrong", reason=f"its values are not those of {first}")
 
         def time(name: str) -> float:
+            renew()
             return _timed(calls[name]) / work(name)
 
         for name in [name for name in variants if name not in outcomes]:
@@ -209,17 +229,19 @@ def tried(
         left = [name for name, samples in times.items() if min(samples) <= _HOPELESS * fastest]
         least, most = _ROUNDS
         rounds = min(max(least, round(_ENOUGH_S / max(fastest, 1e-9))), most) if len(left) > 1 else 0
-        for i in range(rounds):
-            for name in left if i % 2 else reversed(left):
-                times[name].append(time(name))
-    best = {name: min(samples) for name, samples in times.items()}
-    outcomes.update({name: Outcome("verified", 1e6 * seconds) for name, seconds in best.items()})
-    fastest = min(best, key=best.get)
+        for more in (rounds, 2 * rounds):
+            for _ in range(more):
+                for name in left:
+                    times[name].append(time(name))
+            gains = {name: statistics.median(map(truediv, times[first], times[name])) for name in left}
+            if all(abs(math.log(gain)) > _NEAR for name, gain in gains.items() if name != first):
+                break
+    outcomes.update({name: Outcome("verified", 1e6 * statistics.median(samples)) for name, samples in times.items()})
     for name in left if len(left) > 1 else ():
-        if statistics.median(times[name]) > _NOISY * best[name]:
-            outcomes[name] = Outcome("noisy", 1e6 * best[name], "other work runs on this machine")
-    faster = all(_MARGIN * measure(times[fastest]) < measure(times[first]) for measure in (min, statistics.median))
-    return Verdict(problem, fastest if faster else first, outcomes)
+        if statistics.median(times[name]) > _NOISY * min(times[name]):
+            outcomes[name] = Outcome("noisy", outcomes[name].us, "other work runs on this machine")
+    best = max(gains, key=gains.get)
+    return Verdict(problem, best if gains[best] > _MARGIN else first, outcomes)
 
 
 @singledispatch
@@ -284,16 +306,30 @@ def unhurried() -> Iterator[None]:
         _unhurried.reset(token)
 
 
-def operands(problem: ConvProblem | NormActProblem) -> tuple:
-    """What a run of a problem is called with. Nothing of torch's random numbers is taken."""
-    n, c, h, w = problem.input_shape
-    count = max(1, min(n, int(n * _LARGEST / problem.bytes)))
-    x = _numbers((count, c, h, w), problem.dtype)
-    gate = torch.full((count, c), 0.5, dtype=problem.dtype, device="cpu") if problem.gate else None
-    if isinstance(problem, NormActProblem):
-        return x, gate, False
-    residual = _numbers((count, *problem.output_shape[1:]), problem.dtype) if problem.residual else None
-    return x, gate, residual, False, False
+class Operands:
+    """What a run of a problem is called with, as a block calls it: x, which was written just before and is written over
+    where a gate scales it, the gate, and the residual, which takes the result.
+
+    In a loop over what stays as it is other variants win than in a model (docs/cpu.md). Nothing of torch's random
+    numbers is taken.
+    """
+
+    def __init__(self, problem: ConvProblem | NormActProblem):
+        n, c, h, w = problem.input_shape
+        count = max(1, min(n, int(n * _LARGEST / problem.bytes)))
+        residual = None
+        with torch.inference_mode(False):
+            x = _numbers((count, c, h, w), problem.dtype)
+            gate = torch.full((count, c), 0.5, dtype=problem.dtype, device="cpu") if problem.gate else None
+            if isinstance(problem, ConvProblem) and problem.residual:
+                residual = _numbers((count, *problem.output_shape[1:]), problem.dtype)
+            self._maps = [(t.clone(), t) for t in (x, residual) if t is not None]
+        self.all = (x, gate, False) if isinstance(problem, NormActProblem) else (x, gate, residual, True, True)
+
+    def renew(self) -> None:
+        """Write the maps as they were."""
+        for kept, given in self._maps:
+            given.copy_(kept)
 
 
 def _numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
