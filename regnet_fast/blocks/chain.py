@@ -51,18 +51,7 @@ class Chain:
         if plans is None:
             return self._one_by_one(links, x)
         count = self._parts(links, plans, x)
-        if count == 1:
-            return self._run(links, plans, x)
-        y, end = None, 0
-        for part in x.tensor_split(count):
-            part = self._run(links, plans, part)
-            start, end = end, end + part.shape[0]
-            if y is None:
-                layout = torch.channels_last if part.dim() == 4 else torch.contiguous_format  # a head ends in logits
-                shape = (x.shape[0], *part.shape[1:])
-                y = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
-            y[start:end] = part
-        return y
+        return _in_parts(x, count, lambda part: self._run(links, plans, part))
 
     @staticmethod
     def _parts(links: list[nn.Module], plans: list[Plan], x: Tensor) -> int:
@@ -143,13 +132,29 @@ def images(first: Plan, x: Tensor) -> int:
 
 
 def _fresh(links: list[nn.Module], plans: list[Plan], x: Tensor) -> Callable[[int], Tensor]:
-    """What takes some images through a stage, with weights that are packed for it alone."""
+    """What takes a batch through a stage so many images at a time, with weights that are packed for it alone."""
     forms = [plan.unbound.bind(lambda unit: unit.pack(x.dtype)) for plan in plans]
 
-    def run(count: int) -> Tensor:
-        y, own = x[:count].contiguous(memory_format=torch.channels_last), False
+    def run(x: Tensor) -> Tensor:
+        x, own = x.contiguous(memory_format=torch.channels_last), False
         for form in forms:
-            y, own = form.run(y, own), True
-        return y
+            x, own = form.run(x, own), True
+        return x
 
-    return run
+    return lambda count: _in_parts(x, -(-x.shape[0] // count), run)
+
+
+def _in_parts(x: Tensor, count: int, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """`run(x)`, of so many parts of the batch one after another."""
+    if count == 1:
+        return run(x)
+    y, end = None, 0
+    for part in x.tensor_split(count):
+        part = run(part)
+        start, end = end, end + part.shape[0]
+        if y is None:
+            layout = torch.channels_last if part.dim() == 4 else torch.contiguous_format  # a head ends in logits
+            shape = (x.shape[0], *part.shape[1:])
+            y = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
+        y[start:end] = part
+    return y

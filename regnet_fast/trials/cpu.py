@@ -1,9 +1,9 @@
 """Trials on a CPU, in this process: its libraries are trusted, and a trial takes milliseconds.
 
 The first time that a problem is met its variants are timed, and the fastest one serves it from then on, so that every
-call of a process gives the same bits. Trials take at most a third of the time of the calls that meet new problems, and
-at most `BUDGET_S` of it; what is not tried then is served by what is probably the fastest, to the end of the process,
-and tried by another one. Verdicts are kept on disk.
+call of a process gives the same bits. Trials take at most a quarter of the time of calls that meet new problems, and at
+most `BUDGET_S`. What is not tried then is served by what is probably the fastest, to the end of the process, and tried
+by another one. Verdicts are kept on disk.
 """
 
 from __future__ import annotations
@@ -30,14 +30,18 @@ from .modes import budget, current_mode, watched
 BUDGET_S = 2.0
 """Seconds of trials in a row of calls, unless REGNET_FAST_TRIALS_BUDGET says otherwise."""
 
-_SHARE = 3  # trials take at most one part in so many
+_SHARE = 4  # trials take at most one part in so many, if the next one takes as long as the last one or, as the first,
+_FIRST_S = 0.05
 _APART_S = 1.0  # calls that meet new problems so long after each other are not of one row
 _ENOUGH_S = 4e-3  # a variant is timed for so long, in
-_ROUNDS = (9, 25)  # so many rounds at least and at most
+_ROUNDS = (9, 25)  # so many rounds at least and at most; and where one call takes longer than
+_LONG_S = 20e-3
+_FEW = 5  # so many, since it averages by itself
 _HOPELESS = 1.5  # a variant so many times as slow as the fastest in two calls is not timed further
 _NOISY = 1.3  # where the median of a variant's times is so many times the least, nothing can be said
 _NEAR = 0.1  # two variants whose times differ by a smaller part are timed three times as long
 _MARGIN = 1.02  # what is faster by less stays untaken
+_STAGE_MARGIN = 1.08  # so does a stage's, which may gain as much alone and nothing among the others (docs/cpu.md)
 _WRONG = 0.05  # two variants that differ by more of the largest value do not compute the same
 _LARGEST = 32e6  # bytes; of larger problems fewer images are tried
 
@@ -51,6 +55,7 @@ class Purse:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock, self._begin, self._last, self._spent = clock, 0.0, float("-inf"), 0.0
+        self._expected = _FIRST_S
 
     def allows(self) -> bool:
         """Whether another trial may begin now."""
@@ -60,7 +65,7 @@ class Purse:
         if now - self._last > _APART_S:
             self._begin, self._spent = now, 0.0
         self._last = now
-        return self._spent <= (now - self._begin) / _SHARE and self._spent < budget(BUDGET_S)
+        return self._spent + self._expected <= min((now - self._begin) / _SHARE, budget(BUDGET_S))
 
     def time(self, trial: Callable[[], Verdict]) -> Verdict:
         """The verdict of a trial, whose time is paid."""
@@ -69,7 +74,8 @@ class Purse:
             return trial()
         finally:
             self._last = self._clock()
-            self._spent += self._last - start
+            self._expected = self._last - start
+            self._spent += self._expected
 
 
 Call = Callable[[], Tensor]
@@ -136,14 +142,14 @@ def images(stage: Stage, probable: int, most: int, bind: Callable[[], Callable[[
 
     Args:
         most: the images of the batch.
-        bind: makes what takes so many images through the stage.
+        bind: makes what takes the batch through the stage so many images at a time.
     """
     counts = [str(n) for n in (probable, probable // 2, probable * 2) if 1 <= n <= most]
     if not counts:
         return probable
 
     def trial() -> Verdict:
-        return tried(words(stage), counts, lambda count: partial(bind(), int(count)), work=int)
+        return tried(words(stage), counts, lambda count: partial(bind(), int(count)), margin=_STAGE_MARGIN)
 
     return int(_chosen(stage, counts, trial, _unhurried.get()))
 
@@ -185,7 +191,7 @@ def tried(
     variants: Sequence[str],
     bind: Callable[[str], Call],
     renew: Callable[[], None] = lambda: None,
-    work: Callable[[str], float] = lambda variant: 1.0,
+    margin: float = _MARGIN,
 ) -> Verdict:
     """Time every variant of a problem, in rounds.
 
@@ -197,7 +203,7 @@ def tried(
         variants: the first serves where no other one is faster.
         bind: the call of a variant, whose result begins with the same image for all.
         renew: makes what the calls read as it was, before each one.
-        work: how much a call of a variant does.
+        margin: how many times as fast as the first another one has to be.
 
     Raises what the first variant raises.
     """
@@ -221,16 +227,14 @@ def tried(
 
         def time(name: str) -> float:
             renew()
-            return _timed(calls[name]) / work(name)
+            return _timed(calls[name])
 
         for name in [name for name in variants if name not in outcomes]:
             times[name] = [time(name), time(name)]
         fastest = min(map(max, times.values()))
         left = [name for name, samples in times.items() if min(samples) <= _HOPELESS * fastest]
-        least, most = _ROUNDS
-        rounds = min(max(least, round(_ENOUGH_S / max(fastest, 1e-9))), most) if len(left) > 1 else 0
-        for more in (rounds, 2 * rounds):
-            for _ in range(more):
+        for rounds in _rounds(fastest) if len(left) > 1 else (0,):
+            for _ in range(rounds):
                 for name in left:
                     times[name].append(time(name))
             gains = {name: statistics.median(map(truediv, times[first], times[name])) for name in left}
@@ -241,7 +245,16 @@ def tried(
         if statistics.median(times[name]) > _NOISY * min(times[name]):
             outcomes[name] = Outcome("noisy", outcomes[name].us, "other work runs on this machine")
     best = max(gains, key=gains.get)
-    return Verdict(problem, best if gains[best] > _MARGIN else first, outcomes)
+    return Verdict(problem, best if gains[best] > margin else first, outcomes)
+
+
+def _rounds(seconds: float) -> tuple[int, ...]:
+    """How many rounds there are of calls that take so long, and how many more where two variants are near."""
+    if seconds > _LONG_S:
+        return (_FEW,)
+    least, most = _ROUNDS
+    some = min(max(least, round(_ENOUGH_S / max(seconds, 1e-9))), most)
+    return some, 2 * some
 
 
 @singledispatch
