@@ -50,13 +50,15 @@ class Chain:
         plans = self._plans(links, x)
         if plans is None:
             return self._one_by_one(links, x)
-        count = self._parts(links, plans, x)
+        count = 1 if x.shape[0] == 1 else self._parts(links, plans, x)
+        if count == 1:
+            return self._run(links, plans, x)
         return _in_parts(x, count, lambda part: self._run(links, plans, part))
 
     @staticmethod
     def _parts(links: list[nn.Module], plans: list[Plan], x: Tensor) -> int:
         """Into how many parts to cut the batch: by the images that a trial found fastest, else by `images`."""
-        if not x.is_cpu or x.shape[0] == 1 or forced_backend() is not None:
+        if not x.is_cpu or forced_backend() is not None:
             return parts(plans[0], x)
         stage = cpu.Stage(" ".join([plan.described for plan in plans]), tuple(x.shape[1:]), x.dtype)
         count = cpu.images(stage, images(plans[0], x), x.shape[0], lambda: _fresh(links, plans, x))

@@ -19,6 +19,7 @@ from ..backends import (
     computed,
     forced_backend,
     onednn,
+    pixel_means,
 )
 from ..trials import cpu
 from ..trials.modes import current_mode, watched
@@ -168,11 +169,15 @@ class PackedConv(Packed):
         Deferred ones are computed first where the backend cannot normalise what it reads. No argument is checked and
         autocast is off: the callers saw to that.
         """
-        run = None if means else self._runs.get((x.shape, gate is None, residual is None))
+        key = x.shape, gate is None, residual is None
+        run = self._runs.get((*key, True) if means and x.device.type != "cpu" else key)
         run = run or self.run_for(x, gate, residual, means)
         if not run.takes_deferred and (x.__class__ is Deferred or residual.__class__ is Deferred):
             x, residual = computed(x), computed(residual)
-        return (run.with_means if means else run)(x, gate, residual, consume, into_residual)
+        if means and run.with_parts is not None:
+            return run.with_means(x, gate, residual, consume, into_residual)
+        y = run(x, gate, residual, consume, into_residual)
+        return (y, pixel_means(y)) if means else y
 
 
 def _decides(x: Tensor | Deferred) -> bool:

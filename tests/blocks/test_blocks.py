@@ -1,6 +1,7 @@
 """The fused blocks compute what timm's do: in evaluation and training, under autocast, compiled, for every input."""
 
 import copy
+import sys
 import threading
 import warnings
 
@@ -230,3 +231,23 @@ def test_direct_construction():
     x = torch.randn(1, 16, 9, 9)
     with torch.no_grad():
         close(block(x), plain(x))
+
+
+def test_a_call_makes_few_python_calls():
+    """At small sizes they are most of its time."""
+    model, x, count = regnet_fast.create_model("regnety_002").eval(), torch.randn(1, 3, 64, 64), 0
+
+    def heard(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+
+    with torch.inference_mode():
+        for _ in range(3):
+            model(x)
+        before = sys.getprofile()
+        sys.setprofile(heard)
+        try:
+            model(x)
+        finally:
+            sys.setprofile(before)
+    assert 200 < count <= 500
