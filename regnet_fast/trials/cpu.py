@@ -144,9 +144,8 @@ def images(stage: Stage, probable: int, most: int, bind: Callable[[], Callable[[
         most: the images of the batch.
         bind: makes what takes the batch through the stage so many images at a time.
     """
+    probable = min(probable, most)
     counts = [str(n) for n in (probable, probable // 2, probable * 2) if 1 <= n <= most]
-    if not counts:
-        return probable
 
     def trial() -> Verdict:
         return tried(words(stage), counts, lambda count: partial(bind(), int(count)), margin=_STAGE_MARGIN)
