@@ -14,7 +14,7 @@ MODES = ("on", "stored", "off")
 _mode: ContextVar[str | None] = ContextVar("regnet_fast_trials", default=None)
 
 
-class mode:  # noqa: N801: called like a function
+class mode:
     """Set the mode in this thread or task from here on, or inside a `with` block alone.
 
     The environment's REGNET_FAST_TRIALS is the mode of whatever sets none. Raises ValueError for an unknown one.
