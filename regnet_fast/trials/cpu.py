@@ -105,33 +105,31 @@ def _verdicts(threads: int) -> Verdicts:
 def conv_variant(problem: ConvProblem, folded: Callable[[], tuple[Tensor, Tensor | None]]) -> str:
     """The variant of oneDNN's convolutions that serves a problem. `folded()` is the weight and bias."""
 
-    variants = onednn.conv_variants(problem)
-
-    def trial() -> Verdict:
-        made = Operands(problem)
-        return tried(
-            words(problem),
-            variants,
-            lambda variant: partial(onednn.prepare_conv(problem, *folded(), variant=variant), *made.all),
-            made.renew,
-        )
-
-    return _chosen(problem, variants, trial)
+    return _of_runs(
+        problem,
+        onednn.conv_variants(problem),
+        lambda variant: onednn.prepare_conv(problem, *folded(), variant=variant),
+    )
 
 
 def norm_act_variant(problem: NormActProblem, scale: Tensor, shift: Tensor) -> str:
     """The variant of scale, shift and activation that serves a problem."""
 
-    variants = onednn.norm_act_variants(problem)
+    return _of_runs(
+        problem,
+        onednn.norm_act_variants(problem),
+        lambda variant: onednn.prepare_norm_act(problem, scale, shift, variant),
+    )
+
+
+def _of_runs(
+    problem: ConvProblem | NormActProblem, variants: Sequence[str], prepare: Callable[[str], Callable[..., Tensor]]
+) -> str:
+    """The variant of an operation that serves a problem. `prepare` binds one to its weights."""
 
     def trial() -> Verdict:
         made = Operands(problem)
-        return tried(
-            words(problem),
-            variants,
-            lambda variant: partial(onednn.prepare_norm_act(problem, scale, shift, variant), *made.all),
-            made.renew,
-        )
+        return tried(words(problem), variants, lambda variant: partial(prepare(variant), *made.all), made.renew)
 
     return _chosen(problem, variants, trial)
 

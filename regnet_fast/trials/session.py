@@ -116,8 +116,8 @@ class Session:
         waits for the next process.
 
         Another process that tries for this user is not waited for: its verdicts are used when they are there. Of
-        processes that train together the first one of a machine tries alone. Never
-        raises: where nothing can be tried one warning says why. Ctrl-C ends the trials alone.
+        processes that train together the first one of a machine tries alone. Never raises: where nothing can be tried
+        one warning says why. Ctrl-C ends the trials alone.
         """
         if not self.waiting or watched() or current_mode() != "on" or self.clock() < self._look_again:
             return

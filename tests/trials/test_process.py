@@ -74,7 +74,7 @@ def test_a_bad_child_is_put_to_death_with_the_right_word(child, deed, kind, word
     with pytest.raises(Fault, match=words) as caught:
         child.ask({"do": deed}, DEADLINES)
     assert caught.value.kind == kind and not caught.value.before
-    assert not alive(pid) and time.monotonic() - begin < 100
+    assert not alive(pid) and time.monotonic() - begin < 20
 
 
 def test_a_death_after_an_answer_is_of_the_question_before(child):
