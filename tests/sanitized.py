@@ -118,11 +118,11 @@ def planted() -> None:
     """One float beyond the memory of a result."""
     x, rows = nhwc(1, 16, 3, 3), torch.zeros(4, compiled._row(16))
     out = torch.empty(x.numel() - 1)
-    cpu_library.library().read_map(*compiled._at(x, out, rows, None), 0, *compiled._sizes(x.shape, 1))
+    cpu_library.library("passes").read_map(*compiled._at(x, out, rows, None), 0, *compiled._sizes(x.shape, 1))
 
 
 def main(what: list[str]) -> None:
-    assert cpu_library.refuse() is None, cpu_library.refuse()
+    assert cpu_library.refuse("passes") is None, cpu_library.refuse("passes")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     digest = Digest()

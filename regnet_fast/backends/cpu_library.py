@@ -18,11 +18,11 @@ import tempfile
 import threading
 from ctypes import POINTER, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
+from typing import NamedTuple
 
 from .. import store
 from .cuda.sources import FOLDER
 
-SOURCE = FOLDER / "cpu" / "passes.cpp"
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 LINKED = ("-fPIC", "-shared")
 COMPILERS = ("c++", "g++", "clang++")
@@ -37,7 +37,7 @@ class RawTerm(ctypes.Structure):
     _fields_ = (("x", c_void_p), ("norm", c_void_p), ("factor", c_void_p), ("activation", c_int64))
 
 
-FUNCTIONS = {
+_PASSES = {
     "norm_rows": (*(c_void_p,) * 5, c_double, c_int64, c_int64),
     "raw_gradient_rows": (*(c_void_p,) * 6, c_double, c_double, c_int64, c_int64),
     "read_map": (*(c_void_p,) * 4, c_int, *_MAP),
@@ -52,7 +52,54 @@ FUNCTIONS = {
         *_MAP,
     ),
 }
-"""The arguments of the library's functions."""
+
+
+class Step(ctypes.Structure):
+    """A step of a program (csrc/cpu/program.cpp)."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("kind", "activation", "images", "channels", "height", "width")),
+        *((name, c_int64) for name in ("out_channels", "out_height", "out_width")),
+        *((name, c_int64 * 2) for name in ("kernel", "stride", "padding", "dilation")),
+        *((name, c_int64) for name in ("groups", "bfloat16", "planar", "before")),
+        *((name, c_void_p) for name in ("weight", "bias", "scale", "shift")),
+        *((name, c_int64) for name in ("x", "y", "residual", "gate", "sums")),
+    )
+
+
+_PROGRAM = {
+    "lanes": (),
+    "packed_size": (POINTER(Step),),
+    "pack_weight": (POINTER(Step), c_void_p, c_void_p),
+    "bands_of": (POINTER(Step),),
+    "new_program": (POINTER(Step), c_int64),
+    "free_program": (c_void_p,),
+    "scratch_size": (c_void_p,),
+    "run_program": (c_void_p, POINTER(c_void_p), c_void_p, c_int),
+}
+
+
+class Source(NamedTuple):
+    """What a library is compiled from: files of csrc/cpu, of which the compiler is given the first; the arguments of its
+    functions by name, and the results of those that have one; further options.
+    """
+
+    files: tuple[str, ...]
+    functions: dict[str, tuple[type, ...]]
+    results: dict[str, type] = {}
+    options: tuple[str, ...] = ()
+
+
+SOURCES = {
+    "passes": Source(("passes.cpp",), _PASSES),
+    "program": Source(
+        ("program.cpp", "kernels.h", "vector.h"),
+        _PROGRAM,
+        {"lanes": c_int64, "packed_size": c_int64, "bands_of": c_int64, "scratch_size": c_int64, "new_program": c_void_p},
+        ("-ffp-contract=fast",),
+    ),
+}
+"""The libraries: the passes of a training step, and programs in evaluation."""
 
 
 class LibraryError(RuntimeError):
@@ -62,41 +109,44 @@ class LibraryError(RuntimeError):
 _lock = threading.Lock()
 
 
-@functools.lru_cache(maxsize=1)
-def library() -> ctypes.CDLL:
-    """The functions of csrc/cpu. The first call of a process may compile them, in some seconds.
+@functools.lru_cache(maxsize=len(SOURCES))
+def library(name: str) -> ctypes.CDLL:
+    """The functions of a library of `SOURCES`. The first call of a process may compile them, in some seconds.
 
     Raises LibraryError, in every call the same.
     """
     with _lock:
-        found = _loaded()
+        found = _loaded(name)
     if isinstance(found, LibraryError):
         raise found
     return found
 
 
-def refuse() -> str | None:
-    """Why there is no library, or None."""
+def refuse(name: str) -> str | None:
+    """Why there is no library of a name, or None."""
     try:
-        library()
+        library(name)
     except LibraryError as error:
         return str(error)
     return None
 
 
-@functools.lru_cache(maxsize=1)
-def _loaded() -> ctypes.CDLL | LibraryError:
+@functools.lru_cache(maxsize=len(SOURCES))
+def _loaded(name: str) -> ctypes.CDLL | LibraryError:
+    source = SOURCES[name]
     try:
         if not sys.platform.startswith("linux"):
-            raise LibraryError(f"the passes of csrc/cpu are compiled on Linux alone, and this is {platform.system()}")
-        command = compiler()
-        source = SOURCE.read_bytes()
-        parts = ("cpu", source, *command, *OPTIONS, *LINKED, compiler_version(), _processor())
-        return _load(store.stored(store.key(*parts), lambda: _compile(command)))
+            raise LibraryError(f"csrc/cpu is compiled on Linux alone, and this is {platform.system()}")
+        command = [*compiler(), *OPTIONS, *source.options, *LINKED]
+        texts = [(FOLDER / "cpu" / file).read_bytes() for file in source.files]
+        content = store.stored(
+            store.key("cpu", *texts, *command, compiler_version(), _processor()), lambda: _compile(command, source)
+        )
+        return _load(content, source)
     except LibraryError as error:
         return error
     except OSError as error:
-        return LibraryError(f"the passes of csrc/cpu cannot be made or loaded: {error}")
+        return LibraryError(f"csrc/cpu cannot be compiled or loaded: {error}")
 
 
 def compiler() -> list[str]:
@@ -105,7 +155,7 @@ def compiler() -> list[str]:
     found = next((path for path in map(shutil.which, given[:1] or COMPILERS) if path), None)
     if found is None:
         missing = f"CXX={given[0]}, which is not there" if given else f"no C++ compiler ({', '.join(COMPILERS)})"
-        raise LibraryError(f"the passes of csrc/cpu are compiled at first use, and this machine has {missing}")
+        raise LibraryError(f"csrc/cpu is compiled at first use, and this machine has {missing}")
     return [found, *given[1:]]
 
 
@@ -124,10 +174,10 @@ def _processor() -> str:
     return "\n".join([platform.machine(), *sorted(set(facts))])
 
 
-def _compile(command: list[str]) -> bytes:
+def _compile(command: list[str], source: Source) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "passes.so"
-        _output([*command, *OPTIONS, *LINKED, "-o", str(made), str(SOURCE)])
+        made = Path(folder) / "made.so"
+        _output([*command, "-o", str(made), str(FOLDER / "cpu" / source.files[0])])
         try:
             return made.read_bytes()
         except OSError:
@@ -146,16 +196,16 @@ def _output(command: list[str]) -> str:
     return done.stdout.decode(errors="replace")
 
 
-def _load(content: bytes) -> ctypes.CDLL:
+def _load(content: bytes, source: Source) -> ctypes.CDLL:
     """The library, from a file that is gone when it is loaded. Raises LibraryError."""
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
         file.write(content)
         file.flush()
         try:
             found = ctypes.CDLL(file.name)
-            for name, arguments in FUNCTIONS.items():
+            for name, arguments in source.functions.items():
                 function = getattr(found, name)
-                function.argtypes, function.restype = arguments, None
+                function.argtypes, function.restype = arguments, source.results.get(name)
         except (OSError, AttributeError) as error:
-            raise LibraryError(f"the passes of csrc/cpu were compiled and cannot be loaded: {error}") from None
+            raise LibraryError(f"csrc/cpu was compiled and cannot be loaded: {error}") from None
     return found

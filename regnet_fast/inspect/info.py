@@ -160,7 +160,7 @@ def cpu_kernels() -> dict[str, str | None]:
 
     Compiles them where that was not done yet, in some seconds.
     """
-    refused = cpu_library.refuse()
+    refused = cpu_library.refuse("passes")
     return {"compiler": None if refused else cpu_library.compiler_version(), "refused": refused}
 
 

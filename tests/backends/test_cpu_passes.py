@@ -387,14 +387,14 @@ BROKEN = {
     "a compiler that makes nothing": ("echo 1", "without an error and left no library"),
     "garbage": (
         'case "$*" in *--version*) echo 1;; *) while [ "$1" != -o ]; do shift; done; echo junk > "$2";; esac',
-        "were compiled and cannot be loaded",
+        "was compiled and cannot be loaded",
     ),
     "another library": (
         'case "$*" in *--version*) echo 1;; *) while [ "$1" != -o ]; do shift; done; '
         'echo "int f() { return 0; }" > "$2.cpp"; c++ -shared -fPIC -o "$2" "$2.cpp";; esac',
         "undefined symbol: norm_rows",
     ),
-    "not a program": ("", "cannot be made or loaded"),
+    "not a program": ("", "cannot be compiled or loaded"),
 }  # fmt: skip
 
 
@@ -405,10 +405,10 @@ def test_where_they_cannot_be_compiled_torch_s_calls_serve(what, fresh, monkeypa
     if what == "not a program":
         Path(path).write_bytes(b"\x7fELF nonsense")
     monkeypatch.setenv("CXX", path)
-    assert reason in cpu_library.refuse()
+    assert reason in cpu_library.refuse("passes")
     assert passes_for(torch.zeros(1, 8, 2, 2)) is TORCH
     with pytest.raises(cpu_library.LibraryError):
-        cpu_library.library()
+        cpu_library.library("passes")
     found = CliRunner().invoke(app, ["info"])
     assert found.exit_code == 0 and "torch calls" in found.stdout
     found = CliRunner().invoke(app, ["info", "--json"])
@@ -418,12 +418,12 @@ def test_where_they_cannot_be_compiled_torch_s_calls_serve(what, fresh, monkeypa
 def test_a_compiler_that_hangs(fresh, monkeypatch):
     monkeypatch.setenv("CXX", script(fresh / "cxx", "exec sleep 60"))
     monkeypatch.setattr(cpu_library, "PATIENCE", 0.2)
-    assert "more than 0.2 seconds" in cpu_library.refuse()
+    assert "more than 0.2 seconds" in cpu_library.refuse("passes")
 
 
 def test_another_system(fresh, monkeypatch):
     monkeypatch.setattr(cpu_library.sys, "platform", "darwin")
-    assert "Linux alone" in cpu_library.refuse()
+    assert "Linux alone" in cpu_library.refuse("passes")
 
 
 def kept(folder: Path) -> list[Path]:
@@ -435,14 +435,14 @@ def test_compiled_once(fresh, monkeypatch):
     """The second process takes what the first one kept; a compiler with options of its own has another entry."""
     log = fresh / "log"
     monkeypatch.setenv("CXX", script(fresh / "cxx", f'echo "$*" >> {log}; exec c++ "$@" -O0'))
-    code = "import regnet_fast; from regnet_fast.backends import cpu_library as c; print(c.refuse())"
+    code = "import regnet_fast; from regnet_fast.backends import cpu_library as c; print(c.refuse('passes'))"
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
         assert done.stdout == "None\n"
     assert sum("--version" not in line for line in log.read_text().splitlines()) == 1
     assert len(kept(fresh)) == 1
     monkeypatch.setenv("CXX", f"{fresh / 'cxx'} -O1")
-    assert cpu_library.refuse() is None
+    assert cpu_library.refuse("passes") is None
     assert len(kept(fresh)) == 2
 
 
@@ -451,7 +451,7 @@ def test_a_folder_for_kernels_that_cannot_be_written(fresh, monkeypatch):
     (fresh / "file").write_text("")
     monkeypatch.setenv("REGNET_FAST_CACHE", str(fresh / "file"))
     with pytest.warns(UserWarning, match="nothing can be kept"):
-        assert cpu_library.refuse() is None
+        assert cpu_library.refuse("passes") is None
 
 
 def test_info_says_what_compiled_them():

@@ -102,10 +102,10 @@ def test_what_runs_both_ways(name):
     fused, host = FAMILIES[name]
     rows = explained(regnet_fast.create_model(name), train=True)
     one, other = rows[fused], rows[host]
-    passes = "torch" if cpu_library.refuse() else "csrc/cpu"
+    passes = "torch" if cpu_library.refuse("passes") else "csrc/cpu"
     assert one.label == one.backward == f"oneDNN convolutions, {passes} passes"
     assert one.backend == "aten" and one.operation != "host" and one.shape.startswith("2x")
-    assert one.reason == (cpu_library.refuse() or "")
+    assert one.reason == (cpu_library.refuse("passes") or "")
     assert other.operation == other.backend == "host" and other.backward == "torch autograd" and other.reason
     assert next(iter(rows)) == "stem" and list(rows)[-1] == "head"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from ctypes import c_void_p
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -18,13 +18,14 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import cpu_library
 from ..activations import ACTIVATIONS
-from ..cpu_library import RawTerm, library
+from ..cpu_library import RawTerm
 from .operands import Excite, Norm, OutputNorm, Sums, Term
 from .parts import ALL, of
 from .sums import summed
 from .torch import Gate, Passes, is_shared, known_means
 
 _LAST = torch.channels_last
+_library = partial(cpu_library.library, "passes")
 _VECTOR = 16
 _ROW = 128
 """The floats of a processor's vector at most, and how many a row has at least."""
@@ -36,7 +37,7 @@ def refuse(x: Tensor) -> str | None:
         return f"csrc/cpu has passes over float32 maps on a CPU, and these are {x.dtype} on {x.device}"
     if type(x) not in (Tensor, Parameter) or is_in_torch_dispatch_mode():
         return "csrc/cpu works on memory, which subclasses of Tensor and dispatch modes (tracing, counting) do not see"
-    return cpu_library.refuse()
+    return cpu_library.refuse("passes")
 
 
 @lru_cache(maxsize=1024)
@@ -98,7 +99,7 @@ def _norm_rows(norm: Norm | None, channels: int) -> Tensor:
     if norm is None:
         return torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float32, device="cpu")[:, None].repeat(1, width)
     rows, vectors = _floats(4, width), _vectors(channels, *norm[:4])
-    library().norm_rows(*_at(*vectors, rows), norm.eps, channels, width)
+    _library().norm_rows(*_at(*vectors, rows), norm.eps, channels, width)
     return rows
 
 
@@ -134,7 +135,7 @@ class CompiledReader:
             self.gate = Gate(self._means(x, part), self.excite)
             (self.factor,) = _vectors(x.shape[0] * x.shape[1], self.gate.gate)
         e, sizes = self.memory.like(x), _sizes(x.shape, torch.get_num_threads())
-        library().read_map(*_at(x, e, self.rows, self.factor), self.activation, *sizes)
+        _library().read_map(*_at(x, e, self.rows, self.factor), self.activation, *sizes)
         return e
 
     def _means(self, x: Tensor, part: slice) -> Tensor:
@@ -147,7 +148,7 @@ class CompiledReader:
     def _sums(self, x: Tensor, grad: Tensor | None, factor: float) -> Tensor:
         """Over the pixels of every image, of what is read, times grad where there is one."""
         found, sizes = _floats(*x.shape[:2]), _sizes(x.shape, torch.get_num_threads())
-        library().sums_of_images(*_at(x, grad, found, self.rows), self.activation, factor, *sizes)
+        _library().sums_of_images(*_at(x, grad, found, self.rows), self.activation, factor, *sizes)
         return found
 
 
@@ -177,7 +178,7 @@ class CompiledBackwardReader(CompiledReader):
         sums = self.sums if through else _doubles(2, x.shape[1])
         pointers = _at(x, grad, out, self.rows, self.factor, dmeans, sums)
         activation, sizes = self.activation if through else 0, _sizes(x.shape, torch.get_num_threads())
-        library().gradient_through(*pointers, activation, *sizes)
+        _library().gradient_through(*pointers, activation, *sizes)
 
     def totals(self) -> tuple[Sums | None, tuple[Tensor, ...] | None]:
         """`torch.BackwardReader.totals`."""
@@ -202,7 +203,7 @@ class CompiledGradientReader:
         if sums is None:
             self.y, sums = None, (None, None)
         vectors = _vectors(channels, *norm[:3], *sums)
-        library().raw_gradient_rows(*_at(*vectors, self.rows), norm.eps, norm.count, channels, width)
+        _library().raw_gradient_rows(*_at(*vectors, self.rows), norm.eps, norm.count, channels, width)
 
     def read(self, part: slice, plus: Tensor | None = None) -> Tensor:
         """`torch.GradientReader.read`, in any layout where there is no norm."""
@@ -213,7 +214,7 @@ class CompiledGradientReader:
         for t in (grad, of(self.y, part), of(plus, part)):
             maps.append(None if t is None else t.contiguous(memory_format=_LAST))
         out, sizes = self.memory.like(grad), _sizes(grad.shape, torch.get_num_threads())
-        library().gradient_of_raw(*_at(*maps, out, self.rows), *sizes)
+        _library().gradient_of_raw(*_at(*maps, out, self.rows), *sizes)
         return out
 
 
@@ -228,14 +229,14 @@ class CompiledMoments:
         first = self.state is None
         if first:
             self.state = _doubles(3, x.shape[1])
-        library().add_moments(*_at(x, copy, self.state), first, *_sizes(x.shape, torch.get_num_threads()))
+        _library().add_moments(*_at(x, copy, self.state), first, *_sizes(x.shape, torch.get_num_threads()))
         self.count += x.numel() // x.shape[1]
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of all images."""
         channels = self.state.shape[1]
         mean, var = _floats(channels), _floats(channels)
-        library().finished_moments(*_at(self.state, mean, var), self.count, channels)
+        _library().finished_moments(*_at(self.state, mean, var), self.count, channels)
         return mean, var
 
 
@@ -284,7 +285,7 @@ class CompiledPasses(Passes):
         given = _Terms(terms)
         y = torch.empty_like(given.maps[0], memory_format=_LAST)
         sizes = _sizes(y.shape, torch.get_num_threads())
-        library().join_terms(given.array, len(terms), ACTIVATIONS[activation].code, *_at(y), *sizes)
+        _library().join_terms(given.array, len(terms), ACTIVATIONS[activation].code, *_at(y), *sizes)
         return y
 
     def join_backward(
@@ -305,7 +306,7 @@ class CompiledPasses(Passes):
         pointers = [(c_void_p * len(terms))(*_at(*tensors)) for tensors in (written, sums)]
         at_grad, at_y, at_shared = _at(grad, y, shared)
         sizes, code = _sizes(grad.shape, torch.get_num_threads()), ACTIVATIONS[activation].code
-        library().join_gradients(at_grad, at_y, given.array, len(terms), code, at_shared, *pointers, *sizes)
+        _library().join_gradients(at_grad, at_y, given.array, len(terms), code, at_shared, *pointers, *sizes)
         return [(dx, _narrow(one)) for dx, one in zip(results, sums, strict=True)]
 
     def entered_backward(self, grad: Tensor, norm: OutputNorm, x: Tensor, identity: Tensor | None) -> Tensor:
