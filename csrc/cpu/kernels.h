@@ -73,6 +73,23 @@ __attribute__((noinline)) void finish(const Vec* sums, int pixels, int vectors, 
     }
 }
 
+/// The same without what is seldom asked for, from registers.
+template <typename T, int M, int N>
+ALWAYS void end(const Vec (&sums)[M][N], const Tile& tile) {
+    if (tile.activation > RELU || tile.sums || tile.channels != N * LANES) return finish<T>(sums[0], M, N, tile);
+    const T* residual = static_cast<const T*>(tile.residual);
+    T* y = static_cast<T*>(tile.y);
+    const Vec least = all(tile.activation == RELU ? 0.0f : -std::numeric_limits<float>::infinity());
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 16
+        for (int j = 0; j < N; j++) {
+            Vec z = sums[i][j];
+            if (residual) z += load(residual + i * tile.pitch + j * LANES);
+            store(y + i * tile.pitch + j * LANES, z < least ? least : z);
+        }
+}
+
 /// Pixel i of those that begin at `a`, `b` five further and `c` ten further: of what an address can be made of without
 /// a register for each.
 template <typename Unit>
@@ -124,7 +141,7 @@ __attribute__((noinline)) void sums_by_broadcast(const Tile& tile) {
             a += sizeof(Unit), b += sizeof(Unit), c += sizeof(Unit);
         }
     }
-    finish<T>(sums[0], M, N, tile);
+    end<T>(sums, tile);
 }
 
 /// Sums of M pixels and one vector of several whole groups, each of WIDTH channels: of the vector of a pixel's channels
@@ -134,8 +151,8 @@ __attribute__((noinline)) void sums_by_lanes(const Tile& tile) {
     using Unit = typename A::Unit;
     using Operand = typename A::Operand;
     constexpr int UNITS = WIDTH > A::PER_UNIT ? WIDTH / A::PER_UNIT : 1;
-    Vec sums[M];
-    for (int i = 0; i < M; i++) sums[i] = load(tile.bias);
+    Vec sums[M][1];
+    for (int i = 0; i < M; i++) sums[i][0] = load(tile.bias);
     Words first = {};
     for (int l = 0; l < LANES; l++) first[l] = l / WIDTH * WIDTH / A::PER_UNIT;
     const Unit* w = static_cast<const Unit*>(tile.weight);
@@ -153,11 +170,11 @@ __attribute__((noinline)) void sums_by_lanes(const Tile& tile) {
 #pragma GCC unroll 16
             for (int u = 0; u < UNITS; u++) {
                 const Operand own = A::PER_UNIT * UNITS == 1 ? x : (Operand)__builtin_shuffle(x, (Words)(first + u));
-                sums[i] = A::plus(sums[i], own, weight[u]);
+                sums[i][0] = A::plus(sums[i][0], own, weight[u]);
             }
         }
     }
-    finish<T>(sums, M, 1, tile);
+    end<T>(sums, tile);
 }
 
 using Kernel = void (*)(const Tile&);
@@ -207,8 +224,9 @@ const Kernels& half_kernels(int beside) {
 /// The kernels of groups of which a vector has several: 1, 2, 4 or 8 channels wide.
 template <typename A, typename T>
 const Kernels& lane_kernels(int width) {
-    static constexpr Kernels found[] = {by_lanes<A, T, 1>(), by_lanes<A, T, 2>(), by_lanes<A, T, 4>()};
-    return found[width / 2];
+    static constexpr Kernels found[] = {by_lanes<A, T, 1>(), by_lanes<A, T, 2>(), by_lanes<A, T, 4>(),
+                                        by_lanes<A, T, 8>()};
+    return found[width == 8 ? 3 : width / 2];
 }
 
 }  // namespace

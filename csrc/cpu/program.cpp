@@ -63,12 +63,18 @@ struct Channels {
     int offset;                // of its own first one in the slice
 };
 
+/// Some rows of a kernel.
+struct Rows {
+    int64_t first, count;
+};
+
 struct Conv {
     Step step;
     std::vector<Channels> tiles;
     std::vector<int> blocks;  // the first tile of each chunk, and the end
     int64_t taps, per_group, units;
     bool flat, direct;  // pixels one after the other; read from x itself
+    bool merged;        // the taps of a kernel's row are one, since what they read lies together
     int64_t images, pixels, bands, band;  // rows, or pixels where it is flat
     int64_t pitch, panel_width, panel;    // units of a pixel, pixels of a row, bytes
 
@@ -100,7 +106,7 @@ struct Conv {
         };
         if (groups == 1 || out % LANES == 0) {
             for (int64_t g = 0; g < groups; g++) add_whole(g * out, out, g * in);
-        } else if (out > LANES / 2) {  // an odd number of half vectors: two groups at a time
+        } else if (out > LANES / 2 && LANES == 16) {  // an odd number of half vectors: two groups at a time
             const int64_t beside = out / LANES, alone = std::min<int64_t>(beside, 3);
             for (int64_t g = 0; g < groups; g += 2) {
                 const int64_t first = g * out, more = beside - alone;
@@ -110,9 +116,6 @@ struct Conv {
                 add(HALF, int(2 * alone + 1), int(alone), middle, stop - middle, g * in);
                 if (more && end > stop) add_whole(stop, end - stop, (g + 1) * in);
             }
-        } else if (out == LANES / 2 && LANES == 16) {
-            for (int64_t g = 0; g < groups; g += 2)
-                add(HALF, 1, 0, g * out, std::min(2 * out, step.out_channels - g * out), g * in);
         } else {
             for (int64_t k = 0; k < step.out_channels; k += LANES)
                 add(LANE, 1, 0, k, std::min<int64_t>(LANES, step.out_channels - k), k);
@@ -126,7 +129,7 @@ struct Conv {
         const int64_t own = step.groups == 1 ? step.channels
                             : tiles[0].lanes == LANE ? LANES
                             : pairs ? 2 * per_group : per_group;
-        const int64_t size = own * std::max<int64_t>(1, divided(SLICE, own));
+        const int64_t size = step.groups == 1 ? own : own * divided(SLICE, own);
         for (Channels& tile : tiles) {
             const int64_t begin = tile.slice / size * size;
             tile.offset = int((tile.slice - begin) / per_unit());
@@ -146,6 +149,7 @@ struct Conv {
         flat = plain && !padded;
         direct = flat && !strided && !read && as_stored && step.channels % per_unit() == 0 && step.groups == 1;
         const bool by_image = read || strided || step.sums >= 0 || !flat;
+        merged = step.groups == 1 && step.dilation[1] == 1;
         images = by_image ? step.images : 1;
         pixels = step.out_height * step.out_width * (by_image ? 1 : step.images);
         if (direct) pitch = step.channels / per_unit();
@@ -170,6 +174,16 @@ struct Conv {
 
     /// Rows that an output row reads.
     int64_t reach() const { return (step.kernel[0] - 1) * step.dilation[0] + 1; }
+
+    /// The kernel's rows that read the image, and not its padding, for an output row.
+    Rows reached(int64_t row) const {
+        if (flat) return {0, 1};
+        const int64_t top = row * step.stride[0] - step.padding[0], down = step.dilation[0];
+        const int64_t above = top < 0 ? divided(-top, down) : 0;
+        const int64_t within = top < step.height ? divided(step.height - top, down) : 0;
+        const int64_t begin = std::min(above, step.kernel[0]), end = std::min(within, step.kernel[0]);
+        return {begin, std::max<int64_t>(0, end - begin)};
+    }
 
     int64_t best_pixels() const { return std::min(7, most_pixels(tiles[0].vectors)); }
 
@@ -211,10 +225,30 @@ struct Reader {
         plane = s.planar ? s.height * s.width : 1;
     }
 
+    /// Some pixels of a row, `step` numbers after each other.
+    void put_row(const T* x, int64_t step, int64_t pixels, Stored* out) const {
+        if (plane == 1 && std::is_same<T, Stored>::value && !gate && !scale && step == channels && step == pitch) {
+            std::memcpy(static_cast<void*>(out), x, pixels * channels * sizeof(T));
+        } else if (plane == 1) {
+            for (int64_t p = 0; p < pixels; p++) put(x + p * step, out + p * pitch);
+        } else {
+            for (int64_t c = 0; c < pitch; c++)
+                for (int64_t p = 0; p < pixels; p++)
+                    out[p * pitch + c] = c < channels ? converted(x[c * plane + p * step]) : Stored{};
+        }
+    }
+
+    static ALWAYS Stored converted(Stored value) { return value; }
+
+    template <typename S>
+    static ALWAYS std::enable_if_t<!std::is_same<S, Stored>::value, Stored> converted(S value) {
+        Stored made;
+        store(&made, load(&value, 1), 1);
+        return made;
+    }
+
     ALWAYS void put(const T* x, Stored* out) const {
-        if (plane != 1) {
-            for (int64_t c = 0; c < channels; c++) store(out + c, load(x + c * plane, 1), 1);
-        } else if (!gate && !scale) {
+        if (!gate && !scale) {
             if (std::is_same<T, Stored>::value) {
                 std::memcpy(out, x, channels * sizeof(T));
             } else {
@@ -251,7 +285,7 @@ __attribute__((noinline)) void fill(const Conv& conv, void* const* buffers, int6
         const int64_t end = std::min(first + conv.band, conv.pixels);
         for (int64_t p = first; p < end; p++, out += reader.pitch) {
             const int64_t row = p / s.out_width * s.stride[0], column = p % s.out_width * s.stride[1];
-            reader.put(x + (row * s.width + column) * step, out);
+            reader.put_row(x + (row * s.width + column) * step, step, 1, out);
         }
         return;
     }
@@ -266,7 +300,8 @@ __attribute__((noinline)) void fill(const Conv& conv, void* const* buffers, int6
         out += before * reader.pitch;
         if (outside) continue;
         const T* from = x + row * s.width * step;
-        for (int64_t c = 0; c < inside; c++, out += reader.pitch) reader.put(from + c * step, out);
+        reader.put_row(from, step, inside, out);
+        out += inside * reader.pitch;
         const int64_t after = conv.panel_width - left - inside;
         std::memset(static_cast<void*>(out), 0, after * reader.pitch * sizeof(Stored));
         out += after * reader.pitch;
@@ -288,13 +323,12 @@ void conv_chunk(const Conv& conv, int64_t number, void* const* buffers, int64_t 
     const int64_t first = band * conv.band;
     const int64_t rows = conv.flat ? 1 : std::min(conv.band, s.out_height - first);
     const int64_t row = conv.flat ? std::min(conv.band, conv.pixels - first) : s.out_width;
+    const int64_t merged = conv.merged ? s.kernel[1] : 1, across = s.kernel[1] / merged;
     int64_t taps[conv.taps];
-    for (int64_t t = 0; t < conv.taps; t++) {
-        const int64_t down = t / s.kernel[1] * s.dilation[0], across = t % s.kernel[1] * s.dilation[1];
-        taps[t] = (down * conv.panel_width + across) * conv.pitch;
-    }
+    for (int64_t t = 0; t < s.kernel[0] * across; t++)
+        taps[t] = (t / across * s.dilation[0] * conv.panel_width + t % across * s.dilation[1]) * conv.pitch;
     Tile tile;
-    tile.taps = taps, tile.tap_count = int(conv.taps), tile.units = int(conv.units);
+    tile.units = int(conv.units * merged);
     tile.step = conv.pitch * (conv.flat ? 1 : s.stride[1]);
     tile.other = conv.units, tile.pitch = s.out_channels, tile.activation = int(s.activation);
     for (int i = conv.blocks[block]; i < conv.blocks[block + 1]; i++) {
@@ -310,7 +344,7 @@ void conv_chunk(const Conv& conv, int64_t number, void* const* buffers, int64_t 
             }
             x = reinterpret_cast<const Unit*>(scratch.panel) + own.offset;
         }
-        tile.weight = static_cast<const Unit*>(s.weight) + own.weight;
+        const Unit* weight = static_cast<const Unit*>(s.weight) + own.weight;
         tile.bias = s.bias + own.first, tile.channels = own.count;
         tile.sums = nullptr;
         if (s.sums >= 0) {
@@ -322,6 +356,9 @@ void conv_chunk(const Conv& conv, int64_t number, void* const* buffers, int64_t 
         for (int64_t r = 0; r < rows; r++) {
             const int64_t start = conv.flat ? image * conv.pixels + first
                                             : (image * s.out_height + first + r) * s.out_width;
+            const Rows reached = conv.reached(first + r);
+            tile.taps = taps + reached.first * across, tile.tap_count = int(reached.count * across);
+            tile.weight = weight + reached.first * s.kernel[1] * conv.units * own.vectors * LANES;
             for (int64_t piece = 0, done = 0; piece < pieces; piece++) {
                 const int64_t size = row / pieces + (piece < row % pieces);
                 const int64_t y = (start + done) * s.out_channels + own.first;

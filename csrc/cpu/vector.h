@@ -65,12 +65,21 @@ ALWAYS void store(Bf16* p, Vec v) {
     *reinterpret_cast<LooseHalves*>(p) = __builtin_convertvector(rounded, Halves);
 }
 
+/// Copy fewer than 16 numbers.
+template <typename T>
+ALWAYS void copy_few(T* to, const T* from, int count) {
+    if (count & 8) std::memcpy(to, from, 8 * sizeof(T)), to += 8, from += 8;
+    if (count & 4) std::memcpy(to, from, 4 * sizeof(T)), to += 4, from += 4;
+    if (count & 2) std::memcpy(to, from, 2 * sizeof(T)), to += 2, from += 2;
+    if (count & 1) *to = *from;
+}
+
 /// The first `count` lanes, the others zero.
 template <typename T>
 ALWAYS Vec load(const T* p, int count) {
     if (count >= LANES) return load(p);
     T given[LANES] = {};
-    std::memcpy(given, p, count * sizeof(T));
+    copy_few(given, p, count);
     return load(given);
 }
 
@@ -79,7 +88,7 @@ ALWAYS void store(T* p, Vec v, int count) {
     if (count >= LANES) return store(p, v);
     T made[LANES];
     store(made, v);
-    std::memcpy(p, made, count * sizeof(T));
+    copy_few(p, made, count);
 }
 
 /// exp(x) to about 1 ulp from -87 to 88, exp(-87) below and infinity above. Source: S. Moshier, Cephes, `expf`.

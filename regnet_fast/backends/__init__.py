@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
 
-from . import cuda, cudnn, onednn, reference, triton
+from . import cuda, cudnn, native, onednn, reference, triton
 from .activations import ACTIVATIONS
 from .problem import (
     ConvProblem,
@@ -55,10 +55,10 @@ __all__ = [
     "select",
 ]
 
-BACKENDS = ("aten", "triton", "cuda", "reference")
+BACKENDS = ("aten", "native", "triton", "cuda", "reference")
 """The names of all backends, in the order in which `auto` asks them."""
 
-_MODULES = {"triton": triton, "cuda": cuda, "reference": reference}
+_MODULES = {"native": native, "triton": triton, "cuda": cuda, "reference": reference}
 _ATEN = {"cpu": onednn, "cuda": cudnn}
 
 

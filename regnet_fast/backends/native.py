@@ -27,6 +27,7 @@ ACTIVATION_CODES = {"none": 0, "relu": 1, "silu": 2, "sigmoid": 3}
 """The activations of csrc/cpu."""
 
 _library = partial(cpu_library.library, "program")
+_FEW = 4  # channels of an image that is read in NCHW
 LINE = 64  # bytes, which memory begins at a multiple of
 
 
@@ -158,18 +159,19 @@ class Conv(Run):
     """A convolution with weights laid out for every input shape."""
 
     label = "csrc/cpu"
-    any_layout = False
 
     def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
-        self.problem = problem
+        self.problem, self.any_layout = problem, problem.input_shape[1] <= _FEW and not problem.gate
         self.weights = Weights(conv_step(problem), weight, bias)
         self._plain = self._program(False)
+        self._planar = self._program(False, True) if self.any_layout else None
         self._with_means = self._program(True)
 
-    def _program(self, means: bool) -> Program:
+    def _program(self, means: bool, planar: bool = False) -> Program:
         p = self.problem
         residual, gate = 2 if p.residual else -1, 3 if p.gate else -1
         step = self.weights.give(conv_step(p, 0, 1, residual, gate, 4 if means else -1))
+        step.planar = planar
         if not means:
             return Program([step], self.weights, [None] * 4)
         self._bands = bands_of(step)
@@ -180,7 +182,8 @@ class Conv(Run):
     ) -> Tensor:
         y = self._result(residual if into_residual else None)
         gate = None if gate is None else gate.float().contiguous()
-        self._plain([x.data_ptr(), y.data_ptr(), _at(residual), _at(gate)])
+        last = self._planar is None or x.is_contiguous(memory_format=torch.channels_last)
+        (self._plain if last else self._planar)([x.data_ptr(), y.data_ptr(), _at(residual), _at(gate)])
         return y
 
     def with_parts(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,22 +8,28 @@ the next block sees a block's output, and adding into it touches less memory tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import is_
 
 import torch
 from torch import Tensor, nn
 
-from ..backends import forced_backend
+from ..backends import forced_backend, native
 from ..observer import observer
 from ..ops.convolution import autocast_enabled
 from ..trials import cpu
 from ..trials.session import session, waiting
 from .fused import Fused, Plan, unfit
+from .program import record
+from .units import Refused
 from .watch import only_forwards, transformed
 
 _BYTES_PER_THREAD = 5e6
 """How large a map may be for the maps before and after it to be still in the cache when they are needed: measured on
 two threads with 1 MB of second-level cache each and 32 MB of third-level cache (docs/cpu.md).
 """
+
+_PROGRAMS_KEPT = 8
+"""For how many shapes of images a stage keeps its programs."""
 
 
 class Chain:
@@ -50,10 +56,31 @@ class Chain:
         plans = self._plans(links, x)
         if plans is None:
             return self._one_by_one(links, x)
+        found = self._program(plans, x) if x.is_cpu else None
+        if found is not None:
+            return found
         count = 1 if x.shape[0] == 1 else self._parts(links, plans, x)
         if count == 1:
             return self._run(links, plans, x)
         return _in_parts(x, count, lambda part: self._run(links, plans, part))
+
+    @staticmethod
+    def _program(plans: list[Plan], x: Tensor) -> Tensor | None:
+        """The result by programs of csrc/cpu, one for each part of the batch; None where another way serves."""
+        if forced_backend() not in (None, "native") or observer.get() is not None:
+            return None
+        x = x.contiguous(memory_format=torch.channels_last)
+        y, done = None, 0
+        for count in _counts(x.shape[0], images(plans[0], x)):
+            program = program_of(plans, (count, *x.shape[1:]), x.dtype)
+            if program is None:
+                return None
+            if y is None:
+                shape = (x.shape[0], *program.shape[1:])
+                y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+            program([part.data_ptr() for part in (x[done:], y[done:])])
+            done += count
+        return y
 
     @staticmethod
     def _parts(links: list[nn.Module], plans: list[Plan], x: Tensor) -> int:
@@ -112,6 +139,26 @@ class Chain:
         plain = object.__new__(type(self).host)
         plain.__dict__ = self.__dict__
         return plain
+
+
+def _counts(batch: int, most: int) -> list[int]:
+    """The images of each part of a batch, with so many in one at most, as even as can be."""
+    count = -(-batch // most)
+    return [batch // count + (i < batch % count) for i in range(count)]
+
+
+def program_of(plans: list[Plan], shape: tuple[int, ...], dtype: torch.dtype) -> native.Program | None:
+    """The program of blocks for images of a shape, made once; None where csrc/cpu cannot serve."""
+    kept = plans[0].programs
+    found = kept.get(shape)
+    if found is None or len(found[0]) != len(plans) or not all(map(is_, found[0], plans)):
+        try:
+            made = record([plan.unbound for plan in plans], shape, dtype)
+        except Refused:
+            made = None
+        found = (plans, made)
+        plans[0].programs = {**(kept if len(kept) < _PROGRAMS_KEPT else {}), shape: found}
+    return found[1]
 
 
 def parts(first: Plan, x: Tensor) -> int:

@@ -59,6 +59,7 @@ class Plan(Watch):
         self.refusal: str | None = self.blind
         self.unbound: Form | None = None
         self.in_channels: int | None = None
+        self.programs: dict[tuple, tuple] = {}
         if self.refusal is not None:
             return
         try:
