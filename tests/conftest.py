@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 
+from regnet_fast.backends import cpu_library
 from regnet_fast.blocks import fused
 from regnet_fast.blocks.fused import FallbackWarning
 
@@ -49,6 +50,8 @@ def pytest_configure(config):
     workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
     if workers:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
+    else:
+        cpu_library.refuse("program")  # compiled before there are several processes, of which one would go without
 
 
 def pytest_collection_modifyitems(config, items):

@@ -202,7 +202,7 @@ constexpr Kernels by_broadcast() {
 
 template <typename A, typename T, int WIDTH>
 constexpr Kernels by_lanes() {
-    return lane_kernels<A, T, WIDTH>(std::make_integer_sequence<int, REGISTERS == 32 ? 14 : 8>());
+    return lane_kernels<A, T, WIDTH>(std::make_integer_sequence<int, 7>());
 }
 
 /// The kernels of vectors that each have one group.
@@ -216,9 +216,9 @@ const Kernels& whole_kernels(int vectors) {
 /// The kernels of a vector of two groups, with so many whole ones on each side.
 template <typename A, typename T>
 const Kernels& half_kernels(int beside) {
-    static constexpr Kernels found[] = {by_broadcast<A, T, 0, true, 0>(), by_broadcast<A, T, 1, true, 1>(),
-                                        by_broadcast<A, T, 2, true, 2>(), by_broadcast<A, T, 3, true, 3>()};
-    return found[beside];
+    static constexpr Kernels found[] = {by_broadcast<A, T, 1, true, 1>(), by_broadcast<A, T, 2, true, 2>(),
+                                        by_broadcast<A, T, 3, true, 3>()};
+    return found[beside - 1];
 }
 
 /// The kernels of groups of which a vector has several: 1, 2, 4 or 8 channels wide.

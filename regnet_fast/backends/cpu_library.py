@@ -16,8 +16,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from ctypes import POINTER, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from .. import store
@@ -80,14 +82,15 @@ _PROGRAM = {
 
 
 class Source(NamedTuple):
-    """What a library is compiled from: files of csrc/cpu, of which the compiler is given the first; the arguments of its
-    functions by name, and the results of those that have one; further options.
+    """What a library is compiled from: files of csrc/cpu, of which the compiler is given the first; the arguments of
+    its functions by name, and the results of those that have one; further options.
     """
 
     files: tuple[str, ...]
     functions: dict[str, tuple[type, ...]]
-    results: dict[str, type] = {}
+    results: Mapping[str, type] = MappingProxyType({})
     options: tuple[str, ...] = ()
+    needed: bool = True  # else nobody waits for another process that compiles it
 
 
 SOURCES = {
@@ -95,8 +98,15 @@ SOURCES = {
     "program": Source(
         ("program.cpp", "kernels.h", "vector.h"),
         _PROGRAM,
-        {"lanes": c_int64, "packed_size": c_int64, "bands_of": c_int64, "scratch_size": c_int64, "new_program": c_void_p},
+        {
+            "lanes": c_int64,
+            "packed_size": c_int64,
+            "bands_of": c_int64,
+            "scratch_size": c_int64,
+            "new_program": c_void_p,
+        },
         ("-ffp-contract=fast",),
+        needed=False,
     ),
 }
 """The libraries: the passes of a training step, and programs in evaluation."""
@@ -139,12 +149,12 @@ def _loaded(name: str) -> ctypes.CDLL | LibraryError:
             raise LibraryError(f"csrc/cpu is compiled on Linux alone, and this is {platform.system()}")
         command = [*compiler(), *OPTIONS, *source.options, *LINKED]
         texts = [(FOLDER / "cpu" / file).read_bytes() for file in source.files]
-        content = store.stored(
-            store.key("cpu", *texts, *command, compiler_version(), _processor()), lambda: _compile(command, source)
-        )
-        return _load(content, source)
+        key = store.key("cpu", *texts, *command, compiler_version(), _processor())
+        return _load(store.stored(key, lambda: _compile(command, source), wait=source.needed), source)
     except LibraryError as error:
         return error
+    except BlockingIOError:
+        return LibraryError("another process is compiling csrc/cpu; the next one that starts will have it")
     except OSError as error:
         return LibraryError(f"csrc/cpu cannot be compiled or loaded: {error}")
 
@@ -175,6 +185,7 @@ def _processor() -> str:
 
 
 def _compile(command: list[str], source: Source) -> bytes:
+    print(f"regnet_fast compiles csrc/cpu/{source.files[0]} for this processor, once: some seconds", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "made.so"
         _output([*command, "-o", str(made), str(FOLDER / "cpu" / source.files[0])])

@@ -1,4 +1,4 @@
-"""The kernels of csrc/cpu for networks in evaluation, compiled at first use: single operations, and programs of many.
+"""The kernels of csrc/cpu for networks in evaluation, compiled at first use: single operations and programs of many.
 
 Convolutions in float32 and bfloat16 with float32 sums, whose prologue (gate, or scale, shift and activation) is computed
 as they read, and whose epilogue adds bias and residual and makes the channel means on the way; everything in
@@ -10,12 +10,13 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ..observer import observer
 from . import cpu_library
 from .cpu_library import Step
 from .problem import Apart, ConvProblem, Geometry, NormActProblem, Problem, Run, SqueezeExciteProblem
@@ -27,6 +28,7 @@ ACTIVATION_CODES = {"none": 0, "relu": 1, "silu": 2, "sigmoid": 3}
 """The activations of csrc/cpu."""
 
 _library = partial(cpu_library.library, "program")
+_KEPT = 32  # input shapes for which programs are kept
 _FEW = 4  # channels of an image that is read in NCHW
 LINE = 64  # bytes, which memory begins at a multiple of
 
@@ -44,8 +46,6 @@ def refuse(problem: Problem) -> str | None:
         reason = _refuse_groups(problem.input_shape[1], problem.out_channels, problem.geometry.groups)
         if reason is not None:
             return reason
-    if is_in_torch_dispatch_mode():
-        return "csrc/cpu works on memory, which dispatch modes (tracing, counting) do not see"
     return cpu_library.refuse("program")
 
 
@@ -109,22 +109,13 @@ class Program:
         keep: what the steps point to.
         offsets: where each buffer begins in the program's own memory, None for those that a call gives.
         size: bytes of that memory.
-        shape: of the result.
 
     `program(pointers)` runs it with torch's number of threads, on the addresses of the buffers that the call gives, the
     first ones. Safe to share between threads.
     """
 
-    def __init__(
-        self,
-        steps: Sequence[Step],
-        keep: object,
-        offsets: Sequence[int | None],
-        size: int = 0,
-        shape: Sequence[int] = (),
-    ):
-        self._keep, self._lib, self._offsets, self._size, self.shape = keep, _library(), offsets, size, torch.Size(shape)
-        self.steps = len(steps)
+    def __init__(self, steps: Sequence[Step], keep: object, offsets: Sequence[int | None], size: int = 0):
+        self._keep, self._lib, self._offsets, self._size = keep, _library(), offsets, size
         self._handle = self._lib.new_program((Step * len(steps))(*steps), len(steps))
         if not self._handle:
             raise MemoryError("There is no memory for a program of csrc/cpu.")
@@ -145,7 +136,8 @@ class Program:
             held = threads, memory, (ctypes.c_void_p * len(self._offsets))(*places)
         array = held[2]
         for i, pointer in enumerate(pointers):
-            array[i] = pointer
+            if self._offsets[i] is None:
+                array[i] = pointer
         self._lib.run_program(self._handle, array, held[1].data_ptr() + self._size, threads)
         self._free.append(held)
 
@@ -156,50 +148,113 @@ def bands_of(step: Step) -> int:
 
 
 class Conv(Run):
-    """A convolution with weights laid out for every input shape."""
+    """A convolution with weights laid out for every input shape; of few channels also of an image in NCHW."""
 
     label = "csrc/cpu"
+    shape = None  # that it serves alone
 
-    def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
+    def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None, packed: bool = True):
         self.problem, self.any_layout = problem, problem.input_shape[1] <= _FEW and not problem.gate
         self.weights = Weights(conv_step(problem), weight, bias)
-        self._plain = self._program(False)
-        self._planar = self._program(False, True) if self.any_layout else None
-        self._with_means = self._program(True)
+        self._programs: dict[tuple, Program] = {}
 
-    def _program(self, means: bool, planar: bool = False) -> Program:
-        p = self.problem
-        residual, gate = 2 if p.residual else -1, 3 if p.gate else -1
-        step = self.weights.give(conv_step(p, 0, 1, residual, gate, 4 if means else -1))
-        step.planar = planar
-        if not means:
-            return Program([step], self.weights, [None] * 4)
-        self._bands = bands_of(step)
-        return Program([step, means_step(p.output_shape, self._bands, 4, 5)], self.weights, [None] * 6)
+    def fits(self, problem: ConvProblem) -> bool:
+        """Whether the weights are as a problem of another input shape wants them: always."""
+        return True
+
+    def _program(self, x: Tensor, means: bool) -> tuple[Program, tuple[int, ...]]:
+        planar = self.any_layout and not x.is_contiguous(memory_format=torch.channels_last)
+        key = (x.shape, planar, means)
+        found = self._programs.get(key)
+        if found is None:
+            problem = replace(self.problem, input_shape=tuple(x.shape))
+            residual, gate = 2 if problem.residual else -1, 3 if problem.gate else -1
+            steps = [self.weights.give(conv_step(problem, 0, 1, residual, gate, 4 if means else -1))]
+            steps[0].planar = planar
+            offsets, size = [None] * 4, 0
+            if means:
+                n, k, _, _ = problem.output_shape
+                bands = bands_of(steps[0])
+                steps.append(means_step(problem.output_shape, bands, 4, 5))
+                offsets, size = [None, None, None, None, 0, None], -(-n * k * bands * 4 // LINE) * LINE
+            found = Program(steps, self.weights, offsets, size), problem.output_shape
+            self._programs = {**(self._programs if len(self._programs) < _KEPT else {}), key: found}
+        return found
 
     def __call__(
         self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool
     ) -> Tensor:
-        y = self._result(residual if into_residual else None)
+        program, shape = self._program(x, False)
+        y = residual if into_residual and residual is not None else _map(shape, x.dtype)
         gate = None if gate is None else gate.float().contiguous()
-        last = self._planar is None or x.is_contiguous(memory_format=torch.channels_last)
-        (self._plain if last else self._planar)([x.data_ptr(), y.data_ptr(), _at(residual), _at(gate)])
+        if _starts("conv", x=x, gate=gate, residual=residual, weight=self.weights.packed, y=y):
+            program([x.data_ptr(), y.data_ptr(), _at(residual), _at(gate)])
         return y
 
     def with_parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The result and its means, (N, K) in float32."""
-        n, k = self.problem.output_shape[:2]
-        y = self._result(None)
-        sums = torch.empty(n * self._bands * k + 2 * LINE, dtype=torch.float32, device="cpu")
-        means = torch.empty((n, k), dtype=torch.float32, device="cpu")
-        self._with_means([x.data_ptr(), y.data_ptr(), None, None, sums.data_ptr(), means.data_ptr()])
+        program, shape = self._program(x, True)
+        y, means = _map(shape, x.dtype), _floats(*shape[:2])
+        if _starts("conv", x=x, weight=self.weights.packed, y=y, means=means):
+            program([x.data_ptr(), y.data_ptr(), None, None, None, means.data_ptr()])
         return y, means
 
-    def _result(self, given: Tensor | None) -> Tensor:
-        p = self.problem
-        if given is not None:
-            return given
-        return torch.empty(p.output_shape, dtype=p.dtype, device="cpu", memory_format=torch.channels_last)
+
+class SqueezeExcite(Run):
+    """The gate from the means, in float32."""
+
+    label = "csrc/cpu"
+
+    def __init__(self, problem: SqueezeExciteProblem, *weights: Tensor):
+        names = problem.activation, problem.gate_activation
+        self.layers = [
+            Conv(linear(problem.batch, *weight.shape, name), weight[:, :, None, None], bias)
+            for weight, bias, name in zip(weights[::2], weights[1::2], names, strict=True)
+        ]
+
+    def __call__(self, means: Tensor) -> Tensor:
+        x = means.contiguous()
+        for layer in self.layers:
+            program, shape = layer._program(x.t()[None, :, :, None], False)
+            y = _floats(means.shape[0], shape[1])
+            if _starts("linear", x=x, weight=layer.weights.packed, y=y):
+                program([x.data_ptr(), y.data_ptr()])
+            x = y
+        return x
+
+
+def linear(rows: int, out: int, channels: int, activation: str) -> ConvProblem:
+    """`activation(x @ weight.t() + bias)` for so many rows of x, in float32, as a convolution of pixels."""
+    facts = Geometry(), activation, False, False, torch.float32, "cpu"
+    return ConvProblem((1, channels, rows, 1), out, (1, 1), *facts)
+
+
+class NormAct(Run):
+    """Scale, shift and activation in one pass."""
+
+    label = "csrc/cpu"
+
+    def __init__(self, problem: NormActProblem, scale: Tensor, shift: Tensor):
+        vectors = padded(scale), padded(shift)
+        step = affine_step(problem, *vectors, 0, 1, 2 if problem.gate else -1)
+        self._program = Program([step], vectors, [None] * 3)
+
+    def __call__(self, x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:
+        y = x if consume else _map(x.shape, x.dtype)
+        gate = None if gate is None else gate.float().contiguous()
+        if _starts("norm_act", x=x, gate=gate, y=y):
+            self._program([x.data_ptr(), y.data_ptr(), _at(gate)])
+        return y
+
+
+def affine_step(problem: NormActProblem, scale: Tensor, shift: Tensor, x: int, y: int, gate: int = -1) -> Step:
+    """Scale, shift and activation of a map; the vectors are `padded`."""
+    n, c, h, w = problem.input_shape
+    step = Step(kind=AFFINE, activation=ACTIVATION_CODES[problem.activation], images=n, channels=c, height=h, width=w)
+    step.bfloat16 = problem.dtype == torch.bfloat16
+    step.scale, step.shift = scale.data_ptr(), shift.data_ptr()
+    step.x, step.y, step.gate, step.residual, step.sums = x, y, gate, -1, -1
+    return step
 
 
 def means_step(shape: Sequence[int], bands: int, sums: int, means: int) -> Step:
@@ -212,6 +267,21 @@ def _at(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> Conv:
-    """The convolution bound to its weights."""
-    return Conv(problem, weight, bias)
+def _map(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
+
+
+def _floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _starts(name: str, **arguments: Tensor | None) -> bool:
+    """Whether a kernel runs, of which whoever listens is told."""
+    told = observer.get()
+    return told is None or told.launch(name, {key: t for key, t in arguments.items() if t is not None})
+
+
+prepare_conv = Conv
+prepare_pair = Apart.by(prepare_conv)
+prepare_squeeze_excite = SqueezeExcite
+prepare_norm_act = NormAct

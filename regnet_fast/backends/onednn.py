@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import winograd
+from . import native, winograd
 from .activations import ACTIVATIONS
 from .problem import Apart, ConvProblem, Geometry, NormActProblem, Problem, Run, SqueezeExciteProblem
 
@@ -168,13 +168,19 @@ class WinogradConv(winograd.Transformed, Convolution):
     """`winograd.Transformed`."""
 
 
-CONVS: dict[str, type[Convolution]] = {"direct": DirectConv, "winograd": WinogradConv, "matmul": MatmulConv}
+CONVS: dict[str, type[Run]] = {
+    "direct": DirectConv,
+    "winograd": WinogradConv,
+    "matmul": MatmulConv,
+    "native": native.Conv,
+}
 """The variants of a convolution."""
 
 
 def conv_variants(problem: ConvProblem) -> tuple[str, ...]:
     """The variants that can compute a convolution, that which is probably the fastest first (docs/cpu.md)."""
     able = {"direct": True, "winograd": winograd.able(problem), "matmul": _matmul_able(problem)}
+    able["native"] = native.refuse(problem) is None
     first = "winograd" if winograd.probable(problem) else "matmul" if _matmul_probable(problem) else "direct"
     return (first, *(name for name in CONVS if able[name] and name != first))
 
@@ -192,7 +198,10 @@ def _matmul_probable(problem: ConvProblem) -> bool:
 def prepare_conv(
     problem: ConvProblem, weight: Tensor, bias: Tensor | None, packed: bool = True, variant: str | None = None
 ) -> Convolution:
-    """The convolution bound to its weights, packed or not, in the probably fastest variant unless one is named."""
+    """The convolution bound to its weights, packed or not, in the probably fastest variant unless one is named.
+
+    A variant serves one input shape, its `shape`, or where that is None every shape.
+    """
     return CONVS[variant or conv_variants(problem)[0]](problem, weight, bias, packed)
 
 

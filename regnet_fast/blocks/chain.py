@@ -13,13 +13,13 @@ from operator import is_
 import torch
 from torch import Tensor, nn
 
-from ..backends import forced_backend, native
+from ..backends import backend, forced_backend
 from ..observer import observer
 from ..ops.convolution import autocast_enabled
 from ..trials import cpu
 from ..trials.session import session, waiting
 from .fused import Fused, Plan, unfit
-from .program import record
+from .program import Program
 from .units import Refused
 from .watch import only_forwards, transformed
 
@@ -28,6 +28,7 @@ _BYTES_PER_THREAD = 5e6
 two threads with 1 MB of second-level cache each and 32 MB of third-level cache (docs/cpu.md).
 """
 
+_LAST = torch.channels_last
 _PROGRAMS_KEPT = 8
 """For how many shapes of images a stage keeps its programs."""
 
@@ -56,39 +57,57 @@ class Chain:
         plans = self._plans(links, x)
         if plans is None:
             return self._one_by_one(links, x)
-        found = self._program(plans, x) if x.is_cpu else None
-        if found is not None:
-            return found
-        count = 1 if x.shape[0] == 1 else self._parts(links, plans, x)
+        y = self._by_program(links, plans, x)
+        if y is not None:
+            return y
+        count = 1 if x.shape[0] == 1 else self._parts(plans, x)
         if count == 1:
             return self._run(links, plans, x)
         return _in_parts(x, count, lambda part: self._run(links, plans, part))
 
     @staticmethod
-    def _program(plans: list[Plan], x: Tensor) -> Tensor | None:
+    def _by_program(links: list[nn.Module], plans: list[Plan], x: Tensor) -> Tensor | None:
         """The result by programs of csrc/cpu, one for each part of the batch; None where another way serves."""
-        if forced_backend() not in (None, "native") or observer.get() is not None:
+        if not x.is_cpu or forced_backend() not in (None, "native"):
             return None
-        x = x.contiguous(memory_format=torch.channels_last)
-        y, done = None, 0
-        for count in _counts(x.shape[0], images(plans[0], x)):
-            program = program_of(plans, (count, *x.shape[1:]), x.dtype)
-            if program is None:
+        counts = _counts(x.shape[0], images(plans[0], x))
+        programs = [program_of(plans, (count, *x.shape[1:]), x.dtype) for count in counts]
+        if None in programs:
+            return None
+        if forced_backend() is None:
+            stage = _stage(plans, x, counts[0])
+            if not cpu.by_program(stage, lambda way: programs[0] if way == "program" else _fresh(plans, x)):
                 return None
-            if y is None:
-                shape = (x.shape[0], *program.shape[1:])
-                y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-            program([part.data_ptr() for part in (x[done:], y[done:])])
-            done += count
+        if observer.get() is not None:
+            return Chain._observed(links, plans, x)
+        if len(counts) == 1:
+            return programs[0](x)
+        y = torch.empty((x.shape[0], *programs[0].shape[1:]), dtype=x.dtype, device=x.device, memory_format=_LAST)
+        for program, part, out in zip(programs, x.split(counts), y.split(counts), strict=True):
+            program(part, out)
         return y
 
     @staticmethod
-    def _parts(links: list[nn.Module], plans: list[Plan], x: Tensor) -> int:
+    def _observed(links: list[nn.Module], plans: list[Plan], x: Tensor) -> Tensor:
+        """The result step by step, for whoever listens to the blocks."""
+        with backend("native"):
+            for child, plan in zip(links, plans, strict=True):
+                x = x.contiguous(memory_format=_LAST)
+                observer.get().block(child, x, plan, None)
+                x = _fresh([plan], x)(x)
+        return x
+
+    @staticmethod
+    def _parts(plans: list[Plan], x: Tensor) -> int:
         """Into how many parts to cut the batch: by the images that a trial found fastest, else by `images`."""
         if not x.is_cpu or forced_backend() is not None:
             return parts(plans[0], x)
-        stage = cpu.Stage(" ".join([plan.described for plan in plans]), tuple(x.shape[1:]), x.dtype)
-        count = cpu.images(stage, images(plans[0], x), x.shape[0], lambda: _fresh(links, plans, x))
+
+        def bind() -> Callable[[int], Tensor]:
+            run = _fresh(plans, x)
+            return lambda count: _in_parts(x, -(-x.shape[0] // count), run)
+
+        count = cpu.images(_stage(plans, x), images(plans[0], x), x.shape[0], bind)
         return -(-x.shape[0] // count)
 
     @staticmethod
@@ -114,7 +133,7 @@ class Chain:
     def _run(links: list[nn.Module], plans: list[Plan], x: Tensor) -> Tensor:
         """One pass through all blocks."""
         told, dtype, own = observer.get(), x.dtype, False
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=_LAST)
         for child, plan in zip(links, plans, strict=True):
             if plan.in_channels not in (None, x.shape[1]) or x.dtype != dtype:
                 x, own = child.step(x, own)
@@ -147,13 +166,13 @@ def _counts(batch: int, most: int) -> list[int]:
     return [batch // count + (i < batch % count) for i in range(count)]
 
 
-def program_of(plans: list[Plan], shape: tuple[int, ...], dtype: torch.dtype) -> native.Program | None:
+def program_of(plans: list[Plan], shape: tuple[int, ...], dtype: torch.dtype) -> Program | None:
     """The program of blocks for images of a shape, made once; None where csrc/cpu cannot serve."""
     kept = plans[0].programs
     found = kept.get(shape)
     if found is None or len(found[0]) != len(plans) or not all(map(is_, found[0], plans)):
         try:
-            made = record([plan.unbound for plan in plans], shape, dtype)
+            made = Program([plan.unbound for plan in plans], shape, dtype)
         except Refused:
             made = None
         found = (plans, made)
@@ -180,17 +199,21 @@ def images(first: Plan, x: Tensor) -> int:
     return 1 << max(fit, 1).bit_length() - 1
 
 
-def _fresh(links: list[nn.Module], plans: list[Plan], x: Tensor) -> Callable[[int], Tensor]:
-    """What takes a batch through a stage so many images at a time, with weights that are packed for it alone."""
+def _stage(plans: list[Plan], x: Tensor, batch: int = 0) -> cpu.Stage:
+    return cpu.Stage(" ".join([plan.described for plan in plans]), tuple(x.shape[1:]), x.dtype, batch)
+
+
+def _fresh(plans: list[Plan], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """What runs a stage block by block, with weights that are packed for it alone."""
     forms = [plan.unbound.bind(lambda unit: unit.pack(x.dtype)) for plan in plans]
 
     def run(x: Tensor) -> Tensor:
-        x, own = x.contiguous(memory_format=torch.channels_last), False
+        x, own = x.contiguous(memory_format=_LAST), False
         for form in forms:
             x, own = form.run(x, own), True
         return x
 
-    return lambda count: _in_parts(x, -(-x.shape[0] // count), run)
+    return run
 
 
 def _in_parts(x: Tensor, count: int, run: Callable[[Tensor], Tensor]) -> Tensor:
@@ -202,7 +225,7 @@ def _in_parts(x: Tensor, count: int, run: Callable[[Tensor], Tensor]) -> Tensor:
         part = run(part)
         start, end = end, end + part.shape[0]
         if y is None:
-            layout = torch.channels_last if part.dim() == 4 else torch.contiguous_format  # a head ends in logits
+            layout = _LAST if part.dim() == 4 else torch.contiguous_format  # a head ends in logits
             shape = (x.shape[0], *part.shape[1:])
             y = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
         y[start:end] = part

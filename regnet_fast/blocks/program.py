@@ -1,8 +1,8 @@
 """Blocks on a CPU as one program of csrc/cpu: what their forms do is recorded once, and run by one call.
 
-A form is bound to units that compute nothing: each notes a step between numbered buffers and gives the map that the step
-would make. So a program does what the form's own `run` says, whatever the form. The buffers share one arena, where one
-that is not read any more makes room for the next.
+A form is bound to units that compute nothing: each notes a step between numbered buffers and gives the map that the
+step would make. So a program does what the form's own `run` says, whatever the form. The buffers share one arena, where
+one that is not read any more makes room for the next.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import ConvProblem, Geometry, NormActProblem, native
+from ..backends import ConvProblem, NormActProblem, native
 from ..backends.cpu_library import Step
 from ..ops.convolution import PackedConv
 from ..ops.norm_act import PackedNormAct
@@ -33,7 +33,6 @@ class Map:
     buffer: int
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
-    device: torch.device = torch.device("cpu")
     affine: PackedNormAct | None = None
     gate: Gate | None = None
 
@@ -146,12 +145,10 @@ class Recorder:
         """x itself, once the affine map that it may be of is computed."""
         if x.affine is None:
             return x
-        n, c, h, w = x.shape
-        step = Step(kind=native.AFFINE, images=n, channels=c, height=h, width=w, x=x.buffer, residual=-1, sums=-1, gate=-1)
-        step.y = x.buffer if consume else self.buffer(*x.shape, dtype=x.dtype)
-        step.bfloat16 = x.dtype == torch.bfloat16
-        self._read_through(step, x)
-        step.activation = step.before
+        y = x.buffer if consume else self.buffer(*x.shape, dtype=x.dtype)
+        problem = NormActProblem(x.shape, x.affine.activation, x.gate is not None, x.dtype, "cpu")
+        gate = -1 if x.gate is None else x.gate.buffer
+        step = native.affine_step(problem, *self._vectors(x.affine), x.buffer, y, gate)
         self.steps.append(step)
         x.buffer, x.affine, x.gate = step.y, None, None
         return x
@@ -164,8 +161,7 @@ class Recorder:
     def _linear(self, x: int, rows: int, weight: Tensor, bias: Tensor, activation: str) -> int:
         """`activation(x @ weight.t() + bias)`, in float32."""
         out, channels = weight.shape
-        facts = Geometry(), activation, False, False, torch.float32, "cpu"
-        problem = ConvProblem((1, channels, rows, 1), out, (1, 1), *facts)
+        problem = native.linear(rows, out, channels, activation)
         _check(problem)
         step = native.conv_step(problem, x, self.buffer(rows, out))
         self._give_weights(step, weight[:, :, None, None], bias)
@@ -192,24 +188,34 @@ def _check(problem: ConvProblem | NormActProblem) -> None:
         raise Refused(reason)
 
 
-def record(forms: Sequence[Form], shape: Sequence[int], dtype: torch.dtype) -> native.Program:
-    """The program of several forms one after another, for images of a shape and dtype.
+class Program:
+    """Several forms one after another for images of a shape and dtype: `program(x)`, or `program(x, y)` into a map in
+    channels_last. Attributes: `shape` of the result.
 
-    `program([x, y])` takes the addresses of input and result, both in channels_last. Raises `Refused` where csrc/cpu
-    has not all that the forms compute.
+    Raises `Refused` where csrc/cpu has not all that the forms compute.
     """
-    recorder = Recorder(shape, dtype)
-    x, own = recorder.input, False
-    with torch.inference_mode(False), torch.no_grad():
-        for form in forms:
-            try:
-                x, own = recorder.bound(form).run(x, own), True
-            except (TypeError, AttributeError) as error:  # it calls what is no unit
-                raise Refused(f"a {type(form).__name__} computes more than csrc/cpu has: {error}") from error
-        x = recorder.value(x)
-    _rename(recorder.steps, x.buffer, _OUTPUT)
-    offsets, size = _placed(recorder.steps, recorder.sizes)
-    return native.Program(recorder.steps, recorder.kept, offsets, size, x.shape)
+
+    def __init__(self, forms: Sequence[Form], shape: Sequence[int], dtype: torch.dtype):
+        recorder = Recorder(shape, dtype)
+        x, own = recorder.input, False
+        with torch.inference_mode(False), torch.no_grad():
+            for form in forms:
+                try:
+                    x, own = recorder.bound(form).run(x, own), True
+                except (TypeError, AttributeError) as error:  # it calls what is no unit
+                    raise Refused(f"a {type(form).__name__} computes more than csrc/cpu has: {error}") from error
+            x = recorder.value(x)
+        _rename(recorder.steps, x.buffer, _OUTPUT)
+        offsets, size = _placed(recorder.steps, recorder.sizes)
+        self.shape, self.dtype = torch.Size(x.shape), dtype
+        self._run = native.Program(recorder.steps, recorder.kept, offsets, size)
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        if y is None:
+            y = torch.empty(self.shape, dtype=self.dtype, device="cpu", memory_format=torch.channels_last)
+        self._run([x.data_ptr(), y.data_ptr()])
+        return y
 
 
 _READ, _WRITTEN = ("x", "residual", "gate", "sums"), ("y", "sums")

@@ -18,6 +18,7 @@ from ..backends import (
     Run,
     computed,
     forced_backend,
+    native,
     onednn,
     pixel_means,
 )
@@ -132,7 +133,7 @@ class PackedConv(Packed):
         return run
 
     def _kept(self, key: tuple, run: Run, most: int = KEPT) -> Run:
-        return super()._kept(key, run, _SHARED_KEPT if isinstance(run, onednn.Convolution) else most)
+        return super()._kept(key, run, _SHARED_KEPT if isinstance(run, (onednn.Convolution, native.Conv)) else most)
 
     def laid_out(self, x: Tensor) -> Tensor:
         """x in a layout that the backend reads: channels_last, or as it is where a kernel reads images as they come."""

@@ -44,13 +44,14 @@ def key(*parts: str | bytes) -> str:
     return digest.hexdigest()
 
 
-def stored(key: str, make: Callable[[], bytes], folder: Path | None = None) -> bytes:
-    """The content of an entry, made and kept where there is none. Raises what `make` raises.
+def stored(key: str, make: Callable[[], bytes], folder: Path | None = None, wait: bool = True) -> bytes:
+    """The content of an entry, made and kept where there is none. Raises what `make` raises, and BlockingIOError where
+    another process is making it and there is no `wait` for that.
 
     Warns once for each folder that cannot keep it.
     """
     path = (folder or user_folder()) / key
-    return read(path) or updated(path, lambda found: make() if found is None else found)
+    return read(path) or updated(path, lambda found: make() if found is None else found, wait)
 
 
 def read(path: Path) -> bytes | None:
@@ -63,11 +64,11 @@ def read(path: Path) -> bytes | None:
     return content if hashlib.sha256(content).digest() == digest else None
 
 
-def updated(path: Path, change: Callable[[bytes | None], bytes]) -> bytes:
+def updated(path: Path, change: Callable[[bytes | None], bytes], wait: bool = True) -> bytes:
     """What `change` makes of an entry's content, None where there is none; kept in its place. Nobody else writes the
-    entry meanwhile.
+    entry meanwhile. Raises BlockingIOError where somebody does and there is no `wait` for that.
     """
-    with _locked(path):
+    with _locked(path, wait):
         before = read(path)
         after = change(before)
         if after != before:
@@ -96,16 +97,18 @@ def replace(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, wait: bool) -> Iterator[None]:
     """Alone with an entry, as far as its folder allows."""
     with ExitStack() as stack:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             file = stack.enter_context(open(f"{path}.lock", "ab"))
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 for left in path.parent.glob(f"{path.name}*.tmp"):  # by a process that was killed as it wrote
                     left.unlink()
+        except BlockingIOError:
+            raise
         except OSError as error:
             _warn(str(path.parent), error.strerror)
         yield

@@ -89,6 +89,7 @@ class Stage(NamedTuple):
     blocks: str
     image: tuple[int, int, int]
     dtype: torch.dtype
+    batch: int = 0  # where it matters
 
 
 _purse = Purse()
@@ -149,6 +150,24 @@ def images(stage: Stage, probable: int, most: int, bind: Callable[[], Callable[[
         return tried(words(stage), counts, lambda count: partial(bind(), int(count)), margin=_STAGE_MARGIN)
 
     return int(_chosen(stage, counts, trial, _unhurried.get()))
+
+
+def by_program(stage: Stage, bind: Callable[[str], Callable[[Tensor], Tensor]]) -> bool:
+    """Whether a stage is run by a program of csrc/cpu, and not block by block: unless a trial found it slower, or other
+    values than its blocks'.
+
+    Args:
+        bind: makes what runs the stage, "program" or "blocks".
+    """
+
+    def trial() -> Verdict:
+        x = _numbers((stage.batch, *stage.image), stage.dtype)
+        return tried(words(stage), _WAYS[::-1], lambda way: partial(bind(way), x), margin=1.0)
+
+    return _chosen(stage, _WAYS, trial) == _WAYS[0]
+
+
+_WAYS = ("program", "blocks")
 
 
 def _chosen(problem: Any, variants: Sequence[str], trial: Callable[[], Verdict], tries: bool = True) -> str:
@@ -258,7 +277,8 @@ def _rounds(seconds: float) -> tuple[int, ...]:
 def words(problem: Any) -> str:
     """A problem in a line, which a verdict is known by."""
     if isinstance(problem, Stage):
-        return f"stage {'x'.join(map(str, problem.image))} {_name(problem.dtype)}: {problem.blocks}"
+        images = f"{problem.batch}x" if problem.batch else ""
+        return f"stage {images}{'x'.join(map(str, problem.image))} {_name(problem.dtype)}: {problem.blocks}"
     facts = [problem.activation, *(f for f in ("gate", "residual", "means") if getattr(problem, f, False))]
     if isinstance(problem, SqueezeExciteProblem):
         sizes = f"{problem.batch}x{problem.channels}, {problem.hidden} hidden"
