@@ -50,8 +50,7 @@ def pytest_configure(config):
     workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
     if workers:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
-    else:
-        cpu_library.refuse("program")  # compiled before there are several processes, of which one would go without
+    cpu_library.refuse("program")  # compiled before there are several processes, of which one would go without
 
 
 def pytest_collection_modifyitems(config, items):

@@ -7,8 +7,9 @@ the next block sees a block's output, and adding into it touches less memory tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import is_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,25 +72,29 @@ class Chain:
         if not x.is_cpu or forced_backend() not in (None, "native"):
             return None
         counts = _counts(x.shape[0], images(plans[0], x))
-        programs = [program_of(plans, (count, *x.shape[1:]), x.dtype) for count in counts]
-        if None in programs:
+        made = [_made(plans, (count, *x.shape[1:]), x.dtype) for count in counts]
+        if any(one.program is None for one in made):
             return None
-        if forced_backend() is None:
-            stage = _stage(plans, x, counts[0])
-            if not cpu.by_program(stage, lambda way: programs[0] if way == "program" else _fresh(plans, x)):
-                return None
-        if observer.get() is not None:
-            return Chain._observed(links, plans, x)
-        if len(counts) == 1:
-            return programs[0](x)
-        y = torch.empty((x.shape[0], *programs[0].shape[1:]), dtype=x.dtype, device=x.device, memory_format=_LAST)
-        for program, part, out in zip(programs, x.split(counts), y.split(counts), strict=True):
-            program(part, out)
+        program, stage = made[0].program, made[0].stage
+        forced = forced_backend() is not None
+        if not forced and not cpu.by_program(stage, lambda way: program if way == "program" else _fresh(plans, x)):
+            return None
+        told = observer.get()
+        if len(counts) == 1 and told is None:
+            return program(x)
+        for plan in plans:
+            plan.stage = stage
+        y = torch.empty((x.shape[0], *program.shape[1:]), dtype=x.dtype, device=x.device, memory_format=_LAST)
+        for one, part, out in zip(made, x.split(counts), y.split(counts), strict=True):
+            if told is None:
+                one.program(part, out)
+            else:
+                out.copy_(Chain._told(links, plans, part))
         return y
 
     @staticmethod
-    def _observed(links: list[nn.Module], plans: list[Plan], x: Tensor) -> Tensor:
-        """The result step by step, for whoever listens to the blocks."""
+    def _told(links: list[nn.Module], plans: list[Plan], x: Tensor) -> Tensor:
+        """What a program gives, by the same kernels block after block, for whoever listens."""
         with backend("native"):
             for child, plan in zip(links, plans, strict=True):
                 x = x.contiguous(memory_format=_LAST)
@@ -107,7 +112,7 @@ class Chain:
             run = _fresh(plans, x)
             return lambda count: _in_parts(x, -(-x.shape[0] // count), run)
 
-        count = cpu.images(_stage(plans, x), images(plans[0], x), x.shape[0], bind)
+        count = cpu.images(_stage(plans, x.shape[1:], x.dtype), images(plans[0], x), x.shape[0], bind)
         return -(-x.shape[0] // count)
 
     @staticmethod
@@ -166,18 +171,26 @@ def _counts(batch: int, most: int) -> list[int]:
     return [batch // count + (i < batch % count) for i in range(count)]
 
 
-def program_of(plans: list[Plan], shape: tuple[int, ...], dtype: torch.dtype) -> Program | None:
-    """The program of blocks for images of a shape, made once; None where csrc/cpu cannot serve."""
+class _Made(NamedTuple):
+    """The program of blocks, for images of a shape; None where csrc/cpu cannot serve."""
+
+    plans: list[Plan]
+    program: Program | None
+    stage: cpu.Stage
+
+
+def _made(plans: list[Plan], shape: tuple[int, ...], dtype: torch.dtype) -> _Made:
+    """What is kept with the first block, as long as all plans are the same."""
     kept = plans[0].programs
     found = kept.get(shape)
-    if found is None or len(found[0]) != len(plans) or not all(map(is_, found[0], plans)):
+    if found is None or len(found.plans) != len(plans) or not all(map(is_, found.plans, plans)):
         try:
-            made = Program([plan.unbound for plan in plans], shape, dtype)
+            program = Program([plan.unbound for plan in plans], shape, dtype)
         except Refused:
-            made = None
-        found = (plans, made)
+            program = None
+        found = _Made(plans, program, _stage(plans, shape[1:], dtype, shape[0]))
         plans[0].programs = {**(kept if len(kept) < _PROGRAMS_KEPT else {}), shape: found}
-    return found[1]
+    return found
 
 
 def parts(first: Plan, x: Tensor) -> int:
@@ -199,8 +212,8 @@ def images(first: Plan, x: Tensor) -> int:
     return 1 << max(fit, 1).bit_length() - 1
 
 
-def _stage(plans: list[Plan], x: Tensor, batch: int = 0) -> cpu.Stage:
-    return cpu.Stage(" ".join([plan.described for plan in plans]), tuple(x.shape[1:]), x.dtype, batch)
+def _stage(plans: list[Plan], image: Sequence[int], dtype: torch.dtype, batch: int = 0) -> cpu.Stage:
+    return cpu.Stage(" ".join([plan.described for plan in plans]), tuple(image), dtype, batch)
 
 
 def _fresh(plans: list[Plan], x: Tensor) -> Callable[[Tensor], Tensor]:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..backends import BackendError, forced_backend
 from ..observer import observer
 from ..ops.packed import Packed
+from ..trials import cpu
 from ..trials.session import session, waiting
 from . import training
 from .forms import Form
@@ -48,7 +49,8 @@ class Plan(Watch):
 
     Attributes: `unbound`, over the live modules; `in_channels` of the input; `refusal`, set where there is no form;
     `differentiated`, whether a gradient was ever asked for; `frozen`, whether the user promised that nothing changes;
-    `calls`, how often it was current; `brief`, how many plans before it were current in one call at most.
+    `calls`, how often it was current; `brief`, how many plans before it were current in one call at most; `programs` of
+    the blocks that begin with this one, by the shape of images; `stage`, in whose program somebody heard it run.
     """
 
     def __init__(self, block: Fused, dtype: torch.dtype, before: Plan | None = None):
@@ -60,6 +62,7 @@ class Plan(Watch):
         self.unbound: Form | None = None
         self.in_channels: int | None = None
         self.programs: dict[tuple, tuple] = {}
+        self.stage: cpu.Stage | None = None
         if self.refusal is not None:
             return
         try:

@@ -224,7 +224,7 @@ def _evaluation(model: nn.Module, x: Tensor) -> list[Row]:
                 y = block.host.forward(block, x)
             rows.append(_host_row(path, block, (x,), y, reason, counter.take(path)))
             return
-        start = len(rows)
+        start, stage = len(rows), plan.stage if forced_backend() == "native" else None
         form = plan.unbound.bind(lambda unit: _Recorded(path, unit, x.dtype, rows, counter))
         block._run(form, x)  # which packs the weights
         del rows[start:]
@@ -234,6 +234,10 @@ def _evaluation(model: nn.Module, x: Tensor) -> list[Row]:
         if rows[start:]:  # a pooling head without a classifier has no row of its own
             last = rows[-1]
             rows[-1] = replace(last, launches=last.launches + counter.take(last.layer, 0))
+        if stage is not None:
+            words = "a step of the stage's program"
+            reason = "; ".join(filter(None, (words, cpu.why(stage))))
+            rows[start:] = [replace(row, reason=reason) if row.backend == "native" else row for row in rows[start:]]
 
     events = observing(block=hear_block, launch=counter.hear)
     with torch.no_grad(), events, _hearing_host(model, False, rows, counter):

@@ -60,11 +60,11 @@ class Candidate(NamedTuple):
 def candidates(problem: Problem) -> list[Candidate]:
     """Everything that can serve a problem here, the peer first: what serves where nothing was tried.
 
-    A module tells its variants by `variants(problem)`.
+    A module tells its variants by `variants(problem)`. The kernels for a CPU are tried in this process (trials/cpu.py).
     """
     found = []
     for name in BACKENDS:
-        if name != "reference" and refuse(name, problem) is None:
+        if name not in ("native", "reference") and refuse(name, problem) is None:
             variants = getattr(library(name, problem.device), "variants", None)
             found += [Candidate(name, variant) for variant in (variants(problem) if variants else ("",))]
     return found

@@ -30,6 +30,7 @@ from regnet_fast.backends import (
     cudnn,
     forced_backend,
     library,
+    native,
     onednn,
     reference,
     select,
@@ -69,8 +70,8 @@ def runs_of(packed) -> list[str]:
 
 
 def test_the_libraries_are_asked_before_the_reference():
-    assert BACKENDS == ("aten", "triton", "cuda", "reference")
-    assert [library(name, "cuda:1") for name in BACKENDS] == [cudnn, triton, cuda, reference]
+    assert BACKENDS == ("aten", "native", "triton", "cuda", "reference")
+    assert [library(name, "cuda:1") for name in BACKENDS] == [cudnn, native, triton, cuda, reference]
     assert library("aten", "cpu") is onednn and library("aten", "xpu") is None
 
 
@@ -93,7 +94,7 @@ REFUSALS = {
 def test_a_refusal_has_a_reason_and_the_reference_serves(problem, what):
     changes, reason = REFUSALS[what]
     chosen = select(dataclasses.replace(problem, **changes))
-    assert chosen.name == "reference" and list(chosen.refused) == ["aten", "triton", "cuda"]
+    assert chosen.name == "reference" and list(chosen.refused) == ["aten", "native", "triton", "cuda"]
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(chosen.refused["aten"])
 
@@ -118,19 +119,20 @@ def test_low_precision_is_served_where_the_cpu_has_it(dtype, supported, reason):
     if getattr(torch.ops.mkldnn, supported)():
         assert chosen.name == "aten"
     else:
-        assert chosen.name == "reference" and reason in chosen.refused["aten"]
+        assert chosen.name == ("native" if dtype == torch.bfloat16 else "reference")
+        assert reason in chosen.refused["aten"]
 
 
 def test_a_switched_off_library_is_refused():
     with torch.backends.mkldnn.flags(enabled=False):
         chosen = select(CONV)
-        assert chosen.name == "reference" and "switched off" in chosen.refused["aten"]
+        assert chosen.name == "native" and "switched off" in chosen.refused["aten"]
         with backend("aten"), pytest.raises(BackendError, match="switched off"):
             R.pointwise_conv(torch.randn(1, 3, 2, 2), torch.randn(3, 3, 1, 1))
 
 
 def test_nobody_serving_is_an_error(monkeypatch):
-    for module in (onednn, triton, cuda, reference):
+    for module in (onednn, native, triton, cuda, reference):
         monkeypatch.setattr(module, "refuse", lambda problem: "on strike")
     with pytest.raises(BackendError, match=r"dense_conv: no backend can serve .*on strike"):
         select(CONV)
@@ -143,7 +145,7 @@ def test_nobody_serving_is_an_error(monkeypatch):
 
 @pytest.mark.parametrize("name", ["nope", "", "Aten", "aten,", "aten,nope", "auto,aten", "cuda|", "cuda|aten"])
 def test_an_unknown_backend_is_refused(name):
-    names = "auto, aten, triton, cuda, reference"
+    names = "auto, aten, native, triton, cuda, reference"
     with pytest.raises(ValueError, match=rf"Unknown backend .*choose one of: {names}"), backend(name):
         pass
     assert forced_backend() is None

@@ -26,6 +26,7 @@ from regnet_fast.backends import (
     SqueezeExciteProblem,
     backend,
     cuda,
+    native,
     onednn,
     reference,
     select,
@@ -314,7 +315,8 @@ def test_gpus_that_it_does_not_serve(monkeypatch, available, capability, reason)
 
 
 def test_auto_leaves_it_aside_and_says_why(simulated, monkeypatch):
-    monkeypatch.setattr(onednn, "refuse", lambda problem: "not today")
+    for module in (onednn, native):
+        monkeypatch.setattr(module, "refuse", lambda problem: "not today")
     chosen = select(ON_CPU)
     assert chosen.name == "reference" and "serve where a trial chose them" in chosen.refused["cuda"]
 

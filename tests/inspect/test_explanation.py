@@ -49,6 +49,10 @@ def test_the_gate_behind_squeeze_excite_is_counted():
     rows = explained(model, (1, 16, 8, 8))
     assert list(rows) == ["0.conv_kxk", "0.attn", "0.act"]
     kernels = [kernel.name for kernel in rows["0.act"].launches]
+    assert kernels == ["norm_act"]
+    with backend("aten"):
+        rows = explained(model, (1, 16, 8, 8))
+    kernels = [kernel.name for kernel in rows["0.act"].launches]
     assert kernels == ["mul", "addcmul", "relu"]  # the gate by the scale, which is one; the map; the activation
 
 

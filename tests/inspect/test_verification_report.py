@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from regnet_fast.backends import onednn
 from regnet_fast.cli import app
 from regnet_fast.inspect import verification_report, verify
+from regnet_fast.trials import cpu
 
 MODEL, OTHER = "resnetv2_18", "resnet10t"
 
@@ -39,6 +40,7 @@ def wrong_layer(monkeypatch):
         return Wrong()
 
     monkeypatch.setattr(onednn, "prepare_conv", prepare_wrong)
+    monkeypatch.setattr(cpu, "by_program", lambda *_: False)
 
 
 class Page(HTMLParser):

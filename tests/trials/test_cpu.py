@@ -90,7 +90,7 @@ def test_a_model_takes_what_was_chosen(planted):
     model = regnet_fast.create_model("regnetx_002").eval()
     with torch.inference_mode():
         model(torch.randn(1, 3, 64, 64))
-    assert set(cpu._decided.values()) <= {"slow", "other"} and "other" in cpu._decided.values()
+    assert set(cpu._decided.values()) <= {"slow", "other", "program", "blocks"} and "other" in cpu._decided.values()
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(1.01, "slow"), (1.03, "other")])
@@ -404,11 +404,12 @@ def test_which_variants_there_are():
         return set(onednn.conv_variants(ConvProblem(**{**vars(POINTWISE), **changes})))
 
     same = dict(kernel=(3, 3), geometry=Geometry(padding=(1, 1)), out_channels=64)
-    assert names() == {"direct", "matmul"} and names(dtype=torch.bfloat16) == {"direct"}
-    assert names(**same) == {"direct", "winograd"}
-    assert names(**{**same, "out_channels": 32}) == {"direct"} and names(**same, gate=True) == {"direct"}
-    assert names(kernel=(3, 3), geometry=Geometry(padding=(1, 1), groups=2)) == {"direct"}
-    assert names(geometry=Geometry(stride=(2, 2))) == {"direct"}
+    assert names() == {"direct", "matmul", "native"} and names(dtype=torch.bfloat16) == {"direct", "native"}
+    assert names(**same) == {"direct", "winograd", "native"}
+    assert names(**{**same, "out_channels": 32}) == names(**same, gate=True) == {"direct", "native"}
+    assert names(kernel=(3, 3), geometry=Geometry(padding=(1, 1), groups=2)) == {"direct", "native"}
+    assert names(geometry=Geometry(stride=(2, 2))) == {"direct", "native"}
+    assert names(activation="gelu") == {"direct", "matmul"} and names(dtype=torch.float16) == {"direct"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -451,6 +452,7 @@ def test_a_stage_is_tried_where_there_is_time(stage, monkeypatch):
     from regnet_fast.blocks import chain
 
     model, x = stage
+    monkeypatch.setattr(cpu, "by_program", lambda *_: False)
     monkeypatch.setattr(chain, "images", lambda first, x: 2)
     assert sizes(model, x) == [2] * 4
     monkeypatch.setattr(cpu, "_decided", {})

@@ -15,7 +15,7 @@ import regnet_fast
 from regnet_fast import backends, store
 from regnet_fast.backends import backend, reference
 from regnet_fast.store.verdicts import entries
-from regnet_fast.trials import process, session
+from regnet_fast.trials import cpu, process, session
 from regnet_fast.trials.modes import mode
 from regnet_fast.trials.session import Session
 
@@ -49,6 +49,7 @@ def planted(tmp_path, monkeypatch, clock):
 
     monkeypatch.setitem(backends._MODULES, "cuda", module)
     monkeypatch.setitem(backends._ATEN, "cpu", reference)
+    monkeypatch.setattr(cpu, "by_program", lambda *_: False)  # as on a GPU
     fresh = Session(modules=["planted"], phases=PHASES, clock=clock, devices=("cpu",))
     fresh.waiting = session.session.waiting
     kept = dict(vars(session.session))

@@ -48,7 +48,7 @@ def choices(x: Tensor, grouped: bool) -> list[str]:
     """Everything that `backend(...)` can be told for maps like x, but the reference; csrc/'s grouped convolutions are
     named before other passes where there are `grouped` ones.
     """
-    able = [name for name in BACKENDS if name != "reference" and _refused(name, x) is None]
+    able = [name for name in BACKENDS if name not in ("native", "reference") and _refused(name, x) is None]
     behind = able if grouped and launcher.refuse_device(str(x.device)) is None else []
     return [*(f"cuda,{name}" for name in behind), *able]
 
