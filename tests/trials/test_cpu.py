@@ -407,7 +407,7 @@ def test_which_variants_there_are():
     assert names() == {"direct", "matmul", "native"} and names(dtype=torch.bfloat16) == {"direct", "native"}
     assert names(**same) == {"direct", "winograd", "native"}
     assert names(**{**same, "out_channels": 32}) == names(**same, gate=True) == {"direct", "native"}
-    assert names(kernel=(3, 3), geometry=Geometry(padding=(1, 1), groups=2)) == {"direct", "native"}
+    assert names(kernel=(3, 3), geometry=Geometry(padding=(1, 1), groups=2)) == {"direct"}
     assert names(geometry=Geometry(stride=(2, 2))) == {"direct", "native"}
     assert names(activation="gelu") == {"direct", "matmul"} and names(dtype=torch.float16) == {"direct"}
 

@@ -50,14 +50,14 @@ def test_from_tuning_to_another_machine(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cpu, "_decided", {})
     cpu._verdicts.cache_clear()
-    monkeypatch.setattr(cpu, "tried", lambda *_: pytest.fail("everything is known"))
+    monkeypatch.setattr(cpu, "tried", lambda *_, **__: pytest.fail("everything is known"))
     again = json.loads(invoke("tune", *SMALL, "--device", "cpu", "--json").stdout)
     assert {one["problem"] for one in again} <= {one["problem"] for one in found}, "blocks of a stage are not looked at"
 
     monkeypatch.setattr(cpu, "_decided", {})
     cpu._verdicts.cache_clear()
     tried = []
-    monkeypatch.setattr(cpu, "tried", lambda problem, *_: tried.append(problem) or FOUND)
+    monkeypatch.setattr(cpu, "tried", lambda problem, *_, **__: tried.append(problem) or FOUND)
     invoke("tune", *SMALL, "--device", "cpu", "--again")
     assert set(tried) & {one["problem"] for one in found}
 
