@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 import regnet_fast
 from regnet_fast import graphs
 from regnet_fast.blocks.fused import FallbackWarning
+from regnet_fast.trials import cpu
 
 
 class End:
@@ -187,8 +188,9 @@ def test_a_frozen_model_is_not_looked_at_until_the_promise_is_lifted(captures, m
 
 
 @torch.no_grad()
-def test_packed_weights_live_as_long_as_the_graph_that_reads_them(captures, model, x):
+def test_packed_weights_live_as_long_as_the_graph_that_reads_them(captures, model, x, monkeypatch):
     """Blocks keep the packed weights of a few shapes and dtypes; a graph reads its own for as long as it is there."""
+    monkeypatch.setattr(cpu, "by_program", lambda *_: False)  # as on a GPU
     regnet_fast.graphed(model)
     model(x)
     runs = [weakref.ref(run) for run in model.s1.b1._regnet_fast_plans.popitem()[1].form.conv1._runs.values()]

@@ -245,8 +245,9 @@ def test_fx_tracing_keeps_blocks_whole():
     x = torch.randn(1, 3, 64, 64)
     extractor = create_feature_extractor(model, ["s2", "s4"])
     with torch.no_grad():
-        found = extractor(x)
         assert any(isinstance(m, Fused) for m in extractor.modules())
+    with torch.no_grad(), regnet_fast.backend("aten"):  # a stage's program rounds otherwise than its blocks
+        found = extractor(x)
         assert torch.equal(found["s4"], model.forward_intermediates(x, intermediates_only=True)[-1])
 
 

@@ -103,6 +103,29 @@ ALWAYS const Unit* pixel(int i, const char* a, const char* b, const char* c, int
                                                   : base + 4 * step);
 }
 
+constexpr int FEW_TERMS = 256;  // that are added to each other before they are added to the sum of all: the error of a
+                                // sum grows with the number of terms, as that of a sum of sums does not
+
+/// Put some sums aside and begin others, behind what was put aside before.
+template <int M, int N>
+ALWAYS void put_aside(Vec (&total)[M][N], Vec (&sums)[M][N], bool first) {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 16
+        for (int j = 0; j < N; j++) {
+            total[i][j] = first ? sums[i][j] : total[i][j] + sums[i][j];
+            sums[i][j] = Vec{};
+        }
+}
+
+template <int M, int N>
+ALWAYS void take_back(const Vec (&total)[M][N], Vec (&sums)[M][N]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 16
+        for (int j = 0; j < N; j++) sums[i][j] += total[i][j];
+}
+
 /// Sums of M pixels and NA vectors of one group of channels, with HALF one that ends with the next group's first
 /// channels, and NB of the next group.
 template <typename A, typename T, int M, int NA, bool HALF, int NB>
@@ -110,11 +133,13 @@ __attribute__((noinline)) void sums_by_broadcast(const Tile& tile) {
     using Unit = typename A::Unit;
     using Operand = typename A::Operand;
     constexpr int N = NA + HALF + NB;
-    Vec sums[M][N];
+    Vec total[M][N], sums[M][N];
     for (int j = 0; j < N; j++) {
         const Vec bias = load(tile.bias + j * LANES);
         for (int i = 0; i < M; i++) sums[i][j] = bias;
     }
+    int summed = 0;
+    bool aside = false;
     const Unit* w = static_cast<const Unit*>(tile.weight);
     const int64_t step = tile.step * sizeof(Unit), thrice = 3 * step, other = tile.other;
     Ints last = {};
@@ -122,25 +147,34 @@ __attribute__((noinline)) void sums_by_broadcast(const Tile& tile) {
     for (int t = 0; t < tile.tap_count; t++) {
         const char* a = reinterpret_cast<const char*>(static_cast<const Unit*>(tile.x) + tile.taps[t]);
         const char *b = a + 5 * step, *c = a + 10 * step;
-        for (int u = 0; u < tile.units; u++) {
-            Operand weight[N];
-            for (int j = 0; j < N; j++) weight[j] = A::load(w + j * LANES);
-            w += N * LANES;
-            asm("" : "+r"(a), "+r"(b), "+r"(c));
-#pragma GCC unroll 16
-            for (int i = 0; i < M; i++) {
-                const Unit* p = pixel<Unit>(i, a, b, c, step, thrice);
-                const Operand x = A::broadcast(p);
-                for (int j = 0; j < NA; j++) sums[i][j] = A::plus(sums[i][j], x, weight[j]);
-                if (HALF) {
-                    const Operand y = A::broadcast(p + other);
-                    sums[i][NA] = A::plus(sums[i][NA], last ? y : x, weight[NA]);
-                    for (int j = NA + 1; j < N; j++) sums[i][j] = A::plus(sums[i][j], y, weight[j]);
-                }
+        for (int left = tile.units; left > 0;) {
+            const int some = left < FEW_TERMS ? left : FEW_TERMS;
+            if (summed + some > FEW_TERMS) {
+                put_aside(total, sums, !aside);
+                summed = 0, aside = true;
             }
-            a += sizeof(Unit), b += sizeof(Unit), c += sizeof(Unit);
+            summed += some, left -= some;
+            for (int u = 0; u < some; u++) {
+                Operand weight[N];
+                for (int j = 0; j < N; j++) weight[j] = A::load(w + j * LANES);
+                w += N * LANES;
+                asm("" : "+r"(a), "+r"(b), "+r"(c));
+#pragma GCC unroll 16
+                for (int i = 0; i < M; i++) {
+                    const Unit* p = pixel<Unit>(i, a, b, c, step, thrice);
+                    const Operand x = A::broadcast(p);
+                    for (int j = 0; j < NA; j++) sums[i][j] = A::plus(sums[i][j], x, weight[j]);
+                    if (HALF) {
+                        const Operand y = A::broadcast(p + other);
+                        sums[i][NA] = A::plus(sums[i][NA], last ? y : x, weight[NA]);
+                        for (int j = NA + 1; j < N; j++) sums[i][j] = A::plus(sums[i][j], y, weight[j]);
+                    }
+                }
+                a += sizeof(Unit), b += sizeof(Unit), c += sizeof(Unit);
+            }
         }
     }
+    if (aside) take_back(total, sums);
     end<T>(sums, tile);
 }
 

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include <omp.h>
+#include <pthread.h>
 #include <sched.h>
 
 #include "kernels.h"
@@ -484,6 +485,13 @@ void run_steps(const Program& program, void* const* buffers, char* memory, int t
     }
 }
 
+/// Whether this process was forked from one whose threads had run a program: they are not here, and would be waited for.
+bool alone_after_fork() {
+    static std::atomic<bool> forked{false};
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+    return registered != 0 || forked;
+}
+
 template <typename A>
 void pack(const Conv& conv, const float* weight, void* packed) {
     using Stored = std::conditional_t<A::PER_UNIT == 1, float, Bf16>;
@@ -553,7 +561,7 @@ void run_program(const void* given, void* const* buffers, void* scratch, int thr
     std::unique_ptr<Begun[]> begun(new Begun[count * threads]);
     std::unique_ptr<Done[]> done(new Done[count]);
     char* memory = static_cast<char*>(scratch);
-    if (threads == 1) return run_steps(program, buffers, memory, 0, 1, begun.get(), done.get());
+    if (threads == 1 || alone_after_fork()) return run_steps(program, buffers, memory, 0, 1, begun.get(), done.get());
 #pragma omp parallel num_threads(threads)
     run_steps(program, buffers, memory, omp_get_thread_num(), threads, begun.get(), done.get());
 }

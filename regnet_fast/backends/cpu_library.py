@@ -147,7 +147,8 @@ def _loaded(name: str) -> ctypes.CDLL | LibraryError:
     try:
         if not sys.platform.startswith("linux"):
             raise LibraryError(f"csrc/cpu is compiled on Linux alone, and this is {platform.system()}")
-        command = [*compiler(), *OPTIONS, *source.options, *LINKED]
+        compiler_, *given = compiler()
+        command = [compiler_, *OPTIONS, *source.options, *LINKED, *given]  # the user's own options have the last word
         texts = [(FOLDER / "cpu" / file).read_bytes() for file in source.files]
         key = store.key("cpu", *texts, *command, compiler_version(), _processor())
         return _load(store.stored(key, lambda: _compile(command, source), wait=source.needed), source)

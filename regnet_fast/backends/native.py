@@ -80,7 +80,7 @@ class Weights:
         self.packed = aligned(lib.packed_size(step))
         given = weight.detach().float().contiguous()
         lib.pack_weight(step, given.data_ptr(), self.packed.data_ptr())
-        self.bias = padded(torch.zeros(weight.shape[0], device="cpu") if bias is None else bias)
+        self.bias = padded(torch.zeros(weight.shape[0], dtype=torch.float32, device="cpu") if bias is None else bias)
 
     def give(self, step: Step) -> Step:
         step.weight, step.bias = self.packed.data_ptr(), self.bias.data_ptr()

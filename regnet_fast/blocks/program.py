@@ -89,6 +89,8 @@ class Recorder:
         consume: bool = False,
         into_residual: bool = False,
     ) -> Map | tuple[Map, Means]:
+        if x.shape[1] != conv.weight.shape[1] * conv.geometry.groups:
+            raise Refused(f"a map of {x.shape[1]} channels meets a weight of the shape {tuple(conv.weight.shape)}")
         residual = None if residual is None else self.value(residual)
         facts = conv.activation, gate is not None, residual is not None, x.dtype, "cpu"
         out_channels, _, *kernel = conv.weight.shape
@@ -136,6 +138,8 @@ class Recorder:
     def _affine(
         self, affine: PackedNormAct, x: Map, gate: Gate | None = None, *, consume: bool = False, defer: bool = False
     ) -> Map:
+        if x.shape[1] != affine.scale.numel():
+            raise Refused(f"a map of {x.shape[1]} channels meets a norm of {affine.scale.numel()}")
         _check(NormActProblem(x.shape, affine.activation, gate is not None, x.dtype, "cpu"))
         x = self.value(x)
         made = Map(x.buffer, x.shape, x.dtype, affine=affine, gate=gate)

@@ -147,9 +147,10 @@ def test_a_fallback_under_a_forced_backend_is_an_error(monkeypatch):
 
 
 def test_plain_torch_is_not_timed_as_ours(monkeypatch):
-    from regnet_fast.backends import onednn
+    from regnet_fast.backends import native, onednn
 
-    monkeypatch.setattr(onednn, "refuse", lambda problem: "not today")
+    for module in (onednn, native):
+        monkeypatch.setattr(module, "refuse", lambda problem: "not today")
     found = measure.measure(operation(), "cpu", EAGER, 2, lambda text: None)
     assert found["variants"]["regnet_fast"]["status"] == "skipped"
     assert "not today" in found["variants"]["regnet_fast"]["reason"] and found["ratios"] == {}

@@ -1,0 +1,322 @@
+"""The kernels of csrc/cpu for evaluation: against float64, on every instruction set that this machine can be told to
+compile for, with watched memory, with any number of threads, from several threads and behind a fork.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import native_cases as cases
+import pytest
+import timm
+import torch
+from helpers import randomize_bn
+from native_cases import BF16, F32
+
+import regnet_fast
+from regnet_fast.backends import NormActProblem, SqueezeExciteProblem, backend, cpu_library, native
+from regnet_fast.blocks.chain import Chain
+from regnet_fast.blocks.program import Program
+from regnet_fast.blocks.units import Refused
+from regnet_fast.trials import cpu
+from regnet_fast.trials.modes import mode
+
+ROOT = Path(__file__).parents[2]
+ALL = list(cases.problems())
+
+pytestmark = pytest.mark.skipif(native.refuse(ALL[0]) is not None, reason=str(native.refuse(ALL[0])))
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# Operations
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_convolutions(part):
+    for problem in ALL[part::8]:
+        assert native.refuse(problem) is None
+        assert cases.computed(problem)[2] < 1, problem
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_an_image_in_nchw(dtype):
+    for kernel, stride in ((3, 2), (7, 2), (3, 1), (1, 1)):
+        problem = cases.conv((2, 33, 20), 3, 32, kernel, stride, dtype=dtype)
+        given = cases.operands(problem)
+        run = native.prepare_conv(problem, given["weight"], given["bias"])
+        found = [run(x, None, None, False, False) for x in (given["x"], given["x"].contiguous())]
+        assert run.any_layout and torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("activation", native.ACTIVATION_CODES)
+def test_norm_act(dtype, activation):
+    for size, channels in (((2, 5, 9), 24), ((1, 1, 1), 7), ((3, 14, 14), 130)):
+        for gated in (False, True):
+            n, h, w = size
+            problem = NormActProblem((n, channels, h, w), activation, gated, dtype, "cpu")
+            x, scale, shift = cases.maps(problem.input_shape, dtype), torch.randn(channels), torch.randn(channels)
+            gate = torch.rand(n, channels).to(dtype) if gated else None
+            z = x.double() * scale.double()[:, None, None] * (1 if gate is None else gate.double()[:, :, None, None])
+            expected = cases.ACTIVATIONS[activation].function(z + shift.double()[:, None, None])
+            run = native.prepare_norm_act(problem, scale, shift)
+            assert cases.error(run(x, gate, False), expected, dtype) < 1
+            assert run(x, gate, True) is x and cases.error(x, expected, dtype) < 1
+
+
+def test_squeeze_excite():
+    for batch, channels, hidden in ((1, 24, 8), (3, 336, 84), (8, 17, 1), (5, 888, 222)):
+        problem = SqueezeExciteProblem(batch, channels, hidden, "relu", F32, "cpu")
+        means, fc1, bias1 = torch.randn(batch, channels), torch.randn(hidden, channels), torch.randn(hidden)
+        fc2, bias2 = torch.randn(channels, hidden) / hidden, torch.randn(channels)
+        hidden_values = (means.double() @ fc1.double().t() + bias1).relu()
+        expected = (hidden_values @ fc2.double().t() + bias2).sigmoid()
+        found = native.prepare_squeeze_excite(problem, fc1, bias1, fc2, bias2)(means)
+        assert cases.error(found, expected, F32) < 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_one(value):
+    problem = cases.conv((1, 4, 4), 24, 24, 1)
+    given = cases.operands(problem)
+    given["x"][0, 3, 2, 1] = value
+    y = native.prepare_conv(problem, given["weight"], given["bias"])(given["x"], None, None, False, False)
+    assert torch.equal(y.isfinite(), cases.exact(problem, **given).isfinite())
+
+
+REFUSALS = {
+    "groups of 12": (dict(c=24, k=24, kernel=3, groups=2), "a multiple of 8 channels, not of 12 in and 12 out"),
+    "other groups": (dict(c=32, k=16, kernel=3, groups=2), "not of 16 in and 8 out"),
+    "float16": (dict(c=8, k=8, kernel=1, dtype=torch.float16), "not in torch.float16"),
+    "gelu": (dict(c=8, k=8, kernel=1, activation="gelu"), "has no gelu"),
+    "a GPU": (dict(c=8, k=8, kernel=1, device="cuda:0"), "not on cuda:0"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_refusals_have_a_reason(what):
+    facts, reason = REFUSALS[what]
+    assert reason in native.refuse(cases.conv((1, 4, 4), **facts))
+
+
+# Bits
+
+
+def test_no_result_depends_on_the_number_of_threads(threads):
+    for problem in ALL[::23]:
+        found = []
+        for count in (1, 2, 3, 4):
+            threads(count)
+            y, means, _ = cases.computed(problem)
+            found.append(y if means is None else torch.cat([y.flatten(), means.flatten()]))
+        assert all(torch.equal(one, found[0]) for one in found), problem
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("name", ["regnety_002", "regnetv_040", "resnetv2_50"])
+def test_nor_does_that_of_a_stage(name, dtype, threads):
+    model = regnet_fast.rebuild(randomized(name)).model.to(dtype)
+    x, found = torch.randn(3, 3, 47, 65).to(dtype), []
+    for count in (1, 2, 3, 4):
+        threads(count)
+        with torch.inference_mode():
+            found.append(model(x))
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def randomized(name):
+    model = timm.create_model(name, num_classes=10).eval()
+    randomize_bn(model, 0)
+    return model
+
+
+# The same kernels compiled in other ways
+
+
+def run_cases(options: str, **environment: str) -> list[str]:
+    """What `native_cases.py` prints where csrc/cpu is compiled with further options."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    given = {**os.environ, "PYTHONPATH": paths, "CXX": f"{shutil.which('g++') or 'c++'} {options}", **environment}
+    command = [sys.executable, str(ROOT / "tests" / "native_cases.py")]
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0 and "Sanitizer" not in done.stderr, done.stderr[-4000:]
+    return done.stdout.split()
+
+
+MARCHES = {"x86-64": (4, set()), "haswell": (8, {"avx2", "fma"}), "skylake-avx512": (16, {"avx512f", "avx512bw"})}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("march", MARCHES)
+def test_other_instruction_sets(march):
+    lanes, needed = MARCHES[march]
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        flags = set()
+    if "sse2" not in flags or not needed <= flags:
+        pytest.skip(f"this machine has no {march}")
+    _, found, worst = run_cases(f"-march={march}")
+    assert int(found) == lanes and float(worst) < 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("march", ["native", "haswell"])
+def test_memory_is_respected(march):
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    gcc, runtimes = shutil.which("g++"), []
+    if gcc is None:
+        pytest.skip("no g++, whose runtime is loaded before Python")
+    for name in ("libasan.so", "libubsan.so"):
+        done = subprocess.run([gcc, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        runtimes.append(done.stdout.strip())
+    run_cases(
+        f"-march={march} -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all",
+        LD_PRELOAD=" ".join(runtimes),
+        ASAN_OPTIONS="detect_leaks=0",
+        OMP_NUM_THREADS="2",
+    )
+
+
+# Programs
+
+
+def stages(model):
+    return [module for module in model.modules() if isinstance(module, Chain)]
+
+
+@pytest.mark.parametrize(
+    "name", ["regnetx_002", "regnety_002", "regnetz_b16", "regnetv_040", "repvgg_a0", "resnetv2_50"]
+)
+def test_every_stage_of_the_families_is_a_program(name):
+    model = regnet_fast.rebuild(randomized(name)).model
+    with torch.inference_mode():
+        model(torch.randn(1, 3, 64, 64))
+    first = [next(iter(stage.links())) for stage in stages(model)]
+    made = [
+        one.program for block in first for plan in block._regnet_fast_plans.values() for one in plan.programs.values()
+    ]
+    assert len(made) >= 4 and None not in made
+
+
+def test_what_is_no_step_is_refused():
+    """A norm that depends on the image, a head, and an activation that csrc/cpu does not have."""
+    x = torch.randn(1, 24, 8, 8)
+    model = timm.create_model("regnetx_002", act_layer="gelu").eval()
+    for block in (model.s2.b1, timm.create_model("regnetx_002").eval().head):
+        ours = regnet_fast.rebuild(block).model
+        with pytest.raises(Refused):
+            Program([ours.read_form()], x.shape, F32)
+
+
+def test_two_models_in_two_threads():
+    models = [regnet_fast.rebuild(randomized(name)).model for name in ("regnety_002", "regnetx_002")]
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        expected = [model(x) for model in models]
+    found = [[] for _ in range(4)]
+
+    def run(i):
+        with torch.inference_mode():
+            for _ in range(20):
+                found[i].append(models[i % 2](x))
+
+    workers = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(y, expected[i % 2]) for i in range(4) for y in found[i])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_behind_a_fork():
+    """The child has one thread and computes; the parent goes on."""
+    code = """
+import os, sys, torch, regnet_fast
+torch.set_num_threads(2)
+model = regnet_fast.create_model("regnetx_002").eval()
+x = torch.randn(1, 3, 64, 64)
+with torch.inference_mode():
+    expected = model.s4(model.s3(model.s2(model.s1(x.new_ones(1, 32, 32, 32)))))
+    if os.fork() == 0:
+        torch.set_num_threads(2)
+        found = model.s4(model.s3(model.s2(model.s1(x.new_ones(1, 32, 32, 32)))))
+        os._exit(0 if torch.equal(found, expected) else 3)
+    _, status = os.wait()
+    model(x)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_broken_kernel_is_put_aside_by_its_trial(monkeypatch, tmp_path):
+    """It gives other values than the blocks: the stage runs block by block, and the verdict says why."""
+    monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu, "_decided", {})
+    monkeypatch.setattr(cpu, "_NOISY", 1e9)
+    cpu._verdicts.cache_clear()
+    call = native.Program.__call__
+
+    def broken(self, pointers):
+        call(self, pointers)
+        torch.frombuffer((native.ctypes.c_float * 8).from_address(pointers[1]), dtype=F32).fill_(1e4)
+
+    monkeypatch.setattr(native.Program, "__call__", broken)
+    theirs = randomized("regnetx_002")
+    model, x = (
+        regnet_fast.rebuild(timm.create_model("regnetx_002", num_classes=10)).model.eval(),
+        torch.randn(1, 3, 64, 64),
+    )
+    model.load_state_dict(theirs.state_dict())
+    with mode("on"), cpu.unhurried(), cpu.heard() as verdicts, torch.inference_mode():
+        found = model(x)
+        assert (found - theirs(x)).norm() < 1e-4 * found.norm()
+    statuses = [one.outcomes["program"].status for one in verdicts if one.problem.startswith("stage ")]
+    assert statuses == ["wrong"] * 4
+    cpu._verdicts.cache_clear()
+
+
+def test_without_a_compiler_the_library_serves(monkeypatch):
+    monkeypatch.setattr(cpu_library, "refuse", lambda name: "no compiler")
+    model, x = regnet_fast.rebuild(randomized("regnetx_002")).model, torch.randn(1, 3, 64, 64)
+    rows = regnet_fast.explain(model, (1, 3, 64, 64))
+    assert {row.backend for row in rows if row.operation.endswith("conv")} == {"aten"}
+    with torch.inference_mode(), backend("aten"):
+        expected = model(x)
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
+
+
+def test_a_process_that_finds_another_one_compiling_goes_on_without(monkeypatch, tmp_path):
+    monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path))
+    cpu_library._loaded.cache_clear()
+    held = threading.Event(), threading.Event()
+
+    def slow(*_):
+        held[0].set()
+        held[1].wait(60)
+        raise cpu_library.LibraryError("never mind")
+
+    monkeypatch.setattr(cpu_library, "_compile", slow)
+    first = threading.Thread(target=lambda: cpu_library._loaded.__wrapped__("program"))
+    try:
+        first.start()
+        assert held[0].wait(60)
+        found = cpu_library._loaded.__wrapped__("program")
+        assert "another process is compiling" in str(found)
+    finally:
+        held[1].set()
+        first.join()
+        cpu_library._loaded.cache_clear()

@@ -1,0 +1,121 @@
+"""The kernels of csrc/cpu for evaluation against float64, for `tests/backends/test_native.py` and for a process of its
+own whose csrc/cpu is compiled in another way:
+
+    python tests/native_cases.py
+
+computes every case and prints a digest of all results, the lanes of a vector, and how near to float64 the worst is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regnet_fast.backends import ACTIVATIONS, ConvProblem, Geometry, native
+
+F32, BF16 = torch.float32, torch.bfloat16
+ROUNDING = {F32: 3e-6, BF16: 1.2e-2}
+"""The error of a result, of its largest value: of sums in float32, and of what is read and written in bfloat16."""
+
+SIZES = ((1, 7, 7), (2, 5, 9), (1, 1, 1), (1, 20, 31), (3, 14, 14))
+
+
+def conv(size, c: int, k: int, kernel: int, stride: int = 1, groups: int = 1, **facts) -> ConvProblem:
+    """A convolution that keeps the size but for its stride."""
+    n, h, w = size
+    dilation = facts.pop("dilation", 1)
+    padding = facts.pop("padding", kernel // 2 * dilation)
+    given = {"activation": "relu", "gate": False, "residual": False, "dtype": F32, "device": "cpu", **facts}
+    pairs = ((stride,) * 2, (padding,) * 2, (dilation,) * 2, groups)
+    return ConvProblem((n, c, h, w), k, (kernel,) * 2, Geometry(*pairs), **given)
+
+
+def problems() -> Iterator[ConvProblem]:
+    """1x1 with every epilogue and prologue, groups of every width, dense kernels, stems."""
+    widths = ((48, 48), (24, 56), (152, 368), (7, 5), (64, 33), (1, 1), (130, 17))
+    for (c, k), size, dtype in itertools.product(widths, SIZES, (F32, BF16)):
+        for residual, gate, stride in itertools.product((False, True), (False, True), (1, 2)):
+            names = native.ACTIVATION_CODES if size == SIZES[1] else ("silu",)
+            for name in names:
+                yield conv(size, c, k, 1, stride, activation=name, gate=gate, residual=residual, dtype=dtype)
+    groups = ((1, 2), (1, 17), (2, 5), (4, 3), (8, 1), (8, 3), (16, 3), (24, 1), (24, 2), (24, 5), (32, 2), (40, 3))
+    groups += ((48, 1), (56, 2), (64, 2), (72, 3), (80, 1), (104, 2), (112, 1), (120, 3), (168, 2), (232, 1))
+    for (width, count), size, dtype in itertools.product(groups, SIZES, (F32, BF16)):
+        for stride, dilation in ((1, 1), (2, 1), (1, 2)):
+            c = width * count
+            yield conv(size, c, c, 3, stride, count, dilation=dilation, dtype=dtype)
+    for c, k, kernel, stride in (
+        (3, 32, 3, 2),
+        (3, 64, 7, 2),
+        (64, 64, 3, 1),
+        (48, 56, 3, 2),
+        (5, 7, 3, 1),
+        (16, 16, 5, 1),
+    ):
+        for size, dtype, residual in itertools.product(SIZES, (F32, BF16), (False, True)):
+            yield conv(size, c, k, kernel, stride, residual=residual, dtype=dtype)
+    for padding in (0, 2):
+        yield conv((2, 9, 8), 12, 20, 3, padding=padding)
+
+
+def operands(p: ConvProblem) -> dict[str, Tensor | None]:
+    """What a problem is computed from; deterministic."""
+    n, c, _, _ = p.input_shape
+    taps = c // p.geometry.groups * p.kernel[0] * p.kernel[1]
+    return {
+        "x": maps(p.input_shape, p.dtype),
+        "weight": (torch.randn(p.out_channels, c // p.geometry.groups, *p.kernel) / taps**0.5).to(p.dtype),
+        "bias": torch.randn(p.out_channels),
+        "gate": torch.rand(n, c).to(p.dtype) if p.gate else None,
+        "residual": maps(p.output_shape, p.dtype) if p.residual else None,
+    }
+
+
+def maps(shape, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def exact(p: ConvProblem, x, weight, bias, gate, residual) -> Tensor:
+    """The result in float64."""
+    x = x.double() if gate is None else x.double() * gate.double()[:, :, None, None]
+    y = F.conv2d(x, weight.double(), bias.double(), *p.geometry[:3], p.geometry.groups)
+    return ACTIVATIONS[p.activation].function(y if residual is None else y + residual.double())
+
+
+def error(found: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
+    """How many times as large as `ROUNDING` the largest error is."""
+    assert found.isfinite().all()
+    return ((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-3) / ROUNDING[dtype]).item()
+
+
+def computed(p: ConvProblem) -> tuple[Tensor, Tensor | None, float]:
+    """The result, its means where they are made, and how near both are to float64."""
+    torch.manual_seed(0)
+    given = operands(p)
+    expected = exact(p, **given)
+    run = native.prepare_conv(p, given["weight"], given["bias"])
+    if p.gate or p.residual:
+        residual = None if given["residual"] is None else given["residual"].clone(memory_format=torch.preserve_format)
+        y = run(given["x"], given["gate"], residual, False, True)
+        return y, None, error(y, expected, p.dtype)
+    y, means = run.with_parts(given["x"])
+    near = error(y, expected, p.dtype)
+    return y, means, max(near, error(means, expected.mean((2, 3)), p.dtype))
+
+
+def main() -> None:
+    digest, worst = hashlib.sha256(), 0.0
+    for p in problems():
+        y, _, near = computed(p)
+        digest.update(y.float().contiguous().numpy().tobytes())
+        worst = max(worst, near)
+    print(digest.hexdigest(), native._library().lanes(), f"{worst:.3f}")
+
+
+if __name__ == "__main__":
+    main()
