@@ -34,7 +34,8 @@ def test_a_wheel_ships_the_kernels_and_what_was_measured(tmp_path):
     (wheel,) = tmp_path.glob("*-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "regnet_fast/kernels/tuned/some-gpu.json" in names
-    sources = {path.name for path in (ROOT / "csrc").glob("*.cu*")} | {"device/primitives.cuh", "cpu/passes.cpp"}
+    sources = {path.name for path in (ROOT / "csrc").glob("*.cu*")} | {"device/primitives.cuh"}
+    sources |= {f"cpu/{path.name}" for path in (ROOT / "csrc" / "cpu").iterdir()}
     assert sources == {name.removeprefix("regnet_fast/csrc/") for name in names if "/csrc/" in name}
     assert not [name for name in names if name.endswith(".so") or "build_info" in name]
     assert "regnet_fast/kernels/tables.py" in names and {name.partition("/")[0] for name in names} == {
