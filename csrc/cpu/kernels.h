@@ -133,7 +133,7 @@ __attribute__((noinline)) void sums_by_broadcast(const Tile& tile) {
     using Unit = typename A::Unit;
     using Operand = typename A::Operand;
     constexpr int N = NA + HALF + NB;
-    Vec total[M][N], sums[M][N];
+    Vec total[M][N] = {}, sums[M][N];
     for (int j = 0; j < N; j++) {
         const Vec bias = load(tile.bias + j * LANES);
         for (int i = 0; i < M; i++) sums[i][j] = bias;
