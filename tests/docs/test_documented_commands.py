@@ -102,6 +102,8 @@ def provide(command: str, folder: Path) -> None:
     for word in re.findall(r"convert (\S+\.pth)", command):
         torchvision = pytest.importorskip("torchvision")
         torch.save(torchvision.models.get_model("regnet_y_400mf").state_dict(), folder / word)
+    if "import FILE" in command:
+        run(f"{PROGRAM} verdicts export FILE", folder)
     if "RUN/" in command:
         model = re.search(r"--model (\S+)", command)[1]
         run(f"{PROGRAM} train DATA_DIR --model {model} --amp --model-ema --output RUN {SMALLER['train']}", folder)
