@@ -76,18 +76,23 @@ __attribute__((noinline)) void finish(const Vec* sums, int pixels, int vectors, 
 /// The same without what is seldom asked for, from registers.
 template <typename T, int M, int N>
 ALWAYS void end(const Vec (&sums)[M][N], const Tile& tile) {
-    if (tile.activation > RELU || tile.sums || tile.channels != N * LANES) return finish<T>(sums[0], M, N, tile);
+    if (tile.activation > RELU || tile.channels != N * LANES) return finish<T>(sums[0], M, N, tile);
     const T* residual = static_cast<const T*>(tile.residual);
     T* y = static_cast<T*>(tile.y);
     const Vec least = all(tile.activation == RELU ? 0.0f : -std::numeric_limits<float>::infinity());
 #pragma GCC unroll 16
-    for (int i = 0; i < M; i++)
+    for (int j = 0; j < N; j++) {
+        Vec total = {};
 #pragma GCC unroll 16
-        for (int j = 0; j < N; j++) {
+        for (int i = 0; i < M; i++) {
             Vec z = sums[i][j];
             if (residual) z += load(residual + i * tile.pitch + j * LANES);
-            store(y + i * tile.pitch + j * LANES, z < least ? least : z);
+            z = z < least ? least : z;
+            total += z;
+            store(y + i * tile.pitch + j * LANES, z);
         }
+        if (tile.sums) store(tile.sums + j * LANES, load(tile.sums + j * LANES) + total);
+    }
 }
 
 /// Pixel i of those that begin at `a`, `b` five further and `c` ten further: of what an address can be made of without

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import ConvProblem, Geometry, NormActProblem, PairProblem, SqueezeExciteProblem, onednn
+from ..backends import ConvProblem, Geometry, NormActProblem, PairProblem, SqueezeExciteProblem, forced_backend, onednn
 from ..store.environment import environment
 from ..store.verdicts import Outcome, Verdict, Verdicts
 from .modes import budget, current_mode, watched
@@ -104,11 +104,13 @@ def _verdicts(threads: int) -> Verdicts:
 
 
 def conv_variant(problem: ConvProblem, folded: Callable[[], tuple[Tensor, Tensor | None]]) -> str:
-    """The variant of oneDNN's convolutions that serves a problem. `folded()` is the weight and bias."""
-
+    """The variant of a convolution that serves a problem; of oneDNN's alone where that is forced. `folded()` is the
+    weight and bias.
+    """
+    variants = onednn.conv_variants(problem)
     return _of_runs(
         problem,
-        onednn.conv_variants(problem),
+        variants if forced_backend() is None else tuple(name for name in variants if name != "native"),
         lambda variant: onednn.prepare_conv(problem, *folded(), variant=variant),
     )
 

@@ -1,6 +1,7 @@
 """Whole models in training: one step, several steps of SGD, and how much is kept between forward and backward."""
 
 import copy
+from statistics import median
 
 import pytest
 import torch
@@ -70,14 +71,14 @@ def train(model, x, target, steps, order=None):
 
 
 def runs(name, size, steps, orders, **options):
-    """`train` of ours, of timm's in some orders of the images, and of timm's in float64."""
+    """`train` of ours and of timm's in some orders of the images, and of timm's in float64."""
     ours, theirs = pair(name, num_classes=10, **options)
     x, target = torch.randn(32, 3, size, size), torch.randint(0, 10, (32,))
     x = x.contiguous(memory_format=SAFE.get(name, LAST))
     exact = train(copy.deepcopy(theirs).double(), x.double(), target, steps)
-    timms = [None, *(torch.randperm(8) for _ in range(orders - 1))]
-    found = [train(copy.deepcopy(theirs), x, target, steps, order) for order in timms]
-    return train(ours, x, target, steps), found, exact
+    given = [None, *(torch.randperm(8) for _ in range(orders - 1))]
+    found = ([train(copy.deepcopy(model), x, target, steps, order) for order in given] for model in (ours, theirs))
+    return *found, exact
 
 
 @pytest.mark.long
@@ -87,23 +88,26 @@ def runs(name, size, steps, orders, **options):
 def test_ten_steps(name):
     """At every step the loss is as near to float64's as timm's has been until then.
 
-    Rounding errors grow from step to step by the same factors in every run, and where they go is chance: one run of
-    timm's may by luck come back to float64. So timm runs in several orders of the images of a batch, which change
-    nothing but the order of additions, and what is granted is twice the largest error of these until the step, and the
-    rounding of the loss itself. With SiLU, where errors grow steadily: at ReLU's kinks they leap, each at its own time.
+    Rounding errors grow from step to step by the same factors in every run, and where they go is chance: one run may by
+    luck come back to float64, and another one leave it early. So both run in several orders of the images of a batch,
+    which change nothing but the order of additions. The median of our errors is held to twice the largest of timm's
+    until the step, and the rounding of the loss itself. With SiLU, where errors grow steadily: at ReLU's kinks they
+    leap, each at its own time.
     """
     ours, timms, (exact, *_) = runs(name, 32, 10, 4, act_layer=nn.SiLU)
-    errors = [(losses - exact).abs() for losses, *_ in (ours, *timms)]
-    granted = torch.stack(errors[1:]).amax(0).cummax(0).values
+    ours, timms = (torch.stack([(losses - exact).abs() for losses, *_ in found]) for found in (ours, timms))
+    granted = timms.amax(0).cummax(0).values
     rounding = 4 * torch.finfo(torch.float32).eps * exact
-    assert (errors[0] <= 2 * granted + rounding).all(), f"ours, then timm: {[e.tolist() for e in errors]}"
+    found = ours.median(0).values
+    assert (found <= 2 * granted + rounding).all(), f"ours {ours.tolist()}, timm {timms.tolist()}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_fifty_steps(name):
     """Over the run our losses, and after it gradients and running statistics, are as near to float64's as those of timm
-    in some order of the images: the RMS over the run or over all tensors is at most twice the largest of timm's.
+    in some order of the images: the median of the RMS over the run or over all tensors is at most twice the largest of
+    timm's.
 
     With SiLU as in `test_ten_steps`. With ReLU a leap at a kink grows until learning itself bounds it, and by then the
     errors of timm's own runs differ by a factor of four.
@@ -112,12 +116,17 @@ def test_fifty_steps(name):
     assert exact[0][-4:].mean() < 0.2 * exact[0][:4].mean()
     for i, what in enumerate(("losses", "gradients", "running statistics")):
         least = 1e-6 * torch.stack([t.square().mean().sqrt() for t in exact[i]]).median()
-        errors = [
-            torch.stack([relative(a, b, least).square().mean() for a, b in zip(run[i], exact[i], strict=True)]).mean()
-            for run in (ours, *timms)
-        ]
-        rms = [error.sqrt().item() for error in errors]
-        assert rms[0] <= 2 * max(rms[1:]), f"{what}: ours {rms[0]}, timm {rms[1:]}"
+        found, timm = (
+            [
+                torch.stack([relative(a, b, least).square().mean() for a, b in zip(run[i], exact[i], strict=True)])
+                .mean()
+                .sqrt()
+                .item()
+                for run in same
+            ]
+            for same in (ours, timms)
+        )
+        assert median(found) <= 2 * max(timm), f"{what}: ours {found}, timm {timm}"
 
 
 # What is kept between forward and backward
