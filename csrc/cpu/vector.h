@@ -59,10 +59,14 @@ ALWAYS Vec load(const Bf16* p) {
 
 /// Rounded to the nearest, to even where two are as near; NaN stays NaN.
 ALWAYS void store(Bf16* p, Vec v) {
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
     const Words bits = (Words)v;
     Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     rounded = v == v ? rounded : (bits >> 16) | 0x40;
     *reinterpret_cast<LooseHalves*>(p) = __builtin_convertvector(rounded, Halves);
+#endif
 }
 
 /// Copy fewer than 16 numbers.

@@ -29,7 +29,9 @@ ACTIVATION_CODES = {"none": 0, "relu": 1, "silu": 2, "sigmoid": 3}
 
 _library = partial(cpu_library.library, "program")
 _KEPT = 32  # input shapes for which programs are kept
-_FEW = 4  # channels of an image that is read in NCHW
+FEW_CHANNELS = 4
+"""Up to how many channels an image is read in NCHW as well."""
+
 LINE = 64  # bytes, which memory begins at a multiple of
 
 
@@ -154,7 +156,7 @@ class Conv(Run):
     shape = None  # that it serves alone
 
     def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None, packed: bool = True):
-        self.problem, self.any_layout = problem, problem.input_shape[1] <= _FEW and not problem.gate
+        self.problem, self.any_layout = problem, problem.input_shape[1] <= FEW_CHANNELS and not problem.gate
         self.weights = Weights(conv_step(problem), weight, bias)
         self._programs: dict[tuple, Program] = {}
 

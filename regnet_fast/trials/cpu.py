@@ -22,7 +22,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import ConvProblem, Geometry, NormActProblem, PairProblem, SqueezeExciteProblem, forced_backend, onednn
+from ..backends import (
+    ConvProblem,
+    Geometry,
+    NormActProblem,
+    PairProblem,
+    Run,
+    SqueezeExciteProblem,
+    forced_backend,
+    native,
+    onednn,
+)
 from ..store.environment import environment
 from ..store.verdicts import Outcome, Verdict, Verdicts
 from .modes import budget, current_mode, watched
@@ -132,7 +142,7 @@ def _of_runs(
 
     def trial() -> Verdict:
         made = Operands(problem)
-        return tried(words(problem), variants, lambda variant: partial(prepare(variant), *made.all), made.renew)
+        return tried(words(problem), variants, lambda variant: made.call(prepare(variant)), made.renew)
 
     return _chosen(problem, variants, trial)
 
@@ -342,8 +352,8 @@ class Operands:
     """What a run of a problem is called with, as a block calls it: x, which was written just before and is written over
     where a gate scales it, the gate, and the residual, which takes the result.
 
-    In a loop over what stays as it is other variants win than in a model (docs/cpu.md). Nothing of torch's random
-    numbers is taken.
+    In a loop over what stays as it is other variants win than in a model (docs/cpu.md). Of few channels x is an image
+    in NCHW, as models are given them. Nothing of torch's random numbers is taken.
     """
 
     def __init__(self, problem: ConvProblem | NormActProblem):
@@ -352,16 +362,28 @@ class Operands:
         residual = None
         with torch.inference_mode(False):
             x = _numbers((count, c, h, w), problem.dtype)
+            if isinstance(problem, ConvProblem) and c <= native.FEW_CHANNELS:
+                x = x.contiguous()
             gate = torch.full((count, c), 0.5, dtype=problem.dtype, device="cpu") if problem.gate else None
             if isinstance(problem, ConvProblem) and problem.residual:
                 residual = _numbers((count, *problem.output_shape[1:]), problem.dtype)
             self._maps = [(t.clone(), t) for t in (x, residual) if t is not None]
         self.all = (x, gate, False) if isinstance(problem, NormActProblem) else (x, gate, residual, True, True)
 
+    def call(self, run: Run) -> Call:
+        """The call of a run, in whose time x is laid out as the run reads it."""
+        if run.any_layout or self.all[0].is_contiguous(memory_format=torch.channels_last):
+            return partial(run, *self.all)
+        return partial(_laid_out, run, *self.all)
+
     def renew(self) -> None:
         """Write the maps as they were."""
         for kept, given in self._maps:
             given.copy_(kept)
+
+
+def _laid_out(run: Run, x: Tensor, *others: Any) -> Tensor:
+    return run(x.contiguous(memory_format=torch.channels_last), *others)
 
 
 def _numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
