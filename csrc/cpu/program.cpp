@@ -492,22 +492,31 @@ bool alone_after_fork() {
     return registered != 0 || forked;
 }
 
+ALWAYS void put(float* p, float value) { *p = value; }
+
+ALWAYS void put(Bf16* p, float value) { store(p, all(value), 1); }
+
 template <typename A>
-void pack(const Conv& conv, const float* weight, void* packed) {
+void pack(const Conv& conv, const float* weight, void* packed, int threads) {
     using Stored = std::conditional_t<A::PER_UNIT == 1, float, Bf16>;
-    Stored* out = static_cast<Stored*>(packed);
-    for (const Channels& tile : conv.tiles)
-        for (int64_t t = 0; t < conv.taps; t++)
+    const int64_t size = conv.per_group * conv.taps;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (size_t i = 0; i < conv.tiles.size(); i++) {
+        const Channels& tile = conv.tiles[i];
+        const int64_t lanes = tile.vectors * LANES;
+        Stored* out = static_cast<Stored*>(packed) + tile.weight * A::PER_UNIT;
+        for (int64_t l = 0; l < lanes; l++)
             for (int64_t u = 0; u < conv.units; u++)
-                for (int l = 0; l < tile.vectors * LANES; l++)
-                    for (int part = 0; part < A::PER_UNIT; part++) {
-                        const int64_t k = tile.first + l;
-                        int64_t c = u * A::PER_UNIT + part;
-                        if (conv.per_group == 1) c = k % A::PER_UNIT == part ? 0 : 1;
-                        const bool there = l < tile.count && c < conv.per_group;
-                        Vec value = all(there ? weight[(k * conv.per_group + c) * conv.taps + t] : 0.0f);
-                        store(out++, value, 1);
-                    }
+                for (int part = 0; part < A::PER_UNIT; part++) {
+                    const int64_t k = tile.first + l;
+                    int64_t c = u * A::PER_UNIT + part;
+                    if (conv.per_group == 1) c = k % A::PER_UNIT == part ? 0 : 1;
+                    const bool there = l < tile.count && c < conv.per_group;
+                    const float* from = weight + k * size + c * conv.taps;
+                    for (int64_t t = 0; t < conv.taps; t++)
+                        put(out + ((t * conv.units + u) * lanes + l) * A::PER_UNIT + part, there ? from[t] : 0.0f);
+                }
+    }
 }
 
 }  // namespace
@@ -526,9 +535,10 @@ int64_t packed_size(const Step* step) {
 }
 
 /// Lay out the weights of a convolution, given as (K, C / groups, R, S) in float32.
-void pack_weight(const Step* step, const float* weight, void* packed) {
+void pack_weight(const Step* step, const float* weight, void* packed, int threads) {
     const Conv conv(*step);
-    step->bfloat16 ? pack<Pairs>(conv, weight, packed) : pack<Singles>(conv, weight, packed);
+    if (alone_after_fork()) threads = 1;
+    step->bfloat16 ? pack<Pairs>(conv, weight, packed, threads) : pack<Singles>(conv, weight, packed, threads);
 }
 
 /// Into how many sums for each image and channel a convolution adds its results.

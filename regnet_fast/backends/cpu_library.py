@@ -72,7 +72,7 @@ class Step(ctypes.Structure):
 _PROGRAM = {
     "lanes": (),
     "packed_size": (POINTER(Step),),
-    "pack_weight": (POINTER(Step), c_void_p, c_void_p),
+    "pack_weight": (POINTER(Step), c_void_p, c_void_p, c_int),
     "bands_of": (POINTER(Step),),
     "new_program": (POINTER(Step), c_int64),
     "free_program": (c_void_p,),

@@ -81,7 +81,7 @@ class Weights:
         lib = _library()
         self.packed = aligned(lib.packed_size(step))
         given = weight.detach().float().contiguous()
-        lib.pack_weight(step, given.data_ptr(), self.packed.data_ptr())
+        lib.pack_weight(step, given.data_ptr(), self.packed.data_ptr(), torch.get_num_threads())
         self.bias = padded(torch.zeros(weight.shape[0], dtype=torch.float32, device="cpu") if bias is None else bias)
 
     def give(self, step: Step) -> Step:
