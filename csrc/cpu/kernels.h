@@ -7,6 +7,8 @@
 
 #pragma once
 
+#include <utility>
+
 #include "vector.h"
 
 namespace {

@@ -96,7 +96,7 @@ class Source(NamedTuple):
 SOURCES = {
     "passes": Source(("passes.cpp",), _PASSES),
     "program": Source(
-        ("program.cpp", "kernels.h", "vector.h"),
+        ("program.cpp", "convolution.h", "kernels.h", "vector.h"),
         _PROGRAM,
         {
             "lanes": c_int64,
