@@ -210,7 +210,7 @@ __attribute__((noinline)) void sums_by_lanes(const Tile& tile) {
             const Operand x = A::load(pixel<Unit>(i, a, b, c, step, thrice));
 #pragma GCC unroll 16
             for (int u = 0; u < UNITS; u++) {
-                const Operand own = A::PER_UNIT * UNITS == 1 ? x : (Operand)__builtin_shuffle(x, (Words)(first + u));
+                const Operand own = A::PER_UNIT * UNITS == 1 ? x : (Operand)picked((Words)x, first + u);
                 sums[i][0] = A::plus(sums[i][0], own, weight[u]);
             }
         }

@@ -112,6 +112,17 @@ inline Vec exponential(Vec x) {
     return x > 88.0f ? all(std::numeric_limits<float>::infinity()) : p * (Vec)bits;
 }
 
+/// The lanes of x that an index names.
+ALWAYS Words picked(Words x, Words index) {
+#if defined(__clang__)
+    Words y;
+    for (int l = 0; l < LANES; l++) y[l] = x[index[l]];
+    return y;
+#else
+    return __builtin_shuffle(x, index);
+#endif
+}
+
 enum Activation { NONE, RELU, SILU, SIGMOID };
 
 ALWAYS Vec activate(Vec z, int activation) {
