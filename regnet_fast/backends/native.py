@@ -48,6 +48,8 @@ def refuse(problem: Problem) -> str | None:
         reason = _refuse_groups(problem.input_shape[1], problem.out_channels, problem.geometry.groups)
         if reason is not None:
             return reason
+        if min(problem.output_shape) < 1:
+            return f"the result would have the shape {problem.output_shape}"
     return cpu_library.refuse("program")
 
 
@@ -159,10 +161,6 @@ class Conv(Run):
         self.problem, self.any_layout = problem, problem.input_shape[1] <= FEW_CHANNELS and not problem.gate
         self.weights = Weights(conv_step(problem), weight, bias)
         self._programs: dict[tuple, Program] = {}
-
-    def fits(self, problem: ConvProblem) -> bool:
-        """Whether the weights are as a problem of another input shape wants them: always."""
-        return True
 
     def _program(self, x: Tensor, means: bool) -> tuple[Program, tuple[int, ...]]:
         planar = self.any_layout and not x.is_contiguous(memory_format=torch.channels_last)

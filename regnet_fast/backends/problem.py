@@ -199,7 +199,8 @@ class Run:
         takes_deferred: x and the residual may be `Deferred`.
         any_layout: x may be contiguous instead of channels_last.
         affine: scale, shift and activation of a `Deferred` map, where convolutions can compute it as they read x.
-        with_parts: `run.with_parts(x)` is the result, and (N, T, K) float32 parts whose sum over T are its means.
+        with_parts: `run.with_parts(x)` is the result and its float32 means, (N, K), or (N, T, K) parts whose sum over T
+            they are.
         beside: `run.beside(other, x)` is this result and that of another run of the class from one read of x, or None.
         from_parts: `run.from_parts(parts, dtype)` is the gate from (N, T, C) parts whose sum over T are the means.
     """

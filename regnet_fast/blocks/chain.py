@@ -172,23 +172,25 @@ def _counts(batch: int, most: int) -> list[int]:
 
 
 class _Made(NamedTuple):
-    """The program of blocks, for images of a shape; None where csrc/cpu cannot serve."""
+    """The program of blocks for images of a shape, kept with the first one's plan; None where csrc/cpu cannot serve."""
 
-    plans: list[Plan]
+    others: list[Plan]
     program: Program | None
     stage: cpu.Stage
 
 
 def _made(plans: list[Plan], shape: tuple[int, ...], dtype: torch.dtype) -> _Made:
     """What is kept with the first block, as long as all plans are the same."""
-    kept = plans[0].programs
+    kept, others = plans[0].programs, plans[1:]
     found = kept.get(shape)
-    if found is None or len(found.plans) != len(plans) or not all(map(is_, found.plans, plans)):
+    if found is not None and (len(found.others) != len(others) or not all(map(is_, found.others, others))):
+        kept, found = {}, None  # none of what was made with blocks that have changed
+    if found is None:
         try:
             program = Program([plan.unbound for plan in plans], shape, dtype)
         except Refused:
             program = None
-        found = _Made(plans, program, _stage(plans, shape[1:], dtype, shape[0]))
+        found = _Made(others, program, _stage(plans, shape[1:], dtype, shape[0]))
         plans[0].programs = {**(kept if len(kept) < _PROGRAMS_KEPT else {}), shape: found}
     return found
 

@@ -152,6 +152,8 @@ def unfit(x: Tensor) -> str | None:
         return "meta tensors have no values to compute with"
     if x.dim() != 4 or x.numel() == 0:
         return f"an input of shape {tuple(x.shape)} is left to the host"
+    if x.is_neg():
+        return "a negated view is left to the host"  # its memory has other values
     if x.dtype not in _DTYPES:
         return f"{x.dtype} is computed by the host's own forward"
     return transformed()

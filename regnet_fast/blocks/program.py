@@ -92,6 +92,7 @@ class Recorder:
         if x.shape[1] != conv.weight.shape[1] * conv.geometry.groups:
             raise Refused(f"a map of {x.shape[1]} channels meets a weight of the shape {tuple(conv.weight.shape)}")
         residual = None if residual is None else self.value(residual)
+        x = x if gate is None else self.value(x)  # a step has one gate
         facts = conv.activation, gate is not None, residual is not None, x.dtype, "cpu"
         out_channels, _, *kernel = conv.weight.shape
         problem = ConvProblem(x.shape, out_channels, tuple(kernel), conv.geometry, *facts)
@@ -209,6 +210,8 @@ class Program:
                 except (TypeError, AttributeError) as error:  # it calls what is no unit
                     raise Refused(f"a {type(form).__name__} computes more than csrc/cpu has: {error}") from error
             x = recorder.value(x)
+        if x.buffer == _INPUT:
+            raise Refused("it gives its input")
         _rename(recorder.steps, x.buffer, _OUTPUT)
         offsets, size = _placed(recorder.steps, recorder.sizes)
         self.shape, self.dtype = torch.Size(x.shape), dtype

@@ -113,6 +113,11 @@ class PackedConv(Packed):
     def bind(self, problem: ConvProblem, by: Serving) -> Run:
         if by.module is onednn:
             return self._share(problem)
+        if by.module is native:  # whose weights serve every input shape
+            use = native.Conv, not problem.gate, not problem.residual
+            if use not in self._unpacked:
+                self._unpacked = {**self._unpacked, use: native.prepare_conv(problem, *self.folded())}
+            return self._unpacked[use]
         return by.module.prepare_conv(problem, *self.folded(), **by.options)
 
     def _share(self, problem: ConvProblem) -> Run:

@@ -2,11 +2,13 @@
 compile for, with watched memory, with any number of threads, from several threads and behind a fork.
 """
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import native_cases as cases
@@ -98,6 +100,7 @@ REFUSALS = {
     "other groups": (dict(c=32, k=16, kernel=3, groups=2), "not of 16 in and 8 out"),
     "float16": (dict(c=8, k=8, kernel=1, dtype=torch.float16), "not in torch.float16"),
     "gelu": (dict(c=8, k=8, kernel=1, activation="gelu"), "has no gelu"),
+    "an image smaller than the kernel": (dict(c=8, k=8, kernel=5, padding=0), "the result would have the shape"),
     "a GPU": (dict(c=8, k=8, kernel=1, device="cuda:0"), "not on cuda:0"),
 }
 
@@ -203,9 +206,7 @@ def test_every_stage_of_the_families_is_a_program(name):
     with torch.inference_mode():
         model(torch.randn(1, 3, 64, 64))
     first = [next(iter(stage.links())) for stage in stages(model)]
-    made = [
-        one.program for block in first for plan in block._regnet_fast_plans.values() for one in plan.programs.values()
-    ]
+    made = [program for block in first for program in programs(block)]
     assert len(made) >= 4 and None not in made
 
 
@@ -217,6 +218,36 @@ def test_what_is_no_step_is_refused():
         ours = regnet_fast.rebuild(block).model
         with pytest.raises(Refused):
             Program([ours.read_form()], x.shape, F32)
+
+
+def programs(block):
+    """Of the stages that begin with a block."""
+    return [one.program for plan in block._regnet_fast_plans.values() for one in plan.programs.values()]
+
+
+@pytest.mark.parametrize("changed", ["b1", "b2"])
+def test_programs_of_weights_that_have_changed_are_let_go(changed):
+    """At once, without the collector of cycles; those of other shapes as well."""
+    stage = regnet_fast.rebuild(randomized("regnetx_002")).model.s3
+    with torch.inference_mode():
+        for size in (16, 24):
+            stage(torch.randn(1, 56, size, size))
+        made = [weakref.ref(program) for program in programs(stage.b1)]
+        weight = stage.get_submodule(changed).conv2.bn.weight
+        weight.data = weight.data * 2
+        gc.disable()
+        try:
+            stage(torch.randn(1, 56, 16, 16))
+            assert len(made) == 2 and all(ref() is None for ref in made)
+        finally:
+            gc.enable()
+
+
+def test_a_negated_view_is_read_as_what_it_says():
+    model = regnet_fast.rebuild(randomized("regnetx_002")).model
+    x = torch._neg_view(torch.randn(1, 56, 8, 8))
+    with torch.inference_mode():
+        assert (model.s3(x) - model.s3(x.resolve_neg())).abs().max() < 1e-4
 
 
 def test_two_models_in_two_threads():
