@@ -15,14 +15,16 @@
 
 #include <omp.h>
 #include <pthread.h>
-#include <sched.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "convolution.h"
 
 namespace {
 
 constexpr int64_t MAP_CHUNK = 1 << 14;  // numbers of a map in a chunk
-constexpr int SPINS = 2000;
+constexpr int SPINS = 20000;
 
 /// y[n][c] = the sum over bands of x[n][band][c], divided by the number of pixels.
 void means_chunk(const Step& s, void* const* buffers, int64_t image) {
@@ -100,19 +102,25 @@ struct alignas(64) Begun {
 };
 
 struct alignas(64) Done {
-    std::atomic<int64_t> count{0};
+    std::atomic<int32_t> count{0}, asleep{0};
 };
 
-void wait_for(const Done& done, int64_t chunks) {
-    for (int spins = 0; done.count.load(std::memory_order_acquire) < chunks; spins++) {
-        if (spins < SPINS) {
+void add_one(Done& done, int64_t chunks) {
+    if (done.count.fetch_add(1) + 1 == chunks && done.asleep.load() > 0)
+        syscall(SYS_futex, &done.count, FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
+}
+
+/// Spins for about a millisecond, then sleeps: on a busy machine who was asleep is soon given a core, and who yields is not.
+void wait_for(Done& done, int64_t chunks) {
+    for (int spins = 0; spins < SPINS; spins++) {
+        if (done.count.load(std::memory_order_acquire) >= chunks) return;
 #if defined(__x86_64__)
-            __builtin_ia32_pause();
+        __builtin_ia32_pause();
 #endif
-        } else {
-            sched_yield();
-        }
     }
+    done.asleep.fetch_add(1);
+    for (int32_t count = done.count.load(); count < chunks; count = done.count.load())
+        syscall(SYS_futex, &done.count, FUTEX_WAIT_PRIVATE, count, nullptr, nullptr, 0);
 }
 
 void run_steps(const Program& program, void* const* buffers, char* memory, int thread, int threads, Begun* begun,
@@ -128,7 +136,7 @@ void run_steps(const Program& program, void* const* buffers, char* memory, int t
                 const int64_t chunk = start + own.next.fetch_add(1, std::memory_order_relaxed);
                 if (chunk >= end) break;
                 work.run(int64_t(i), buffers, chunk, scratch);
-                done[i].count.fetch_add(1, std::memory_order_release);
+                add_one(done[i], work.chunks);
             }
         }
         wait_for(done[i], work.chunks);
