@@ -106,18 +106,24 @@ def _is_ours(config, item) -> bool:
     return architecture in config.getoption("--meta-only").split(",") and "cfg_device" in item.fixturenames
 
 
-def of_the_largest(assert_close):
-    """The same check, whose relative tolerance is of the largest value where timm's test grants one beside 1e-5.
+# timm's tests that hold two ways through one model to a tolerance that the host's own rounding does not keep.
+TWO_WAYS = ("test_model_forward_intermediates", "test_resnetv2_stem_feature_odd_size")
 
-    timm's test compares a forward with one under checkpointing, whose blocks are the host's own and not fused: the two
-    are rounded differently, and a sum's rounding goes by its terms and not by what is left of them. timm's own two
-    memory layouts differ by up to 8e-5 of the largest value there (resnetv2_50x1_bit, six draws).
+
+def of_the_largest(assert_close):
+    """The same check, whose tolerance is of the largest value where timm's test grants 1e-5 or torch's default.
+
+    timm's tests compare a forward with one under checkpointing, or with a hook at its stem, whose blocks are the host's
+    own and not fused: the two are rounded differently, and a sum's rounding goes by its terms and not by what is left
+    of them. timm's own two memory layouts differ by up to 8e-5 of the largest value (resnetv2_50x1_bit, six draws), and
+    by more than the second test grants in one draw of six (resnetv2_18) and in six of six (resnetv2_50).
     """
 
     @functools.wraps(assert_close)
     def check(actual, expected, *, rtol=None, atol=None, **options):
-        if atol == 1e-5:
-            atol = max(atol, rtol * expected.abs().max().item())
+        if atol == 1e-5 or (rtol is None and atol is None):
+            rtol = 1e-5 if rtol is None else rtol
+            atol = max(1e-5, rtol * expected.abs().max().item())
         assert_close(actual, expected, rtol=rtol, atol=atol, **options)
 
     return check
@@ -126,7 +132,7 @@ def of_the_largest(assert_close):
 @pytest.fixture(autouse=True)
 def rounding(request, monkeypatch):
     torch.manual_seed(0)  # a draw is the same on every machine
-    if request.node.originalname == "test_model_forward_intermediates":
+    if request.node.originalname in TWO_WAYS:
         monkeypatch.setattr(torch.testing, "assert_close", of_the_largest(torch.testing.assert_close))
 
 
