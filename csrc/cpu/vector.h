@@ -1,6 +1,7 @@
 // Vectors of the processor that this is compiled for, by the compilers' own vector types: AVX-512, AVX2, NEON or SSE.
 //
-// Of instructions that these do not know there is one, the product of pairs in bfloat16.
+// Of instructions that these do not know there are three: the product of pairs in bfloat16, loads of some numbers again
+// and again, and of the first lanes alone.
 
 #pragma once
 
@@ -8,7 +9,7 @@
 #include <cstring>
 #include <limits>
 
-#if defined(__AVX512BF16__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -36,9 +37,14 @@ constexpr int LANES = BYTES / 4;
 typedef float Vec __attribute__((vector_size(BYTES)));
 typedef uint32_t Words __attribute__((vector_size(BYTES)));
 typedef int32_t Ints __attribute__((vector_size(BYTES)));
+typedef uint64_t Longs __attribute__((vector_size(BYTES)));
+typedef uint32_t HalfWords __attribute__((vector_size(BYTES / 2)));
 typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
 typedef float LooseVec __attribute__((vector_size(BYTES), aligned(4), may_alias));
 typedef uint32_t LooseWords __attribute__((vector_size(BYTES), aligned(4), may_alias));
+typedef uint32_t LooseHalfWords __attribute__((vector_size(BYTES / 2), aligned(4), may_alias));
+typedef uint32_t Quad __attribute__((vector_size(16)));
+typedef uint32_t LooseQuad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint16_t LooseHalves __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
 
 /// A bfloat16 number as it lies in memory.
@@ -95,6 +101,31 @@ ALWAYS void store(T* p, Vec v, int count) {
     copy_few(p, made, count);
 }
 
+#if defined(__AVX512F__)
+ALWAYS __mmask16 lanes_before(int count) { return __mmask16(count >= LANES ? 0xffff : (1 << count) - 1); }
+
+template <>
+ALWAYS Vec load(const float* p, int count) {
+    return (Vec)_mm512_maskz_loadu_ps(lanes_before(count), p);
+}
+
+template <>
+ALWAYS void store(float* p, Vec v, int count) {
+    _mm512_mask_storeu_ps(p, lanes_before(count), (__m512)v);
+}
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+template <>
+ALWAYS Vec load(const Bf16* p, int count) {
+    return (Vec)(__builtin_convertvector((Halves)_mm256_maskz_loadu_epi16(lanes_before(count), p), Words) << 16);
+}
+
+template <>
+ALWAYS void store(Bf16* p, Vec v, int count) {
+    _mm256_mask_storeu_epi16(p, lanes_before(count), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+#endif
+
 /// exp(x) to about 1 ulp from -87 to 88, exp(-87) below and infinity above. Source: S. Moshier, Cephes, `expf`.
 inline Vec exponential(Vec x) {
     const Vec low = x < -87.0f ? all(-87.0f) : x;
@@ -113,14 +144,87 @@ inline Vec exponential(Vec x) {
 }
 
 /// The lanes of x that an index names.
-ALWAYS Words picked(Words x, Words index) {
+template <typename Lanes>
+ALWAYS Lanes picked(Lanes x, Lanes index) {
 #if defined(__clang__)
-    Words y;
-    for (int l = 0; l < LANES; l++) y[l] = x[index[l]];
+    Lanes y;
+    for (unsigned l = 0; l < sizeof(x) / 4; l++) y[l] = x[index[l]];
     return y;
 #else
     return __builtin_shuffle(x, index);
 #endif
+}
+
+/// The words of two vectors in turn.
+template <typename Some>
+ALWAYS void two_in_turn(Some a, Some b, uint32_t* to) {
+    constexpr int COUNT = sizeof(Some) / 4;
+#if defined(__clang__)
+    for (int l = 0; l < COUNT; l++) to[2 * l] = a[l], to[2 * l + 1] = b[l];
+#else
+    Some first = {}, last = {};
+    for (int l = 0; l < COUNT; l++) {
+        first[l] = l % 2 * COUNT + l / 2;
+        last[l] = first[l] + COUNT / 2;
+    }
+    first = __builtin_shuffle(a, b, first), last = __builtin_shuffle(a, b, last);
+    std::memcpy(to, &first, sizeof(first));
+    std::memcpy(to + COUNT, &last, sizeof(last));
+#endif
+}
+
+/// The words of two rows in turn, a whole number of quads.
+ALWAYS void two_in_turn(const uint32_t* a, const uint32_t* b, int64_t count, uint32_t* to) {
+    for (; count >= LANES / 2 && LANES / 2 > 4; count -= LANES / 2, a += LANES / 2, b += LANES / 2, to += LANES)
+        two_in_turn<HalfWords>(*reinterpret_cast<const LooseHalfWords*>(a), *reinterpret_cast<const LooseHalfWords*>(b), to);
+    for (; count > 0; count -= 4, a += 4, b += 4, to += 8)
+        two_in_turn<Quad>(*reinterpret_cast<const LooseQuad*>(a), *reinterpret_cast<const LooseQuad*>(b), to);
+}
+
+/// Lane l of the result is that of number l of `count` groups in turn, in lanes that hold one group after the other.
+template <typename Lanes>
+ALWAYS Lanes in_turn(int count) {
+    const int lanes = sizeof(Lanes) / 4;
+    Lanes index = {};
+    for (int l = 0; l < lanes; l++) index[l] = l % count * (lanes / count) + l / count;
+    return index;
+}
+
+/// Lanes that hold G groups in turn, one group after the other.
+template <int G>
+ALWAYS Vec one_by_one(Vec v) {
+    return G == 1 || G == LANES ? v : (Vec)picked((Words)v, in_turn<Words>(LANES / G));
+}
+
+/// What `one_by_one` was made from.
+template <int G>
+ALWAYS Vec alternating(Vec v) {
+    return G == 1 || G == LANES ? v : (Vec)picked((Words)v, in_turn<Words>(G));
+}
+
+/// G words again and again.
+template <int G>
+ALWAYS Words repeated(const void* p) {
+    if constexpr (G == LANES) {
+        return *static_cast<const LooseWords*>(p);
+    } else if constexpr (G == 1) {
+        uint32_t word;
+        std::memcpy(&word, p, 4);
+        return word - Words{};
+    } else if constexpr (G == 2) {
+        uint64_t words;
+        std::memcpy(&words, p, 8);
+        return (Words)(words - Longs{});
+#if defined(__AVX512F__)
+    } else if constexpr (G == 4) {
+        return (Words)_mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+    } else if constexpr (G == 8) {
+        return (Words)_mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+    } else if constexpr (G == 4) {
+        return (Words)_mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#endif
+    }
 }
 
 enum Activation { NONE, RELU, SILU, SIGMOID };
@@ -138,13 +242,17 @@ ALWAYS Vec activate(Vec z, int activation) {
     }
 }
 
-/// Products of one number with a vector of weights, in float32.
+/// Products of numbers with a vector of weights, in float32.
 struct Singles {
     using Unit = float;
     using Operand = Vec;
     static constexpr int PER_UNIT = 1;
 
-    static ALWAYS Operand broadcast(const Unit* p) { return all(*p); }
+    template <int G>
+    static ALWAYS Operand repeated(const Unit* p) {
+        if constexpr (G == 1) return all(*p);
+        return (Vec)::repeated<G>(p);
+    }
     static ALWAYS Operand load(const Unit* p) { return *reinterpret_cast<const LooseVec*>(p); }
     static ALWAYS Vec plus(Vec sum, Operand x, Operand w) { return sum + x * w; }
 };
@@ -156,10 +264,9 @@ struct Pairs {
     using Operand = Words;
     static constexpr int PER_UNIT = 2;
 
-    static ALWAYS Operand broadcast(const Unit* p) {
-        uint32_t pair;
-        std::memcpy(&pair, p, 4);
-        return pair - Words{};
+    template <int G>
+    static ALWAYS Operand repeated(const Unit* p) {
+        return ::repeated<G>(p);
     }
     static ALWAYS Operand load(const Unit* p) { return *reinterpret_cast<const LooseWords*>(p); }
     static ALWAYS Vec plus(Vec sum, Operand x, Operand w) {
