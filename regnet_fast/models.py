@@ -19,9 +19,10 @@ from . import weights
 from .blocks.chain import Chain
 from .blocks.fused import Fused
 from .blocks.fused import freeze as freeze_block
+from .blocks.network import Network
 from .blocks.units import Refused
 from .graphs import graphed
-from .hosts.registry import candidates, chains, derived
+from .hosts.registry import candidates, chains, derived, networks
 from .hosts.timm import FAMILIES
 
 __all__ = [
@@ -82,7 +83,7 @@ def rebuild(model: nn.Module, inplace: bool = True) -> Report:
     for path, module, cls in derived(report.model):
         reason = f"it is derived from {cls.__name__} and may compute something else"
         report.kept.append((path, type(module).__name__, reason))
-    for module, cls in chains(report.model):
+    for module, cls in (*chains(report.model), *networks(report.model)):
         module.__class__ = cls
     return report
 
@@ -108,7 +109,7 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo `rebuild` in place: every fused block becomes the host's own class again, weights untouched. Returns
     the model. Raises TypeError, before anything is changed, where a module's class was derived from ours since.
     """
-    rebuilt = [(path, m) for path, m in model.named_modules() if isinstance(m, (Fused, Chain))]
+    rebuilt = [(path, m) for path, m in model.named_modules() if isinstance(m, (Fused, Chain, Network))]
     for path, module in rebuilt:
         if "host" not in vars(type(module)):
             raise TypeError(

@@ -12,7 +12,7 @@
 
 namespace {
 
-enum Kind { CONV, MEANS, AFFINE };
+enum Kind { CONV, MEANS, AFFINE, LARGEST, AVERAGE };
 
 }  // namespace
 
@@ -136,7 +136,7 @@ struct Conv {
         const double tile_work = double(row) * taps * per_group * step.out_channels * tiles[0].slice_channels /
                                  (step.groups == 1 ? tiles[0].slice_channels : step.channels);
         const bool whole = step.groups == 1;
-        const double work = double(step.images) * step.out_height * step.out_width * step.out_channels * taps * per_group;
+        const double work = double(row * rows) * step.out_channels * taps * per_group;  // no sum depends on the batch
         chunk = std::min(std::max(work / CHUNKS, LEAST_CHUNK), CHUNK);
         bands_first = !whole || (direct && step.out_channels * units > pixels * pitch);
         int64_t most = std::max<int64_t>(1, int64_t(chunk / tile_work));

@@ -24,6 +24,7 @@
 namespace {
 
 constexpr int64_t MAP_CHUNK = 1 << 14;  // numbers of a map in a chunk
+constexpr int64_t AVERAGED = 8 * LANES;  // channels in a chunk
 constexpr int SPINS = 20000;
 
 /// y[n][c] = the sum over bands of x[n][band][c], divided by the number of pixels.
@@ -58,6 +59,56 @@ void affine_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t ba
     }
 }
 
+/// y[p] = the largest x in the window of p, NaN where there is one.
+template <typename T>
+void largest_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t bands, int64_t band) {
+    const int64_t image = chunk / bands, first = chunk % bands * band, pixels = s.out_height * s.out_width;
+    const int64_t end = std::min(first + band, pixels);
+    const T* x = static_cast<const T*>(buffers[s.x]) + image * s.height * s.width * s.channels;
+    T* y = static_cast<T*>(buffers[s.y]) + image * pixels * s.channels;
+    for (int64_t p = first; p < end; p++) {
+        const int64_t top = p / s.out_width * s.stride[0] - s.padding[0];
+        const int64_t left = p % s.out_width * s.stride[1] - s.padding[1];
+        for (int64_t c = 0; c < s.channels; c += LANES) {
+            const int count = int(std::min<int64_t>(LANES, s.channels - c));
+            Vec found = all(-std::numeric_limits<float>::infinity());
+            for (int64_t i = 0; i < s.kernel[0]; i++) {
+                const int64_t row = top + i * s.dilation[0];
+                if (row < 0 || row >= s.height) continue;
+                for (int64_t j = 0; j < s.kernel[1]; j++) {
+                    const int64_t column = left + j * s.dilation[1];
+                    if (column < 0 || column >= s.width) continue;
+                    const Vec z = load(x + (row * s.width + column) * s.channels + c, count);
+                    found = (z > found) | (z != z) ? z : found;
+                }
+            }
+            store(y + p * s.channels + c, found, count);
+        }
+    }
+}
+
+/// y[n][c] = the mean over the pixels of activation(x * scale + shift), of some channels.
+template <typename T>
+void average_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t bands) {
+    const int64_t image = chunk / bands, first = chunk % bands * AVERAGED;
+    const T* x = static_cast<const T*>(buffers[s.x]) + image * s.height * s.width * s.channels;
+    T* y = static_cast<T*>(buffers[s.y]) + image * s.channels;
+    for (int64_t c = first; c < std::min(first + AVERAGED, s.channels); c += LANES) {
+        const int count = int(std::min<int64_t>(LANES, s.channels - c));
+        Vec total = {};
+        for (int64_t row = 0; row < s.height; row++) {
+            Vec sum = {};
+            for (int64_t p = row * s.width; p < (row + 1) * s.width; p++) {
+                Vec z = load(x + p * s.channels + c, count);
+                if (s.scale) z = activate(z * load(s.scale + c, count) + load(s.shift + c, count), int(s.before));
+                sum += z;
+            }
+            total += sum;
+        }
+        store(y + c, total * (1.0f / float(s.height * s.width)), count);
+    }
+}
+
 struct Work {
     Step step;
     std::unique_ptr<Conv> conv;
@@ -69,8 +120,11 @@ struct Work {
             chunks = conv->chunks();
         } else if (step.kind == MEANS) {
             chunks = step.images;
+        } else if (step.kind == AVERAGE) {
+            bands = divided(step.channels, AVERAGED);
+            chunks = step.images * bands;
         } else {
-            const int64_t pixels = step.height * step.width;
+            const int64_t pixels = step.kind == LARGEST ? step.out_height * step.out_width : step.height * step.width;
             band = std::min(pixels, divided(MAP_CHUNK, step.channels));
             bands = divided(pixels, band);
             chunks = step.images * bands;
@@ -83,6 +137,12 @@ struct Work {
         } else if (step.kind == AFFINE) {
             step.bfloat16 ? affine_chunk<Bf16>(step, buffers, chunk, bands, band)
                           : affine_chunk<float>(step, buffers, chunk, bands, band);
+        } else if (step.kind == LARGEST) {
+            step.bfloat16 ? largest_chunk<Bf16>(step, buffers, chunk, bands, band)
+                          : largest_chunk<float>(step, buffers, chunk, bands, band);
+        } else if (step.kind == AVERAGE) {
+            step.bfloat16 ? average_chunk<Bf16>(step, buffers, chunk, bands)
+                          : average_chunk<float>(step, buffers, chunk, bands);
         } else if (step.bfloat16) {
             conv_chunk<Pairs, Bf16>(*conv, number, buffers, chunk, scratch);
         } else {

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from . import cpu_library
 from .cpu_library import Step
 from .problem import Apart, ConvProblem, Geometry, NormActProblem, Problem, Run, SqueezeExciteProblem
 
-CONV, MEANS, AFFINE = range(3)
+CONV, MEANS, AFFINE, LARGEST, AVERAGE = range(5)
 """The kinds of steps."""
 
 ACTIVATION_CODES = {"none": 0, "relu": 1, "silu": 2, "sigmoid": 3}
@@ -105,21 +106,28 @@ def padded(vector: Tensor) -> Tensor:
     return made
 
 
+class Place(NamedTuple):
+    """Where a buffer lies: in what a call gives, by its number, or in the program's own memory; and from which byte."""
+
+    given: int | None
+    offset: int = 0
+
+
 class Program:
     """Steps over numbered buffers, run by one call.
 
     Args:
         steps: in their order.
         keep: what the steps point to.
-        offsets: where each buffer begins in the program's own memory, None for those that a call gives.
-        size: bytes of that memory.
+        places: of each buffer.
+        size: bytes of the program's own memory.
 
-    `program(pointers)` runs it with torch's number of threads, on the addresses of the buffers that the call gives, the
-    first ones. Safe to share between threads.
+    `program(pointers)` runs it with torch's number of threads, on what the call gives. Safe to share between threads.
     """
 
-    def __init__(self, steps: Sequence[Step], keep: object, offsets: Sequence[int | None], size: int = 0):
-        self._keep, self._lib, self._offsets, self._size = keep, _library(), offsets, size
+    def __init__(self, steps: Sequence[Step], keep: object, places: Sequence[Place], size: int = 0):
+        self._keep, self._lib, self._places, self._size = keep, _library(), places, size
+        self._given = [(i, place.given, place.offset) for i, place in enumerate(places) if place.given is not None]
         self._handle = self._lib.new_program((Step * len(steps))(*steps), len(steps))
         if not self._handle:
             raise MemoryError("There is no memory for a program of csrc/cpu.")
@@ -136,12 +144,12 @@ class Program:
         if held[0] < threads:
             memory = aligned(self._size + threads * self._scratch)
             start = memory.data_ptr()
-            places = (None if offset is None else start + offset for offset in self._offsets)
-            held = threads, memory, (ctypes.c_void_p * len(self._offsets))(*places)
+            own = (start + place.offset if place.given is None else None for place in self._places)
+            held = threads, memory, (ctypes.c_void_p * len(self._places))(*own)
         array = held[2]
-        for i, pointer in enumerate(pointers):
-            if self._offsets[i] is None:
-                array[i] = pointer
+        for i, given, offset in self._given:
+            pointer = pointers[given]
+            array[i] = None if pointer is None else pointer + offset
         self._lib.run_program(self._handle, array, held[1].data_ptr() + self._size, threads)
         self._free.append(held)
 
@@ -171,13 +179,13 @@ class Conv(Run):
             residual, gate = 2 if problem.residual else -1, 3 if problem.gate else -1
             steps = [self.weights.give(conv_step(problem, 0, 1, residual, gate, 4 if means else -1))]
             steps[0].planar = planar
-            offsets, size = [None] * 4, 0
+            places, size = [*map(Place, range(4))], 0
             if means:
                 n, k, _, _ = problem.output_shape
                 bands = bands_of(steps[0])
                 steps.append(means_step(problem.output_shape, bands, 4, 5))
-                offsets, size = [None, None, None, None, 0, None], -(-n * k * bands * 4 // LINE) * LINE
-            found = Program(steps, self.weights, offsets, size), problem.output_shape
+                places, size = [*places, Place(None), Place(4)], -(-n * k * bands * 4 // LINE) * LINE
+            found = Program(steps, self.weights, places, size), problem.output_shape
             self._programs = {**(self._programs if len(self._programs) < _KEPT else {}), key: found}
         return found
 
@@ -196,7 +204,7 @@ class Conv(Run):
         program, shape = self._program(x, True)
         y, means = _map(shape, x.dtype), _floats(*shape[:2])
         if _starts("conv", x=x, weight=self.weights.packed, y=y, means=means):
-            program([x.data_ptr(), y.data_ptr(), None, None, None, means.data_ptr()])
+            program([x.data_ptr(), y.data_ptr(), None, None, means.data_ptr()])
         return y, means
 
 
@@ -218,14 +226,14 @@ class SqueezeExcite(Run):
             program, shape = layer._program(x.t()[None, :, :, None], False)
             y = _floats(means.shape[0], shape[1])
             if _starts("linear", x=x, weight=layer.weights.packed, y=y):
-                program([x.data_ptr(), y.data_ptr()])
+                program([x.data_ptr(), y.data_ptr(), None, None])
             x = y
         return x
 
 
-def linear(rows: int, out: int, channels: int, activation: str) -> ConvProblem:
-    """`activation(x @ weight.t() + bias)` for so many rows of x, in float32, as a convolution of pixels."""
-    facts = Geometry(), activation, False, False, torch.float32, "cpu"
+def linear(rows: int, out: int, channels: int, activation: str, dtype: torch.dtype = torch.float32) -> ConvProblem:
+    """`activation(x @ weight.t() + bias)` for so many rows of x, as a convolution of pixels."""
+    facts = Geometry(), activation, False, False, dtype, "cpu"
     return ConvProblem((1, channels, rows, 1), out, (1, 1), *facts)
 
 
@@ -237,7 +245,7 @@ class NormAct(Run):
     def __init__(self, problem: NormActProblem, scale: Tensor, shift: Tensor):
         vectors = padded(scale), padded(shift)
         step = affine_step(problem, *vectors, 0, 1, 2 if problem.gate else -1)
-        self._program = Program([step], vectors, [None] * 3)
+        self._program = Program([step], vectors, [*map(Place, range(3))])
 
     def __call__(self, x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:
         y = x if consume else _map(x.shape, x.dtype)
@@ -261,6 +269,26 @@ def means_step(shape: Sequence[int], bands: int, sums: int, means: int) -> Step:
     """The channel means of a map from the sums of its bands."""
     n, k, h, w = shape
     return Step(kind=MEANS, images=n, channels=k, height=bands, width=h * w, x=sums, y=means, residual=-1, gate=-1)
+
+
+def largest_step(
+    shape: Sequence[int], out: Sequence[int], dtype: torch.dtype, window: Sequence[Sequence[int]], x: int, y: int
+) -> Step:
+    """`max_pool2d` of a map; `window` is kernel, stride, padding and dilation."""
+    n, c, h, w = shape
+    step = Step(kind=LARGEST, images=n, channels=c, height=h, width=w, out_height=out[2], out_width=out[3])
+    step.kernel, step.stride, step.padding, step.dilation = map(tuple, window)
+    step.bfloat16 = dtype == torch.bfloat16
+    step.x, step.y, step.gate, step.residual, step.sums = x, y, -1, -1, -1
+    return step
+
+
+def average_step(shape: Sequence[int], dtype: torch.dtype, x: int, y: int) -> Step:
+    """The channel means of a map, in its dtype."""
+    n, c, h, w = shape
+    step = Step(kind=AVERAGE, images=n, channels=c, height=h, width=w, bfloat16=dtype == torch.bfloat16)
+    step.x, step.y, step.gate, step.residual, step.sums = x, y, -1, -1, -1
+    return step
 
 
 def _at(t: Tensor | None) -> int | None:

@@ -20,18 +20,13 @@ from ..ops.convolution import autocast_enabled
 from ..trials import cpu
 from ..trials.session import session, waiting
 from .fused import Fused, Plan, unfit
-from .program import Program
+from .program import Program, counts, images
 from .units import Refused
 from .watch import only_forwards, transformed
 
-_BYTES_PER_THREAD = 5e6
-"""How large a map may be for the maps before and after it to be still in the cache when they are needed: measured on
-two threads with 1 MB of second-level cache each and 32 MB of third-level cache (docs/cpu.md).
-"""
-
 _LAST = torch.channels_last
 _PROGRAMS_KEPT = 8
-"""For how many shapes of images a stage keeps its programs."""
+"""For how many shapes of images programs are kept."""
 
 
 class Chain:
@@ -68,39 +63,16 @@ class Chain:
 
     @staticmethod
     def _by_program(links: list[nn.Module], plans: list[Plan], x: Tensor) -> Tensor | None:
-        """The result by programs of csrc/cpu, one for each part of the batch; None where another way serves."""
+        """The result by a program of csrc/cpu; None where another way serves."""
         if not x.is_cpu or forced_backend() not in (None, "native"):
             return None
-        counts = _counts(x.shape[0], images(plans[0], x))
-        made = [_made(plans, (count, *x.shape[1:]), x.dtype) for count in counts]
-        if any(one.program is None for one in made):
+        program, stage = made([plans], x)
+        if program is None:
             return None
-        program, stage = made[0].program, made[0].stage
-        forced = forced_backend() is not None
-        if not forced and not cpu.by_program(stage, lambda way: program if way == "program" else _fresh(plans, x)):
+        ways = {"program": lambda: program, "blocks": lambda: _fresh(plans, x)}
+        if forced_backend() is None and not cpu.by_program(stage, lambda way: ways[way]()):
             return None
-        told = observer.get()
-        if len(counts) == 1 and told is None:
-            return program(x)
-        for plan in plans:
-            plan.stage = stage
-        y = torch.empty((x.shape[0], *program.shape[1:]), dtype=x.dtype, device=x.device, memory_format=_LAST)
-        for one, part, out in zip(made, x.split(counts), y.split(counts), strict=True):
-            if told is None:
-                one.program(part, out)
-            else:
-                out.copy_(Chain._told(links, plans, part))
-        return y
-
-    @staticmethod
-    def _told(links: list[nn.Module], plans: list[Plan], x: Tensor) -> Tensor:
-        """What a program gives, by the same kernels block after block, for whoever listens."""
-        with backend("native"):
-            for child, plan in zip(links, plans, strict=True):
-                x = x.contiguous(memory_format=_LAST)
-                observer.get().block(child, x, plan, None)
-                x = _fresh([plan], x)(x)
-        return x
+        return program(x) if observer.get() is None else told(links, plans, stage, x)
 
     @staticmethod
     def _parts(plans: list[Plan], x: Tensor) -> int:
@@ -112,27 +84,18 @@ class Chain:
             run = _fresh(plans, x)
             return lambda count: _in_parts(x, -(-x.shape[0] // count), run)
 
-        count = cpu.images(_stage(plans, x.shape[1:], x.dtype), images(plans[0], x), x.shape[0], bind)
+        count = cpu.images(_stage(plans, x.shape[1:], x.dtype), _images(plans[0], x), x.shape[0], bind)
         return -(-x.shape[0] // count)
 
     @staticmethod
-    def _plans(links: list[nn.Module], x: Tensor) -> list[Plan] | None:
-        """The current plan of every child; None where not all of them run fused and unobserved."""
-        if unfit(x) is not None or autocast_enabled("cpu" if x.is_cpu else x.device.type):
-            return None
-        plans = []
-        for child in links:
-            if not isinstance(child, Fused) or not only_forwards(child):
-                return None
-            plan = child.plan(x)
-            if plan is None:
-                return None
-            plans.append(plan)
+    def _plans(links: Iterable[nn.Module], x: Tensor) -> list[Plan] | None:
+        """The current plan of every child, called once more; None where not all of them run fused and unobserved."""
+        plans = current_plans(links, x)
         if waiting and plans and plans[0].calls:
             session.settle()
-        for plan in plans:
+        for plan in plans or ():
             plan.calls += 1
-        return plans or None
+        return plans
 
     @staticmethod
     def _run(links: list[nn.Module], plans: list[Plan], x: Tensor) -> Tensor:
@@ -165,53 +128,82 @@ class Chain:
         return plain
 
 
-def _counts(batch: int, most: int) -> list[int]:
-    """The images of each part of a batch, with so many in one at most, as even as can be."""
-    count = -(-batch // most)
-    return [batch // count + (i < batch % count) for i in range(count)]
+def current_plans(links: Iterable[nn.Module], x: Tensor) -> list[Plan] | None:
+    """The current plan of every block; None where not all of them run fused and unobserved, or there is none."""
+    if unfit(x) is not None or autocast_enabled("cpu" if x.is_cpu else x.device.type):
+        return None
+    plans = []
+    for child in links:
+        if not isinstance(child, Fused) or not only_forwards(child):
+            return None
+        plan = child.plan(x)
+        if plan is None:
+            return None
+        plans.append(plan)
+    return plans or None
 
 
-class _Made(NamedTuple):
-    """The program of blocks for images of a shape, kept with the first one's plan; None where csrc/cpu cannot serve."""
+class Made(NamedTuple):
+    """The program of blocks for images of a shape, None where csrc/cpu cannot serve, and what its time depends on."""
 
-    others: list[Plan]
     program: Program | None
     stage: cpu.Stage
 
 
-def _made(plans: list[Plan], shape: tuple[int, ...], dtype: torch.dtype) -> _Made:
-    """What is kept with the first block, as long as all plans are the same."""
-    kept, others = plans[0].programs, plans[1:]
-    found = kept.get(shape)
-    if found is not None and (len(found.others) != len(others) or not all(map(is_, found.others, others))):
-        kept, found = {}, None  # none of what was made with blocks that have changed
+class _Kept(NamedTuple):
+    """What was made of blocks, kept with the first one's plan, as long as the others are the same."""
+
+    others: list[Plan]
+    weights: dict
+    made: dict[tuple, Made]
+
+
+def made(stages: Sequence[Sequence[Plan]], x: Tensor, planar: bool = False) -> Made:
+    """The program of stages for images like x, in NCHW where they are `planar`."""
+    first, *others = (plan for plans in stages for plan in plans)
+    kept = first.programs
+    if kept is None or len(kept.others) != len(others) or not all(map(is_, kept.others, others)):
+        kept = first.programs = _Kept(others, {}, {})
+    key = (x.shape, planar)
+    found = kept.made.get(key)
     if found is None:
         try:
-            program = Program([plan.unbound for plan in plans], shape, dtype)
+            forms = [[plan.unbound for plan in plans] for plans in stages]
+            program = Program(forms, x.shape, x.dtype, planar, kept.weights)
         except Refused:
             program = None
-        found = _Made(others, program, _stage(plans, shape[1:], dtype, shape[0]))
-        plans[0].programs = {**(kept if len(kept) < _PROGRAMS_KEPT else {}), shape: found}
+        found = Made(program, _stage([first, *others], x.shape[1:], x.dtype, x.shape[0]))
+        if len(kept.made) >= _PROGRAMS_KEPT:
+            kept.made.clear()
+        kept.made[key] = found
     return found
+
+
+def told(links: Iterable[nn.Module], plans: Sequence[Plan], stage: cpu.Stage, x: Tensor) -> Tensor:
+    """What a program gives, by the same kernels block after block, for whoever listens."""
+    results = []
+    for plan in plans:
+        plan.stage = stage
+    with backend("native"):
+        for part in x.split(counts(x.shape[0], images(plans[0].unbound, x.shape, x.dtype))):
+            for child, plan in zip(links, plans, strict=True):
+                part = plan.unbound.laid_out(part)
+                observer.get().block(child, part, plan, None)
+                part = _fresh([plan], part)(part)
+            results.append(part)
+    return results[0] if len(results) == 1 else torch.cat(results)
 
 
 def parts(first: Plan, x: Tensor) -> int:
     """Into how many parts to cut the batch where nothing was tried."""
-    return -(-x.shape[0] // images(first, x))
+    return -(-x.shape[0] // _images(first, x))
 
 
-def images(first: Plan, x: Tensor) -> int:
-    """How many images go through a stage at a time, so that the widest map of the first block, a stage's widest, fits.
-
-    Triton's interpreter stands in for a GPU, which takes a batch whole.
-    """
-    if not x.is_cpu or x.shape[0] == 1 or forced_backend() == "triton":
+def _images(first: Plan, x: Tensor) -> int:
+    """How many images go through a stage at a time. Triton's interpreter stands in for a GPU: it takes all at once."""
+    if not x.is_cpu or forced_backend() == "triton":
         return x.shape[0]
-    room = _BYTES_PER_THREAD * torch.get_num_threads()
-    if first.unbound.dense and x.element_size() == 2:
-        room *= 2  # arithmetic and not memory is short there, and it is faster on more images
-    fit = int(room / (first.unbound.widest(*x.shape[1:]) * x.element_size()))
-    return 1 << max(fit, 1).bit_length() - 1
+    return images(first.unbound, x.shape, x.dtype)
 
 
 def _stage(plans: list[Plan], image: Sequence[int], dtype: torch.dtype, batch: int = 0) -> cpu.Stage:
@@ -223,7 +215,7 @@ def _fresh(plans: list[Plan], x: Tensor) -> Callable[[Tensor], Tensor]:
     forms = [plan.unbound.bind(lambda unit: unit.pack(x.dtype)) for plan in plans]
 
     def run(x: Tensor) -> Tensor:
-        x, own = x.contiguous(memory_format=_LAST), False
+        x, own = forms[0].laid_out(x), False
         for form in forms:
             x, own = form.run(x, own), True
         return x

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -274,7 +275,8 @@ class Head(Form):
     """Global average pooling, then a linear classifier (a Linear or a 1x1 convolution) where there is one."""
 
     classifier: LinearUnit | None = None
+    pool: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(lambda x: pixel_means(x).to(x.dtype))
 
     def run(self, x: Tensor, own: bool = False) -> Tensor:
-        means = pixel_means(x).to(x.dtype)
+        means = self.pool(x)
         return means if self.classifier is None else self.classifier(means)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ class Plan(Watch):
     Attributes: `unbound`, over the live modules; `in_channels` of the input; `refusal`, set where there is no form;
     `differentiated`, whether a gradient was ever asked for; `frozen`, whether the user promised that nothing changes;
     `calls`, how often it was current; `brief`, how many plans before it were current in one call at most; `programs` of
-    the blocks that begin with this one, by the shape of images; `stage`, in whose program somebody heard it run.
+    the blocks that begin with this one (chain.py), and `network`, what was found of a network's; `stage`, in whose
+    program somebody heard it run.
     """
 
     def __init__(self, block: Fused, dtype: torch.dtype, before: Plan | None = None):
@@ -61,7 +63,8 @@ class Plan(Watch):
         self.refusal: str | None = self.blind
         self.unbound: Form | None = None
         self.in_channels: int | None = None
-        self.programs: dict[tuple, tuple] = {}
+        self.programs: Any = None
+        self.network: Any = None
         self.stage: cpu.Stage | None = None
         if self.refusal is not None:
             return
@@ -331,6 +334,11 @@ class Fused:
         if not form.casts_input and torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         return form.run(x)
+
+    @property
+    def state(self) -> dict | None:
+        """The plans, another object whenever one of them is made anew; None where there are none."""
+        return self.__dict__.get(_STATE)
 
     @property
     def is_frozen(self) -> bool:

@@ -2,28 +2,52 @@
 
 A form is bound to units that compute nothing: each notes a step between numbered buffers and gives the map that the
 step would make. So a program does what the form's own `run` says, whatever the form. The buffers share one arena, where
-one that is not read any more makes room for the next.
+one that is not read any more makes room for the next. A batch goes through each stage in parts that fit the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import ConvProblem, NormActProblem, native
 from ..backends.cpu_library import Step
 from ..ops.convolution import PackedConv
 from ..ops.norm_act import PackedNormAct
 from ..ops.squeeze_excite import PackedSqueezeExcite
-from .forms import Form
-from .units import Refused, Unit
+from .forms import Form, Head, Stem
+from .units import LinearUnit, Refused, Unit
 
 _INPUT, _OUTPUT = 0, 1
 _BEHIND = 256  # bytes behind a buffer
+
+_BYTES_PER_THREAD = 5e6
+"""How large a map may be for the maps before and after it to be still in the cache when they are needed: measured on
+two threads with 1 MB of second-level cache each and 32 MB of third-level cache (docs/cpu.md).
+"""
+
+
+def images(form: Form, shape: Sequence[int], dtype: torch.dtype) -> int:
+    """How many images of a batch on a CPU go through a stage at a time, so that the widest map of its first form, which
+    is the stage's widest, fits.
+    """
+    if shape[0] == 1:
+        return 1
+    room = _BYTES_PER_THREAD * torch.get_num_threads()
+    if form.dense and dtype.itemsize == 2:
+        room *= 2  # arithmetic and not memory is short there, and it is faster on more images
+    fit = int(room / (form.widest(*shape[1:]) * dtype.itemsize))
+    return min(1 << max(fit, 1).bit_length() - 1, shape[0])
+
+
+def counts(batch: int, most: int) -> list[int]:
+    """The images of each part of a batch, with so many in one at most, as even as can be."""
+    count = -(-batch // most)
+    return [batch // count + (i < batch % count) for i in range(count)]
 
 
 @dataclass(eq=False)
@@ -31,10 +55,11 @@ class Map:
     """A map that a step will have made, or the affine map with activation of one, which its readers compute."""
 
     buffer: int
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
     affine: PackedNormAct | None = None
     gate: Gate | None = None
+    planar: bool = False  # an image in NCHW, which a convolution alone reads
 
 
 @dataclass(eq=False)
@@ -53,21 +78,127 @@ class Gate:
     buffer: int
 
 
-class Recorder:
-    """What the units of a form are called on to note their steps."""
+class View(NamedTuple):
+    """A buffer that is a part of another one, from a byte on."""
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype):
+    base: int
+    offset: int
+
+
+class Recorder:
+    """What the units of a form are called on to note their steps.
+
+    `weights` are what was packed for these forms before, in a program for another shape.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, planar: bool = False, weights: dict | None = None):
         self.steps: list[Step] = []
         self.kept: list[Any] = []
         self.sizes: dict[int, int] = {_INPUT: 0, _OUTPUT: 0}
-        self.input = Map(_INPUT, tuple(shape), dtype)
+        self.views: dict[int, View] = {}
+        self.weights = {} if weights is None else weights
+        self.input = Map(_INPUT, tuple(shape), dtype, planar=planar)
+
+    def stage(self, forms: Sequence[Form], x: Map) -> Map:
+        """What a stage makes of x, in parts of the batch."""
+        bound, parts = [self.bound(form) for form in forms], counts(x.shape[0], self._images(forms, x))
+        if len(parts) == 1:
+            return self._through(bound, x)
+        whole, done = None, 0
+        for count in parts:
+            begin = len(self.steps)
+            y = self.value(self._through(bound, self._part(x, done, count)))
+            if y.buffer in self.views:
+                raise Refused("it gives its input")
+            if whole is None:
+                whole = Map(self.buffer(x.shape[0], *y.shape[1:], dtype=y.dtype), (x.shape[0], *y.shape[1:]), y.dtype)
+            self.rename(y.buffer, self._part(whole, done, count).buffer, begin)
+            done += count
+        return whole
+
+    def _images(self, forms: Sequence[Form], x: Map) -> int:
+        """A stem goes with the stage behind it, whose maps are wider."""
+        most = images(forms[0], x.shape, x.dtype)
+        if len(forms) > 1 and x.shape[1] <= native.FEW_CHANNELS:
+            probe = Recorder(x.shape, x.dtype, x.planar, self.weights)
+            behind = probe._through([probe.bound(forms[0])], probe.input)
+            most = min(most, images(forms[1], behind.shape, x.dtype))
+        return most
+
+    @staticmethod
+    def _through(bound: Sequence[Form], x: Map) -> Map:
+        own = False
+        for form in bound:
+            try:
+                x, own = form.run(x, own), True
+            except (TypeError, AttributeError) as error:  # it calls what is no unit
+                raise Refused(f"a {type(form).__name__} computes more than csrc/cpu has: {error}") from error
+        return x
+
+    def _part(self, x: Map, first: int, count: int) -> Map:
+        """Some images of a map."""
+        self.sizes[len(self.sizes)] = 0
+        number = len(self.sizes) - 1
+        self.views[number] = View(x.buffer, first * torch.Size(x.shape[1:]).numel() * x.dtype.itemsize)
+        return Map(number, (count, *x.shape[1:]), x.dtype, planar=x.planar)
+
+    def rename(self, old: int, new: int, begin: int = 0) -> None:
+        """Put a buffer in the place of another one in all steps from one on."""
+        for step in self.steps[begin:]:
+            for name in {*_READ, *_WRITTEN}:
+                if getattr(step, name) == old:
+                    setattr(step, name, new)
+        self.views = {i: view._replace(base=new) if view.base == old else view for i, view in self.views.items()}
 
     def bound(self, form: Form) -> Form:
         """The form over units that note what they are called for."""
-        return form.bind(self._unit)
+        bound = form.bind(self._unit)
+        if isinstance(form, Stem):
+            bound.rest = tuple(map(self._layer, form.rest))
+        if isinstance(form, Head):
+            bound.pool = self._average
+        return bound
+
+    def _layer(self, layer: nn.Module) -> Callable[[Map], Map]:
+        """A host's layer without weights."""
+        if type(layer) is nn.Identity:
+            return self.value
+        if type(layer) is not nn.MaxPool2d or layer.ceil_mode or layer.return_indices:
+            raise Refused(f"a {type(layer).__name__} is no operation of csrc/cpu")
+
+        def pooled(x: Map) -> Map:
+            names = ("kernel_size", "stride", "padding", "dilation")
+            window = [nn.modules.utils._pair(getattr(layer, name)) for name in names]
+            sizes = (
+                (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+                for size, kernel, stride, padding, dilation in zip(x.shape[2:], *window, strict=True)
+            )
+            x, shape = self.value(x), (*x.shape[:2], *sizes)
+            if min(shape) < 1:
+                raise Refused(f"a {type(layer).__name__} leaves no pixels")
+            y = self.buffer(*shape, dtype=x.dtype)
+            self.steps.append(native.largest_step(x.shape, shape, x.dtype, window, x.buffer, y))
+            return Map(y, shape, x.dtype)
+
+        return pooled
+
+    def _average(self, x: Map) -> Map:
+        """The means of a map, in its dtype."""
+        _check(NormActProblem(x.shape, "none", False, x.dtype, "cpu"))
+        x = x if x.gate is None and not x.planar else self.value(x)
+        y = self.buffer(*x.shape[:2], dtype=x.dtype)
+        step = native.average_step(x.shape, x.dtype, x.buffer, y)
+        if x.affine is not None:
+            self._read_through(step, x)
+        self.steps.append(step)
+        return Map(y, x.shape[:2], x.dtype)
 
     def _unit(self, unit: Unit) -> Callable:
-        packed = unit.pack(self.input.dtype)
+        if isinstance(unit, LinearUnit):
+            return Noted(unit, self._classified)
+        packed = self.weights.get(unit)
+        if packed is None:
+            packed = self.weights[unit] = unit.pack(self.input.dtype)
         for kind, note in ((PackedConv, self._conv), (PackedNormAct, self._affine), (PackedSqueezeExcite, self._gate)):
             if isinstance(packed, kind):
                 return Noted(packed, note)
@@ -93,6 +224,8 @@ class Recorder:
             raise Refused(f"a map of {x.shape[1]} channels meets a weight of the shape {tuple(conv.weight.shape)}")
         residual = None if residual is None else self.value(residual)
         x = x if gate is None else self.value(x)  # a step has one gate
+        if x.planar and x.shape[1] > native.FEW_CHANNELS:
+            raise Refused("an image in NCHW has few channels")
         facts = conv.activation, gate is not None, residual is not None, x.dtype, "cpu"
         out_channels, _, *kernel = conv.weight.shape
         problem = ConvProblem(x.shape, out_channels, tuple(kernel), conv.geometry, *facts)
@@ -106,17 +239,20 @@ class Recorder:
             step.gate = gate.buffer
         if x.affine is not None:
             self._read_through(step, x)
-        self._give_weights(step, *conv.folded())
+        step.planar = x.planar
+        self._give_weights((conv, 0), step, conv.folded)
         if means:
             step.sums = self.buffer(shape[0], native.bands_of(step), shape[1])
         self.steps.append(step)
         made = Map(y, shape, x.dtype)
         return (made, self._means(step, shape)) if means else made
 
-    def _give_weights(self, step: Step, weight: Tensor, bias: Tensor | None) -> None:
-        weights = native.Weights(step, weight, bias)
-        self.kept.append(weights)
-        weights.give(step)
+    def _give_weights(self, key: tuple, step: Step, folded: Callable[[], tuple[Tensor, Tensor | None]]) -> None:
+        found = self.weights.get(key)
+        if found is None:
+            found = self.weights[key] = native.Weights(step, *folded())
+        self.kept.append(found)
+        found.give(step)
 
     def _read_through(self, step: Step, x: Map) -> None:
         """The step computes the affine map of x as it reads."""
@@ -148,6 +284,8 @@ class Recorder:
 
     def value(self, x: Map, consume: bool = False) -> Map:
         """x itself, once the affine map that it may be of is computed."""
+        if x.planar:
+            raise Refused("an image in NCHW is read by a convolution alone")
         if x.affine is None:
             return x
         y = x.buffer if consume else self.buffer(*x.shape, dtype=x.dtype)
@@ -159,19 +297,25 @@ class Recorder:
         return x
 
     def _gate(self, excite: PackedSqueezeExcite, means: Means, dtype: torch.dtype | None = None) -> Gate:
-        fc1, bias1, fc2, bias2 = excite.weights
-        hidden = self._linear(means.buffer, means.shape[0], fc1, bias1, excite.activation)
-        return Gate(self._linear(hidden, means.shape[0], fc2, bias2, excite.gate_activation))
+        hidden, names = means, (excite.activation, excite.gate_activation)
+        for i, name in enumerate(names):
+            weight, bias = excite.weights[2 * i : 2 * i + 2]
+            hidden = self._linear((excite, i), hidden, weight, bias, name)
+        return Gate(hidden.buffer)
 
-    def _linear(self, x: int, rows: int, weight: Tensor, bias: Tensor, activation: str) -> int:
-        """`activation(x @ weight.t() + bias)`, in float32."""
+    def _classified(self, unit: LinearUnit, means: Map) -> Map:
+        weight = unit.linear.weight.detach().flatten(1)
+        return self._linear((unit, 0), means, weight, unit.linear.bias, "none")
+
+    def _linear(self, key: tuple, x: Map | Means, weight: Tensor, bias: Tensor | None, activation: str) -> Map:
+        """`activation(x @ weight.t() + bias)`, in the dtype of x."""
         out, channels = weight.shape
-        problem = native.linear(rows, out, channels, activation)
+        problem = native.linear(x.shape[0], out, channels, activation, x.dtype)
         _check(problem)
-        step = native.conv_step(problem, x, self.buffer(rows, out))
-        self._give_weights(step, weight[:, :, None, None], bias)
+        step = native.conv_step(problem, x.buffer, self.buffer(x.shape[0], out, dtype=x.dtype))
+        self._give_weights(key, step, lambda: (weight[:, :, None, None], bias))
         self.steps.append(step)
-        return step.y
+        return Map(step.y, (x.shape[0], out), x.dtype)
 
 
 class Noted:
@@ -194,33 +338,42 @@ def _check(problem: ConvProblem | NormActProblem) -> None:
 
 
 class Program:
-    """Several forms one after another for images of a shape and dtype: `program(x)`, or `program(x, y)` into a map in
-    channels_last. Attributes: `shape` of the result.
+    """Stages one after another, each of several forms, for images of a shape and dtype: `program(x)`.
 
-    Raises `Refused` where csrc/cpu has not all that the forms compute.
+    Args:
+        stages: the forms of each; a batch goes through each in parts.
+        shape, dtype: of the images.
+        planar: that they come in NCHW, as few channels may; else they are laid out in channels_last where they are not.
+        weights: of these very forms, which programs for several shapes share.
+
+    Attributes: `shape` of the result. Raises `Refused` where csrc/cpu has not all that the forms compute.
     """
 
-    def __init__(self, forms: Sequence[Form], shape: Sequence[int], dtype: torch.dtype):
-        recorder = Recorder(shape, dtype)
-        x, own = recorder.input, False
+    def __init__(
+        self,
+        stages: Sequence[Sequence[Form]],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        planar: bool = False,
+        weights: dict | None = None,
+    ):
+        recorder = Recorder(shape, dtype, planar, weights)
+        x = recorder.input
         with torch.inference_mode(False), torch.no_grad():
-            for form in forms:
-                try:
-                    x, own = recorder.bound(form).run(x, own), True
-                except (TypeError, AttributeError) as error:  # it calls what is no unit
-                    raise Refused(f"a {type(form).__name__} computes more than csrc/cpu has: {error}") from error
+            for forms in stages:
+                x = recorder.stage(forms, x)
             x = recorder.value(x)
         if x.buffer == _INPUT:
             raise Refused("it gives its input")
-        _rename(recorder.steps, x.buffer, _OUTPUT)
-        offsets, size = _placed(recorder.steps, recorder.sizes)
-        self.shape, self.dtype = torch.Size(x.shape), dtype
-        self._run = native.Program(recorder.steps, recorder.kept, offsets, size)
+        recorder.rename(x.buffer, _OUTPUT)
+        places, size = _placed(recorder)
+        self.shape, self.dtype, self._planar = torch.Size(x.shape), dtype, planar
+        self._layout = torch.channels_last if len(x.shape) == 4 else torch.contiguous_format
+        self._run = native.Program(recorder.steps, recorder.kept, places, size)
 
-    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        if y is None:
-            y = torch.empty(self.shape, dtype=self.dtype, device="cpu", memory_format=torch.channels_last)
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.contiguous_format if self._planar else torch.channels_last)
+        y = torch.empty(self.shape, dtype=self.dtype, device="cpu", memory_format=self._layout)
         self._run([x.data_ptr(), y.data_ptr()])
         return y
 
@@ -228,26 +381,21 @@ class Program:
 _READ, _WRITTEN = ("x", "residual", "gate", "sums"), ("y", "sums")
 
 
-def _rename(steps: Sequence[Step], old: int, new: int) -> None:
-    for step in steps:
-        for name in {*_READ, *_WRITTEN}:
-            if getattr(step, name) == old:
-                setattr(step, name, new)
-
-
-def _placed(steps: Sequence[Step], sizes: dict[int, int]) -> tuple[list[int | None], int]:
-    """Where in an arena each buffer begins, None for the input and the result; and the size of the arena.
+def _placed(recorder: Recorder) -> tuple[list[native.Place], int]:
+    """Where each buffer lies, and the size of the arena.
 
     Two buffers share memory where no step stands between the first that writes and the last that reads of both.
     """
+    sizes, views = recorder.sizes, recorder.views
     lives: dict[int, list[int]] = {}
-    for i, step in enumerate(steps):
+    for i, step in enumerate(recorder.steps):
         for name in (*_READ, *_WRITTEN):
             buffer = getattr(step, name)
+            buffer = views[buffer].base if buffer in views else buffer
             if buffer > _OUTPUT:
                 lives.setdefault(buffer, [i, i])[1] = i
     placed: list[tuple[int, int, int, int]] = []
-    offsets: list[int | None] = [None] * len(sizes)
+    places = [native.Place(i) if i in (_INPUT, _OUTPUT) else native.Place(None) for i in sizes]
     for buffer, (first, last) in sorted(lives.items(), key=lambda item: -sizes[item[0]]):
         need = -(-(sizes[buffer] + _BEHIND) // native.LINE) * native.LINE
         start = 0
@@ -257,5 +405,7 @@ def _placed(steps: Sequence[Step], sizes: dict[int, int]) -> tuple[list[int | No
                     break
                 start = max(start, end)
         placed.append((start, start + need, first, last))
-        offsets[buffer] = start
-    return offsets, max((end for _, end, _, _ in placed), default=0)
+        places[buffer] = native.Place(None, start)
+    for number, (base, offset) in views.items():
+        places[number] = places[base]._replace(offset=places[base].offset + offset)
+    return places, max((end for _, end, _, _ in placed), default=0)

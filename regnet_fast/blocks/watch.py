@@ -204,20 +204,20 @@ class _Steps:
 _STEPS = _Steps()
 
 
+def hooks(module: nn.Module) -> tuple[dict, ...]:
+    """Where those stand who listen to a module."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether somebody listens to a module."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return any(hooks(module))
 
 
 def only_forwards(module: nn.Module) -> bool:
     """Whether `module(x)` is its class's `forward(x)` and nothing else: no hook, no replaced forward, not compiled."""
     return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        any(hooks(module))
         or "forward" in module.__dict__
         or module._compiled_call_impl is not None
         or type(module).__call__ is not _CALL

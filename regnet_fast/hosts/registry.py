@@ -10,6 +10,7 @@ from torch import nn
 
 from ..blocks.chain import Chain
 from ..blocks.fused import Fused
+from ..blocks.network import Network
 from . import timm
 
 _HOSTS = {
@@ -72,4 +73,13 @@ def chains(network: nn.Module) -> list[tuple[nn.Module, type[Chain]]]:
         (module, twins[type(module)])
         for module in network.modules()
         if type(module) in twins and any(isinstance(child, Fused) for child in module.children())
+    ]
+
+
+def networks(network: nn.Module) -> list[tuple[nn.Module, type[Network]]]:
+    """The whole networks with rebuilt blocks, with their twins."""
+    return [
+        (module, timm.NETWORKS[type(module)])
+        for module in network.modules()
+        if type(module) in timm.NETWORKS and any(isinstance(child, Fused) for child in module.modules())
     ]

@@ -1,0 +1,137 @@
+"""Whole networks in evaluation on a CPU: one program from the image to the last layer that csrc/cpu has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from operator import is_
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import forced_backend, native
+from ..observer import observer
+from ..trials import cpu
+from .chain import Chain, current_plans, made, told
+from .fused import Fused, Plan
+from .watch import hooks, only_forwards, transformed
+
+_REPLACED = {"forward_features", "forward_head"}
+"""What the host's forward calls, where somebody put their own in its place."""
+
+
+class Network:
+    """Mixin before a host's network. Subclasses set `host` and say in `in_order` what its forward calls.
+
+    The blocks that follow one another are one program. Where csrc/cpu cannot serve, or a trial found the stages faster
+    each for itself, they are called as the host calls them.
+    """
+
+    host: type[nn.Module]
+
+    def in_order(self) -> Iterator[nn.Module]:
+        """The stem, stages and all else that the host's forward calls on what the one before gave."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled() or type(x) is not Tensor:
+            return super().forward(x)
+        if not x.is_cpu or forced_backend() not in (None, "native") or transformed() is not None:
+            return super().forward(x)
+        if not _REPLACED.isdisjoint(self.__dict__) or getattr(self, "grad_checkpointing", False):
+            return super().forward(x)
+        order = [*self.in_order()]
+        known = [isinstance(module, (Fused, Chain)) for module in order] + [False]
+        begin = known.index(True) if any(known) else len(order)
+        end = begin + known[begin:].index(False)
+        x = _one_by_one(order[:begin], x)
+        y = _by_program(self, order[begin:end], x)
+        y = _one_by_one(order[begin:end], x) if y is None else y
+        return _one_by_one(order[end:], y)
+
+
+def _one_by_one(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
+
+
+def _by_program(network: Network, order: Sequence[nn.Module], x: Tensor) -> Tensor | None:
+    """What blocks and stages make of x, by one program; None where another way serves."""
+    links = _links(order[:1])
+    begin = current_plans(links[0][:1], x) if links else None
+    if begin is None:
+        return None
+    found = begin[0].network
+    if found is None or not found.stands(network):
+        links = _links(order)
+        plans = None if links is None else current_plans((child for some in links for child in some), x)
+        if plans is None:
+            return None
+        found = begin[0].network = _Found(network, links, plans)
+    planar = x.shape[1] <= native.FEW_CHANNELS and not x.is_contiguous(memory_format=torch.channels_last)
+    program, whole = made(found.plans, x, planar)
+    if program is None:
+        return None
+    ways: dict[str, Callable] = {"program": program, "blocks": partial(_one_by_one, order)}
+    if forced_backend() is None and not cpu.by_program(whole, ways.__getitem__):
+        return None
+    for plans in found.plans:
+        for plan in plans:
+            plan.calls += 1
+    if observer.get() is None:
+        return program(x)
+    for some, plans in zip(found.links, found.plans, strict=True):
+        x = told(some, plans, whole, x)
+    return x
+
+
+def _links(order: Sequence[nn.Module]) -> list[list[nn.Module]] | None:
+    """The blocks of each stage, a stem with those of the stage behind it; None where somebody listens to a stage, or it
+    may be more than its blocks.
+    """
+    links: list[list[nn.Module]] = []
+    for i, stage in enumerate(order):
+        if not only_forwards(stage) or getattr(stage, "grad_checkpointing", False):
+            return None
+        own = list(stage.links()) if isinstance(stage, Chain) else [stage]
+        if i == 1 and not isinstance(order[0], Chain):
+            links[0] += own
+        elif own:
+            links.append(own)
+    return links
+
+
+class _Found:
+    """The blocks of a network, stage by stage, and their plans.
+
+    Attributes: `links`, the blocks of each stage; `plans`, likewise.
+    """
+
+    def __init__(self, network: Network, links: list[list[Fused]], plans: list[Plan]):
+        left = iter(plans)
+        self.links, self.plans = links, [[next(left) for _ in some] for some in links]
+        self._frozen = all(plan.frozen for plan in plans)
+        if not self._frozen:
+            return
+        self._blocks = [child for some in links for child in some]
+        self._states, self._network = [child.__dict__ for child in self._blocks], network
+        inside = {id(m) for child in self._blocks for m in child.modules()}
+        around = [m for m in network.modules() if id(m) not in inside]
+        self._around = [m.__dict__ for m in around]
+        self._tables = [m._modules for m in around]
+        self._children = [dict(table) for table in self._tables]
+        self._hooks = [table for m in (*around[1:], *self._blocks) for table in hooks(m)]
+        self._sizes, self._kept = self._read()
+
+    def _read(self) -> tuple[list[int], list]:
+        return [*map(len, self._around), *map(len, self._states)], [child.state for child in self._blocks]
+
+    def stands(self, network: Network) -> bool:
+        """Whether it is still true of this very network, as far as can be told at once: of frozen blocks. What was
+        frozen has a state that is let go with the promise, and an attribute that was added may be a replaced method.
+        """
+        if not self._frozen or network is not self._network or any(self._hooks):
+            return False
+        sizes, kept = self._read()
+        return sizes == self._sizes and all(map(is_, kept, self._kept)) and self._tables == self._children
