@@ -187,7 +187,6 @@ def told(links: Iterable[nn.Module], plans: Sequence[Plan], stage: cpu.Stage, x:
     with backend("native"):
         for part in x.split(counts(x.shape[0], images(plans[0].unbound, x.shape, x.dtype))):
             for child, plan in zip(links, plans, strict=True):
-                part = plan.unbound.laid_out(part)
                 observer.get().block(child, part, plan, None)
                 part = _fresh([plan], part)(part)
             results.append(part)
