@@ -175,6 +175,8 @@ def conditions(run: Run) -> str:
         "CUDA": "cuda",
         "cuDNN": "cudnn",
         "oneDNN": "onednn",
+        "OpenVINO": "openvino",
+        "ONNX Runtime": "onnxruntime",
         "timm": "timm",
         "regnet_fast": "regnet_fast",
     }
