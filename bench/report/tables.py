@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -288,6 +288,10 @@ def ceilings(runs: dict[str, Run]) -> Table:
     found = {kind: run.get("ceilings") or {} for kind, run in runs.items()}
     dtypes = dict.fromkeys(dtype for ceiling in found.values() for dtype in ceiling.get("flops_per_s", {}))
 
+    def measured_by(ceiling: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        for what, by in ceiling.get("measured_by", {}).items():
+            yield {"bytes_per_s": "GB/s"}.get(what, what), by
+
     def scaled(value: float | None, scale: float) -> str:
         return ABSENT if value is None else number(value * scale)
 
@@ -297,11 +301,12 @@ def ceilings(runs: dict[str, Run]) -> Table:
             scaled(ceiling.get("bytes_per_s"), 1e-9),
             scaled(ceiling.get("launch_s"), 1e6),
             *[scaled(ceiling.get("flops_per_s", {}).get(dtype), 1e-12) for dtype in dtypes],
+            "; ".join(f"{what}: {by}" for what, by in measured_by(ceiling)) or ABSENT,
         )
         for kind, ceiling in found.items()
         if ceiling
     ]
-    return Table(("run", "GB/s", "launch, us", *[f"{dtype} TFLOP/s" for dtype in dtypes]), tuple(rows))
+    return _filled(("run", "GB/s", "launch, us", *[f"{dtype} TFLOP/s" for dtype in dtypes], "measured by"), rows)
 
 
 def losses(results: Results) -> Table:

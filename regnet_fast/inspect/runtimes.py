@@ -75,7 +75,7 @@ class Call:
     @cached_property
     def _run(self) -> Callable[[], Tensor]:
         convert = {"openvino": _by_openvino, "onnxruntime": _by_onnxruntime}[self._name]
-        shipped = _Logits(export.shipped_form(self._module).float())
+        shipped = _Logits(export.shipped_form(self._module).float()).eval()
         return convert(shipped, self._x, self.settings)
 
 
