@@ -31,6 +31,19 @@ def test_a_runtime_computes_the_model_from_the_image_as_it_lies_there(name, dtyp
             assert not torch.equal(call(), before)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", runtimes.RUNTIMES)
+def test_a_model_of_transformers_has_its_logits_by_a_runtime(name):
+    """Whose own result is a record of several fields."""
+    transformers = pytest.importorskip("transformers")
+    if reason := runtimes.refuse(name, FLOAT32):
+        pytest.skip(reason)
+    config = transformers.RegNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], groups_width=8)
+    model, x = transformers.RegNetForImageClassification(config).eval(), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(runtimes.Call(name, model, x)(), model(x).logits)
+
+
 def test_a_runtime_that_is_missing_or_has_no_such_dtype_is_refused(monkeypatch):
     monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
     for name in runtimes.RUNTIMES:
@@ -39,6 +52,8 @@ def test_a_runtime_that_is_missing_or_has_no_such_dtype_is_refused(monkeypatch):
     assert runtimes.refuse("onnxruntime", FLOAT32) is None
     assert runtimes.refuse("onnxruntime", BFLOAT16) == "it computes no bfloat16 on a CPU"
     assert runtimes.refuse("openvino", torch.float16) == "it computes no float16 on a CPU"
+    monkeypatch.setattr(runtimes, "_knows_bfloat16", lambda: False)
+    assert runtimes.refuse("openvino", BFLOAT16) == "it computes no bfloat16 on this CPU"
 
 
 def test_a_runtime_has_the_threads_of_torch_and_the_precision_of_the_case():
