@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regnet_fast.backends import forced_backend, select
+from regnet_fast.inspect import runtimes
 from regnet_fast.inspect.compare import edges, find_fault
 from regnet_fast.inspect.timing import (
     Announce,
@@ -33,7 +34,7 @@ from .subjects import Subject
 
 
 class WrongResult(Exception):
-    """A result of ours misses the rule of `regnet_fast.inspect.verify`; the message says where and by how much."""
+    """A result of ours misses the rule of `regnet_fast.inspect.judging`; the message says where and by how much."""
 
 
 class NothingFused(Exception):
@@ -43,7 +44,8 @@ class NothingFused(Exception):
 def measure(case: Case, device: str, chosen: Sequence[Peer], rounds: int, announce: Announce) -> dict[str, Any]:
     """The record of a case, as bench/record.py keeps it. A result that is wrong is not timed, nor is the host as ours.
 
-    Whatever a peer raises is recorded as its failure; whatever ours raises is the failure of the case.
+    Whatever a peer raises is recorded as its failure, and so is a wrong result of a runtime; whatever ours raises is
+    the failure of the case.
     """
     found = record.empty_case(case)
     try:
@@ -67,15 +69,17 @@ def _measure(
     timed: list[tuple[Peer, Timed]] = []
     for peer in (chosen[-1], *chosen[:-1]):  # ours first: where it is wrong the others need not be compiled
         name = peers.shown_name(peer, case.kind)
-        fault = _corrupts(peer, subject)
-        if fault:
-            found["variants"][name] = {"status": "skipped", "reason": fault}
+        refused = _refuse(peer, subject)
+        if refused:
+            found["variants"][name] = {"status": "skipped", "reason": refused}
             continue
         announce(f"first result of {name}")
         try:
             one, module = peers.make(peer, subject, name)
             result, heard = _first(one, peer, subject)
-            if peer.group == "ours":
+            if peer.group == "runtime":
+                check_runtime(result, *eager["__call__"])
+            elif peer.group == "ours":
                 served = _served(one, module, subject, heard)
                 if peer.name == OURS:
                     found["details"]["auto"] = served
@@ -88,7 +92,7 @@ def _measure(
             found["variants"][name] = {"status": status, "reason": str(error)}
             continue
         except Exception as error:
-            if peer.name == OURS or isinstance(error, WrongResult):
+            if peer.name == OURS or (peer.group == "ours" and isinstance(error, WrongResult)):
                 raise
             found["variants"][name] = {"status": "failed", "reason": describe(error)}
             if subject.device == "cuda":
@@ -107,8 +111,10 @@ def _measure(
     found["status"] = "timed"
 
 
-def _corrupts(peer: Peer, subject: Subject) -> str:
-    """Why a peer must not run beside others in one process, or ''."""
+def _refuse(peer: Peer, subject: Subject) -> str | None:
+    """Why a peer cannot run here, or must not beside others in one process; or nothing."""
+    if peer.group == "runtime":
+        return runtimes.refuse(peer.name, subject.inputs[0].dtype)
     return _corrupts_in_channels_last(subject) if peer.channels_last and peer.group != "ours" else ""
 
 
@@ -173,6 +179,12 @@ def check(
             raise WrongResult(f"{one.name}: {fault}")
 
 
+def check_runtime(result: Tensor, eager: Tensor, reference: Tensor) -> None:
+    fault = find_fault("output", result.to(eager.dtype), eager, reference, runtimes.ERROR_RATIO)
+    if fault:
+        raise WrongResult(fault)
+
+
 def check_gradients(name: str, subject: Subject, images: int = 4) -> None:
     """Raise WrongResult unless our gradients of a step on a few images are as close to float64's as eager's, in the RMS
     over parameters of the relative error, times two.
@@ -217,6 +229,8 @@ def _work(case: Case, subject: Subject) -> dict[str, Any]:
 def _result(one: Timed, peer: Peer, subject: Subject) -> dict[str, Any]:
     found = {"status": "timed", "group": peer.group, **one.as_dict(subject.images), "kernels": _kernels(one)}
     found["samples_ms"] = [one.samples]  # of this process
+    if peer.group == "runtime":
+        found["settings"] = one.call.settings
     return {**found, **_phases(one)} if subject.training else found
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import regnet_fast
+from regnet_fast.inspect import runtimes
 from regnet_fast.inspect.timing import Timed
 
 from .cases import KINDS
@@ -30,7 +31,8 @@ class Peer:
 
     Attributes:
         name: in tables and for `--peers`; "timm" stands for the host, which for operations is torch.
-        group: "eager", "compile" or "ours"; the ratios are against the fastest of a group.
+        group: "eager", "compile", "runtime" (another than torch, of this name) or "ours"; the ratios are against the
+            fastest of a group.
         channels_last: the memory format of weights and input.
         compile: a mode of torch.compile.
         graph: replay a CUDA graph; ours is `regnet_fast.graphed`, which also copies inputs and results.
@@ -64,6 +66,7 @@ PEERS = (
     Peer("compile channels_last", "compile", channels_last=True, compile="default", extra=("cpu",)),
     Peer("compile max-autotune", "compile", compile="max-autotune", extra=("cpu",)),
     Peer("compile max-autotune channels_last", "compile", True, compile="max-autotune", extra=("cpu",)),
+    *(Peer(name, "runtime", devices=("cpu",), kinds=("models",)) for name in runtimes.RUNTIMES),
     Peer("regnet_fast aten", "ours", backend="aten", extra=("cpu", "cuda")),
     Peer("regnet_fast triton", "ours", backend="triton", devices=("cuda",), kinds=("ops", "blocks", "models")),
     Peer(
@@ -132,7 +135,9 @@ class Step:
 
 
 def make(peer: Peer, subject: Subject, name: str) -> tuple[Timed, nn.Module]:
-    """The peer ready to be called, and its module. Nothing has run yet, so nothing is packed or compiled."""
+    """The peer ready to be called, and its module. Nothing has run yet, so nothing is packed, converted or compiled."""
+    if peer.group == "runtime":
+        return Timed(name, runtimes.Call(peer.name, subject.base, *subject.inputs), subject.device), subject.base
     module, inputs = copy.deepcopy(subject.base), subject.inputs
     if peer.channels_last:
         module = module.to(memory_format=torch.channels_last)

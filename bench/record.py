@@ -17,7 +17,7 @@ SCHEMA = 2
 # A run goes on in a file only where these are as they were.
 SAME = (
     *("machine", "device", "threads", "driver", "python", "torch", "triton"),
-    *("cuda", "cudnn", "onednn", "timm", "commit"),
+    *("cuda", "cudnn", "onednn", "openvino", "onnxruntime", "timm", "commit"),
 )
 
 
@@ -43,6 +43,8 @@ def conditions(device: str) -> dict[str, Any]:
         "cuda": facts.get("CUDA") if on_gpu else None,
         "cudnn": facts.get("cuDNN") if on_gpu else None,
         "onednn": facts.get("oneDNN"),
+        "openvino": facts.get("openvino") if device == "cpu" else None,
+        "onnxruntime": facts.get("onnxruntime") if device == "cpu" else None,
         "timm": facts["timm"],
         "regnet_fast": facts["regnet_fast"],
         "commit": facts.get("commit"),

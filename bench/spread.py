@@ -15,13 +15,18 @@ from regnet_fast.inspect.timing import quartiles
 
 from .peers import OURS
 
-GROUPS = {"eager": ("eager",), "compile": ("compile",), "peer": ("eager", "compile")}
+GROUPS = {
+    "eager": ("eager",),
+    "compile": ("compile",),
+    "runtime": ("runtime",),
+    "peer": ("eager", "compile", "runtime"),
+}
 # Student's t for 95 % of a mean of 2, 3, ... values
 _STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 def ratios(variants: dict[str, dict[str, Any]], ours: str) -> dict[str, Any]:
-    """A variant of ours against the fastest eager, the fastest compiled and the fastest of both."""
+    """A variant of ours against the fastest eager, the fastest compiled, the fastest runtime and the fastest of all."""
     found = {}
     for key, groups in GROUPS.items():
         peers = {name: v for name, v in variants.items() if v["status"] == "timed" and v["group"] in groups}

@@ -33,6 +33,9 @@ ERROR_RATIO = 4.0
 OPSET = 18
 """The operators that torch's exporter writes: older ones it cannot, and newer ones are converted from these."""
 
+SILENT = 4
+"""ONNX Runtime's severity of a message: it has a warning for every constant that it does not fold."""
+
 
 class ExportError(ValueError):
     """The model cannot be exported as was asked; the message says why and what would work."""
@@ -81,7 +84,7 @@ def onnx(
     """
     path = Path(path)
     check_request(path, opset)
-    host, shipped = _host_form(model), _shipped_form(model)
+    host, shipped = _host_form(model), shipped_form(model)
     dtype = next((p.dtype for p in shipped.parameters()), torch.float32)
     if dtype not in (torch.float32, torch.float16):
         raise ExportError(f"ONNX Runtime has no {dtype} convolutions on a CPU; export the model in float32 or float16")
@@ -95,7 +98,7 @@ def onnx(
     names = ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         made = Path(folder) / path.name
-        _write(shipped, images[0], made, names, opset)
+        write(shipped, images[0], made, names, opset)
         inputs, outputs, checks = _check(made, host, images)
         size_in_bytes = sum(part.stat().st_size for part in Path(folder).iterdir())
         for part in sorted(Path(folder).iterdir(), reverse=True):  # the weights first
@@ -127,8 +130,8 @@ def _host_form(model: nn.Module) -> nn.Module:
     return restore(copy.deepcopy(model)).cpu().eval()
 
 
-def _shipped_form(model: nn.Module) -> nn.Module:
-    """The copy that is exported: the same function with fewer and simpler layers."""
+def shipped_form(model: nn.Module) -> nn.Module:
+    """The copy that is exported, on the CPU: the same function with fewer and simpler layers of the host's."""
     made = _host_form(model)
     dtype = next((p.dtype for p in made.parameters()), torch.float32)
     with torch.device("cpu"):  # where timm makes the new convolutions, whatever torch's default device is
@@ -164,7 +167,11 @@ def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _write(model: nn.Module, x: Tensor, path: Path, names: list[str], opset: int) -> None:
+def write(model: nn.Module, x: Tensor, path: Path, names: list[str], opset: int = OPSET) -> None:
+    """Write a module as it is and unchecked, for any number of images, from an example with two or more.
+
+    Raises ExportError where torch's exporter cannot.
+    """
     import onnx
 
     shapes = ({0: torch.export.Dim("batch")},)
@@ -197,7 +204,7 @@ def _check(path: Path, host: nn.Module, images: list[Tensor]) -> tuple[dict, dic
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # a warning for every constant that it does not fold
+    options.log_severity_level = SILENT
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         found = [session.run(None, {session.get_inputs()[0].name: x.numpy()}) for x in images]

@@ -164,14 +164,14 @@ def test_requests_that_cannot_be_met(onnx, tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_no_wrong_file_is_left(onnx, tmp_path, monkeypatch):
-    shipped = export._shipped_form
+    shipped = export.shipped_form
 
     def damaged(model):
         made = shipped(model)
         next(made.parameters())[0].mul_(1.001)
         return made
 
-    monkeypatch.setattr(export, "_shipped_form", damaged)
+    monkeypatch.setattr(export, "shipped_form", damaged)
     with pytest.raises(export.WrongFileError, match=r"something else from the file: output: the .* error"):
         export.onnx(small("repvgg"), tmp_path / "model.onnx", SIZE)
     assert not list(tmp_path.iterdir())

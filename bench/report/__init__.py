@@ -25,7 +25,8 @@ _CEILINGS = (
     "Measured in the same run as the cases. GB/s and TFLOP/s below are what ours achieves: the bytes that must move "
     "when everything that can be fused is, and the operations, over the median time. 'At least' is the longer of both "
     "at the ceilings; '% of roofline' is that over the time. Above 100 % data stayed in a cache, which the bandwidth, "
-    "measured from memory, leaves out."
+    "measured from memory, leaves out. A run that does not say by what it measured them took a copy and matrix "
+    "products, which on a CPU may be slower than its arithmetic."
 )
 
 
@@ -175,6 +176,8 @@ def conditions(run: Run) -> str:
         "CUDA": "cuda",
         "cuDNN": "cudnn",
         "oneDNN": "onednn",
+        "OpenVINO": "openvino",
+        "ONNX Runtime": "onnxruntime",
         "timm": "timm",
         "regnet_fast": "regnet_fast",
     }

@@ -19,6 +19,7 @@ INK, MUTED, RULE, PAPER = "#24292f", "#6a737d", "#d5dae0", "#ffffff"
 _CLASSES = {  # colours that stay apart for colour-blind readers (Okabe and Ito)
     "eager": ("fastest eager", "#e69f00"),
     "compile": ("fastest compiled", "#009e73"),
+    "runtime": ("fastest runtime", "#0072b2"),
 }
 _STYLE = {
     "svg.fonttype": "none",
@@ -71,9 +72,9 @@ def draw(runs: dict[str, Run]) -> str | None:
 
 
 def _speedup(cases: list[Case]) -> Figure:
-    """Bars from 1 to the ratio over the fastest eager and compiled variants, with the spread."""
+    """Bars from 1 to the ratio over the fastest variant of each class, with the spread."""
     figure, panels, rows = _row_panels(cases, "ratio; right of 1 ours is faster")
-    shown = [key for key in ("eager", "compile") if any(key in case["ratios"] for case in cases)]
+    shown = [key for key in _CLASSES if any(key in case["ratios"] for case in cases)]
     thickness = 0.8 / len(shown)
     for dtype, part in _by_dtype(cases).items():
         axes = panels[dtype]
@@ -138,7 +139,7 @@ def _labelled(cases: list[Case]) -> list[Case]:
 
 def _of_families(cases: list[Case]) -> list[Case]:
     """What is shown: the cases of one model of each family with a ratio, in the smallest and in the largest batch."""
-    cases = [case for case in cases if case["name"] in FAMILIES and {"eager", "compile"} & case["ratios"].keys()]
+    cases = [case for case in cases if case["name"] in FAMILIES and _CLASSES.keys() & case["ratios"].keys()]
     batches = sorted({case["batch"] for case in cases})
     return [case for case in cases if case["batch"] in (*batches[:1], *batches[-1:])]
 

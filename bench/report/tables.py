@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,13 @@ FAMILIES = ("regnetx_032", "regnety_016", "regnetz_b16", "regnetv_040", "repvgg_
 
 OURS = "regnet_fast"
 FROZEN = "regnet_fast frozen"
-REFERENCES = {"eager": "the fastest eager variant", "compile": "the fastest compiled variant", "peer": "the best peer"}
-_OVER = {"eager": "over best eager", "compile": "over best compile", "peer": "over best peer"}
+REFERENCES = {
+    "eager": "the fastest eager variant",
+    "compile": "the fastest compiled variant",
+    "runtime": "the fastest runtime",
+    "peer": "the best peer",
+}
+_OVER = {key: f"over best {key}" for key in REFERENCES}
 ABSENT = "-"
 
 _SPLIT = {"models": ("name", "model"), "train": ("name", "model"), "blocks": ("model", "model"), "ops": ("op", "op")}
@@ -48,9 +53,12 @@ Column = tuple[str, Callable[[Case], str]]
 
 def table(cases: Iterable[Case], columns: Sequence[Column]) -> Table:
     """A row for each case, without the columns in which none has anything."""
-    rows = [[text(case) for _, text in columns] for case in cases]
-    kept = [i for i in range(len(columns)) if any(row[i] != ABSENT for row in rows)]
-    return Table(tuple(columns[i][0] for i in kept), tuple(tuple(row[i] for i in kept) for row in rows))
+    return _filled([title for title, _ in columns], [[text(case) for _, text in columns] for case in cases])
+
+
+def _filled(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    kept = [i for i in range(len(titles)) if any(row[i] != ABSENT for row in rows)]
+    return Table(tuple(titles[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in rows))
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -94,7 +102,7 @@ def groups(kind: str, cases: Sequence[Case], by_dtype: bool = True) -> dict[tupl
 
 
 def behind(case: Case, key: str) -> dict[str, Any]:
-    """The timed variant behind a ratio ("eager", "compile", "peer"), or ours ("ours"); empty where there is none."""
+    """The timed variant behind a ratio (a key of `REFERENCES`), or ours ("ours"); empty where there is none."""
     name = OURS if key == "ours" else case["ratios"].get(key, {}).get("peer")
     variant = case["variants"].get(name, {})
     return variant if variant.get("status") == "timed" else {}
@@ -134,7 +142,7 @@ def times(kind: str, cases: Sequence[Case]) -> Table:
         [
             *_case_columns(kind, cases),
             *map(milliseconds, [*peers, OURS, *forced]),
-            *_ratio_columns("eager", "compile", "peer"),
+            *[(title, lambda case, key=key: ratio_text(case["ratios"].get(key))) for key, title in _OVER.items()],
             ("best peer", lambda case: case["ratios"].get("peer", {}).get("peer", ABSENT)),
             ("frozen over best compile", lambda case: ratio_text(ratios(case, FROZEN).get("compile"))),
             ("auto", lambda case: _detail(case["details"].get("auto"))),
@@ -171,7 +179,7 @@ def use(kind: str, cases: Sequence[Case], ceilings: dict[str, Any]) -> Table:
         return number(amount / time / unit) if amount is not None and time else ABSENT
 
     def each(what: str, text: Callable[[Case, str], str]) -> list[Column]:
-        titles = (("eager", "eager"), ("compile", "compile"), ("ours", OURS))
+        titles = (("eager", "eager"), ("compile", "compile"), ("runtime", "runtime"), ("ours", OURS))
         return [(f"{title} {what}", lambda case, key=key: text(case, key)) for key, title in titles]
 
     whole = [
@@ -201,8 +209,10 @@ def families(cases: Sequence[Case], dtype: str = "float32") -> Table:
     """The ratios of one model of each family: a row for each, a column for each peer and batch size."""
     shown = [case for case in cases if case["name"] in FAMILIES and case["dtype"] == dtype]
     found = {(case["name"], case["batch"]): case["ratios"] for case in shown}
-    titles = {"eager": "over timm", "compile": "over torch.compile"}
+    titles = {"eager": "over timm", "compile": "over torch.compile", "runtime": "over OpenVINO, ONNX Runtime"}
+    known = {(key, case["batch"]) for case in shown for key in case["ratios"]}
     columns = [(key, batch) for key in titles for batch in sorted({case["batch"] for case in shown})]
+    columns = [column for column in columns if column in known]
 
     def text(name: str, key: str, batch: int) -> str:
         ratio = found.get((name, batch), {}).get(key)
@@ -255,7 +265,7 @@ def overview(titles: tuple[str, ...], parts: dict[tuple[str, ...], list[Case]]) 
     rows = [
         (*labels, str(len(cases)), *[text(mean(cases, key)) for key in REFERENCES]) for labels, cases in parts.items()
     ]
-    return Table((*titles, "cases", *_OVER.values()), tuple(rows))
+    return _filled((*titles, "cases", *_OVER.values()), rows)
 
 
 def not_timed(run: Run) -> Table:
@@ -278,6 +288,10 @@ def ceilings(runs: dict[str, Run]) -> Table:
     found = {kind: run.get("ceilings") or {} for kind, run in runs.items()}
     dtypes = dict.fromkeys(dtype for ceiling in found.values() for dtype in ceiling.get("flops_per_s", {}))
 
+    def measured_by(ceiling: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        for what, by in ceiling.get("measured_by", {}).items():
+            yield {"bytes_per_s": "GB/s"}.get(what, what), by
+
     def scaled(value: float | None, scale: float) -> str:
         return ABSENT if value is None else number(value * scale)
 
@@ -287,11 +301,12 @@ def ceilings(runs: dict[str, Run]) -> Table:
             scaled(ceiling.get("bytes_per_s"), 1e-9),
             scaled(ceiling.get("launch_s"), 1e6),
             *[scaled(ceiling.get("flops_per_s", {}).get(dtype), 1e-12) for dtype in dtypes],
+            "; ".join(f"{what}: {by}" for what, by in measured_by(ceiling)) or ABSENT,
         )
         for kind, ceiling in found.items()
         if ceiling
     ]
-    return Table(("run", "GB/s", "launch, us", *[f"{dtype} TFLOP/s" for dtype in dtypes]), tuple(rows))
+    return _filled(("run", "GB/s", "launch, us", *[f"{dtype} TFLOP/s" for dtype in dtypes], "measured by"), rows)
 
 
 def losses(results: Results) -> Table:
@@ -334,10 +349,6 @@ def _case_columns(kind: str, cases: Sequence[Case]) -> list[Column]:
         return [*free, batch, dtype]
     size: Column = ("size", lambda case: _detail(case["size"]))
     return [("model", lambda case: case["name"]), batch, size, dtype, *free]
-
-
-def _ratio_columns(*keys: str) -> list[Column]:
-    return [(_OVER[key], lambda case, key=key: ratio_text(case["ratios"].get(key))) for key in keys]
 
 
 def _ok(record: dict[str, Any]) -> bool:

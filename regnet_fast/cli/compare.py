@@ -23,11 +23,12 @@ def compare(
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each variant; a result to quote has at least 7.")] = 7,
     compile: Annotated[bool, typer.Option(help="Time torch.compile too: a minute or more a case.")] = True,
     all_peers: Annotated[bool, typer.Option("--all-peers", help="Also compile channels_last, max-autotune.")] = False,
+    runtimes: Annotated[bool, typer.Option(help="Time OpenVINO and ONNX Runtime too, where installed: CPU.")] = True,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
-    """Times of timm eager, torch.compile and regnet_fast. A wrong result is not timed: exit status 1."""
+    """Times of timm eager, torch.compile, runtimes and regnet_fast. A wrong result is not timed: exit status 1."""
     cases: list[dict[str, Any]] = []
     with reported_errors(), progress(len(models) * len(batch) * len(dtype)) as announce:
         from ..inspect import compare as comparison
@@ -42,7 +43,11 @@ def compare(
         for model, images, compute in itertools.product(models, batch, computes):
             cases.append(
                 comparison.compare(
-                    model, images, compute, device, rounds, compile, size=size, all_peers=all_peers, announce=announce
+                    *(model, images, compute, device, rounds, compile),
+                    size=size,
+                    all_peers=all_peers,
+                    with_runtimes=runtimes,
+                    announce=announce,
                 )
             )
             announce.advance()
@@ -53,9 +58,10 @@ def compare(
     elif as_markdown:
         print(comparison.markdown(cases, info.conditions_line(facts)))
     else:
-        rows = table("", *(title for title, _ in comparison.COLUMNS))
-        for case in cases:
-            rows.add_row(*(text(case) for _, text in comparison.COLUMNS))
+        titles, *found = comparison.table(cases)
+        rows = table("", *titles)
+        for row in found:
+            rows.add_row(*row)
         show(rows)
         for text in (*comparison.summary(cases), info.conditions_line(facts)):
             line(text)

@@ -74,7 +74,7 @@ def demo(
         announce("comparing with timm eager and float64")
         _show_difference(base, x, logits, show)
     announce("timing")
-    measured = measure(base, x, rounds, compile=False, announce=announce)
+    measured = measure(base, x, rounds, compile=False, announce=announce, with_runtimes=False)
     if measured["correct"]:
         timed = [f"{variant} {measured['variants'][variant]['median_ms']:.1f} ms" for variant in (*EAGER, OURS)]
         over = measured["over_eager"]

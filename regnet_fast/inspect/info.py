@@ -64,9 +64,8 @@ def _library_versions() -> dict[str, str | None]:
 
 def versions() -> dict[str, str | None]:
     """Versions by name; None for what is not installed."""
-    packages = {
-        name: package_version(name) for name in ("timm", "transformers", "torchvision", "triton", "numpy", "cupy")
-    }
+    names = ("timm", "transformers", "torchvision", "triton", "numpy", "cupy", "openvino", "onnxruntime")
+    packages = {name: package_version(name) for name in names}
     own = {"regnet_fast": own_version(), "python": platform.python_version(), "torch": torch.__version__}
     return {**own, **packages, **_library_versions()}
 

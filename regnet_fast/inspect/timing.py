@@ -1,6 +1,8 @@
 """Calls timed side by side: one process, samples interleaved forwards and backwards, medians with their quartiles.
 
-A sample is several calls in a row, long enough for the clock; a CPU is timed by `perf_counter`, a GPU by events.
+A sample is several calls in a row, long enough for the clock; a CPU is timed by `perf_counter`, a GPU by events. On a
+CPU a rest comes before each sample, and a call that is not timed: threads of OpenMP, OpenVINO and ONNX Runtime go on
+spinning for a while after their work, on the cores of whoever comes next.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ SAMPLE_SECONDS = {"cpu": 0.05, "cuda": 0.02}
 WARM_UPS = 10
 WARM_UP_SECONDS = 2.0  # a call that takes long needs fewer than `WARM_UPS`, but never fewer than `LEAST_WARM_UPS`
 LEAST_WARM_UPS = 3
+REST_SECONDS = 0.1  # ONNX Runtime's threads were seen to spin for more than 0.03
 
 Announce = Callable[[str], None]
 
@@ -81,6 +84,13 @@ class Timed:
             self.sample()
             self.working_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
 
+    def rested_sample(self) -> float:
+        """Milliseconds of one call, from as many as `warm_up` chose, undisturbed by what ran before."""
+        if self.device == "cpu":
+            time.sleep(REST_SECONDS)
+            self.sample()
+        return self.sample(self.iterations)
+
     def as_dict(self, images: int) -> dict[str, Any]:
         """What was measured, for calls that serve so many images."""
         q1, median, q3 = quartiles(self.samples)
@@ -124,7 +134,7 @@ def interleave(found: Sequence[Timed], rounds: int, announce: Announce = silent)
     for index in range(rounds):
         announce(f"round {index + 1} of {rounds}")
         for timed in found if index % 2 == 0 else reversed(found):
-            timed.samples.append(timed.sample(timed.iterations))
+            timed.samples.append(timed.rested_sample())
 
 
 def ratio(peers: Iterable[Timed], ours: Timed) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from bench import cases, measure, peers, record, runner, spread
 from bench.cases import Case
 from regnet_fast.backends.passes import COMPILED, TORCH, compiled
 from regnet_fast.blocks import training
+from regnet_fast.inspect import runtimes
 
 OPERATION = "grouped_conv/152x152-k3s1g19-14-relu"
 EAGER = peers.choose(["timm*"], "cpu", "ops")
@@ -78,6 +79,8 @@ def test_peers_on_each_device():
         return [peer.name for peer in peers.choose(patterns, device, kind)]
 
     assert names(None, "cpu", "ops") == ["timm", "timm channels_last", "compile", "regnet_fast"]
+    assert set(runtimes.RUNTIMES) < set(names(None, "cpu", "models")), "of whole models, on a CPU"
+    assert not set(runtimes.RUNTIMES) & {*names(None, "cpu", "blocks"), *names(None, "cuda", "models")}
     assert names(None, "cpu", "models")[-2:] == ["regnet_fast frozen", "regnet_fast"]
     assert "timm graph" in names(None, "cuda", "models") and "regnet_fast frozen" not in names(None, "cuda", "train")
     assert names(["regnet_fast"], "cpu", "ops") == ["regnet_fast"]
@@ -168,6 +171,61 @@ def test_a_peer_that_fails_is_named_and_the_others_are_timed(monkeypatch, error)
         "reason": f"{type(error).__name__}: {str(error).splitlines()[0]}",
     }
     assert found["status"] == "timed" and found["ratios"]["eager"]["ratio"] > 0
+
+
+SMALL_MODEL = Case("models", "regnetx_002", 1, "float32", 32)
+
+
+def as_runtime(factor):
+    """What stands for `runtimes.Call`: torch's result, so many times as large."""
+
+    class Call:
+        def __init__(self, name, module, x):
+            self.call, self.settings = lambda: factor * module(x), {"threads": 1}
+
+        def __call__(self):
+            return self.call()
+
+    return Call
+
+
+def with_runtimes():
+    return peers.choose(["timm", *runtimes.RUNTIMES], "cpu", "models")
+
+
+def test_a_runtime_is_measured_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(runtimes, "Call", as_runtime(1))
+    missing = {"onnxruntime": "onnx not installed"}
+    monkeypatch.setattr(runtimes, "refuse", lambda name, dtype: missing.get(name))
+    found = measure.measure(SMALL_MODEL, "cpu", with_runtimes(), 2, lambda text: None)
+    assert found["status"] == "timed" and set(found["ratios"]) == {"eager", "runtime", "peer"}
+    assert found["ratios"]["runtime"]["peer"] == "openvino"
+    assert found["variants"]["openvino"]["settings"] == {"threads": 1}
+    assert found["variants"]["onnxruntime"] == {"status": "skipped", "reason": "onnx not installed"}
+    pooled = spread.pooled([found, found])
+    assert pooled["ratios"].keys() == found["ratios"].keys()
+    assert pooled["variants"]["openvino"]["settings"] == {"threads": 1}
+    json.dumps(found)
+
+
+def test_a_runtime_that_computes_something_else_is_not_timed(monkeypatch):
+    monkeypatch.setattr(runtimes, "Call", as_runtime(1.001))
+    monkeypatch.setattr(runtimes, "refuse", lambda name, dtype: None)
+    found = measure.measure(SMALL_MODEL, "cpu", with_runtimes(), 2, lambda text: None)
+    assert found["status"] == "timed" and set(found["ratios"]) == {"eager", "peer"}
+    failed = found["variants"]["openvino"]
+    assert failed["status"] == "failed" and "WrongResult: output" in failed["reason"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", runtimes.RUNTIMES)
+def test_each_runtime_is_measured(name):
+    if reason := runtimes.refuse(name, torch.float32):
+        pytest.skip(reason)
+    found = measure.measure(SMALL_MODEL, "cpu", peers.choose([name], "cpu", "models"), 1, lambda text: None)
+    variant = found["variants"][name]
+    assert variant["status"] == "timed" and found["ratios"]["peer"]["peer"] == name, variant
+    assert torch.get_num_threads() in variant["settings"].values()
 
 
 def test_calls_take_turns_on_copies_of_the_inputs():

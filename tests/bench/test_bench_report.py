@@ -251,6 +251,11 @@ def test_ceilings(results):
     rows = parse_tables(section(report_of(results), "## Ceilings"))[0]
     assert {row["run"] for row in rows} == set(tables.KINDS)
     assert (rows[0]["GB/s"], rows[0]["launch, us"], rows[0]["bfloat16 TFLOP/s"]) == ("20.0", "5.00", "0.400")
+    assert "measured by" not in rows[0]
+    models = run("models")
+    models["ceilings"]["measured_by"] = {"bytes_per_s": "a triad", "float32": "products"}
+    found = tables.ceilings({"models": models})
+    assert found.titles[-1] == "measured by" and found.rows[0][-1] == "GB/s: a triad; float32: products"
 
 
 def test_conditions_tell_a_dirty_tree_and_an_unfinished_run():
@@ -274,6 +279,34 @@ def test_frozen_weights_have_a_ratio_of_their_own():
     found = tables.times("models", [one])
     row = dict(zip(found.titles, found.rows[0], strict=True))
     assert row["frozen over best compile"] == "1.50x (1.49-1.51)"
+
+
+def with_a_runtime(one):
+    """A case as it is where OpenVINO was measured, in half of our time."""
+    ours = one["variants"]["regnet_fast"]["median_ms"]
+    one["variants"]["openvino"] = variant(ours / 2)
+    one["ratios"] |= dict.fromkeys(("runtime", "peer"), ratio("openvino", 0.5))
+    return one
+
+
+def test_runtimes_have_columns_where_they_were_measured(results):
+    cases = [with_a_runtime(case("regnetx_032", batch)) for batch in (1, 8)]
+    save(results, {GPU: {"models": run("models", *cases, case("regnetx_002"), machine="Another CPU")}})
+    families = [f"<!-- bench:families {machine} -->\n<!-- /bench:families -->\n" for machine in (CPU, GPU)]
+    readme = put(results, "README.md", "".join(families))
+    summary = put(results, "docs/x.md", "<!-- bench:summary -->\n<!-- /bench:summary -->\n")
+    models = section(report_of(results, GPU), "## Models, inference")
+    times = parse_tables(section(models, "### Times"))[0]
+    assert times[0]["openvino, ms"] == "5.000" and times[0]["over best runtime"] == "0.50x (0.49-0.51)"
+    assert times[0]["best peer"] == "openvino" and times[2]["over best runtime"] == "-"
+    assert "the fastest runtime" in [row["over"] for row in parse_tables(section(models, "### Geometric means"))[0]]
+    without = section((results / CPU / "report.md").read_text(), "## Models, inference")
+    assert "runtime" not in without and "openvino" not in without
+    first, second = parse_tables(readme.read_text())
+    assert not first and "over OpenVINO" not in readme.read_text().split("Geometric means")[0]
+    assert second[0]["over OpenVINO, ONNX Runtime, batch 8"] == "0.50x"
+    rows = {(row["machine"], row["batch"]): row for row in parse_tables(summary.read_text())[0]}
+    assert rows[GPU, "8"]["over best runtime"].startswith("0.50x") and rows[CPU, "8"]["over best runtime"] == "-"
 
 
 def test_cases_that_ours_did_not_run(results):
@@ -501,6 +534,15 @@ def test_the_figure_has_the_smallest_and_the_largest_batch_of_one_model_of_each_
     assert "regnetx_032" in drawn and "resnetv2_50" in drawn and "regnetx_002" not in drawn
     assert ">32<" in drawn and ">8<" not in drawn
     assert ">2.50<" in drawn and "over the fastest eager" in drawn and "float32" in drawn
+
+
+def test_the_figure_has_runtimes_where_they_were_measured(draw):
+    measured = families()
+    assert "fastest runtime" not in draw(measured)
+    for one in measured["models"]["cases"]:
+        with_a_runtime(one)
+    drawn = draw(measured)
+    assert "over the fastest runtime" in drawn and ">0.50<" in drawn
 
 
 def test_no_figure_without_data(draw):

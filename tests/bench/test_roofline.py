@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import regnet_fast
+from bench.roofline import probes
 from bench.roofline.ceilings import measure_ceilings
 from bench.roofline.model import EXECUTIONS, Count, count, kernels, work
 from bench.roofline.recording import record
@@ -298,8 +299,31 @@ def test_an_unknown_execution_is_refused():
 
 def test_ceilings_are_positive_and_plausible():
     found = measure_ceilings("cpu", ["float32", "bfloat16"], quick=True)
-    assert set(found) == {"bytes_per_s", "launch_s", "flops_per_s"}
+    assert set(found) == {"bytes_per_s", "launch_s", "flops_per_s", "measured_by"}
     assert 1e7 < found["bytes_per_s"] < 1e13
     assert 1e-8 < found["launch_s"] < 1e-2
     assert set(found["flops_per_s"]) == {"float32", "bfloat16"}
     assert all(1e6 < peak < 1e15 for peak in found["flops_per_s"].values())
+    assert {"bytes_per_s", "float32", "bfloat16"} <= set(found["measured_by"])
+
+
+def test_products_in_registers_count_their_operations():
+    try:
+        found = probes.Probes()
+    except probes.ProbesError as error:
+        pytest.skip(str(error))
+    once, twice = found.multiply_adds(1000), found.multiply_adds(2000)
+    assert twice == 2 * once > 0
+    assert found.pair_products(1000) in (0, 2 * once)
+    y, a, b = (torch.full((1003,), value) for value in (0.0, 1.0, 3.0))
+    found.triad(y, a, b)
+    assert torch.equal(y, torch.full((1003,), 7.0))
+
+
+def test_ceilings_without_a_compiler_say_so(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    probes._library.cache_clear()
+    found = measure_ceilings("cpu", ["float32"], quick=True)
+    assert found["flops_per_s"]["float32"] > 0 and found["measured_by"]["float32"] == "a matrix product"
+    assert found["measured_by"]["bytes_per_s"] == "a copy"
+    assert "no-such-compiler" in found["measured_by"]["registers"]

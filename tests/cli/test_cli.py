@@ -15,7 +15,7 @@ from regnet_fast import classify
 from regnet_fast.backends import onednn, triton
 from regnet_fast.cli import app
 from regnet_fast.cli import explain as explain_command
-from regnet_fast.inspect import compare, info, verify
+from regnet_fast.inspect import compare, info, runtimes, verify
 from regnet_fast.store.verdicts import Outcome, Verdict, Verdicts
 
 MODEL, OTHER = "resnetv2_18", "resnet10t"  # one of our families, and one that is not
@@ -320,7 +320,9 @@ def test_class_names_only_where_they_are_known():
 
 
 def test_compare():
-    found = run_json("compare", MODEL, *SMALL, "--batch", 1, "--batch", 3, "--rounds", 2, "--no-compile")
+    found = run_json(
+        "compare", MODEL, *SMALL, "--batch", 1, "--batch", 3, "--rounds", 2, "--no-compile", "--no-runtimes"
+    )
     assert set(found) == {"command", "conditions", "cases", "geometric_means"}
     assert found["conditions"]["torch"] == torch.__version__ and found["conditions"]["threads"] > 0
     assert [case["batch"] for case in found["cases"]] == [1, 3]
@@ -337,7 +339,7 @@ def test_compare():
 
 
 def test_compare_prints_markdown():
-    result = run("compare", MODEL, *SMALL, "--rounds", 1, "--no-compile", "--markdown")
+    result = run("compare", MODEL, *SMALL, "--rounds", 1, "--no-compile", "--no-runtimes", "--markdown")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0].startswith("| model |") and lines[2].startswith(f"| {MODEL} | 1 | float32 |")
@@ -345,11 +347,11 @@ def test_compare_prints_markdown():
 
 
 def test_compare_times_no_wrong_result(wrong_operation):
-    found = run_json("compare", MODEL, *SMALL, "--rounds", 1, "--no-compile", status=1)
+    found = run_json("compare", MODEL, *SMALL, "--rounds", 1, "--no-compile", "--no-runtimes", status=1)
     (case,) = found["cases"]
     assert not case["correct"] and case["refused"] and case["variants"] == {}
     assert found["geometric_means"] == {}
-    assert "not timed" in run("compare", MODEL, *SMALL, "--rounds", 1, "--no-compile").output
+    assert "not timed" in run("compare", MODEL, *SMALL, "--rounds", 1, "--no-compile", "--no-runtimes").output
 
 
 def test_compare_goes_on_where_a_peer_fails(monkeypatch):
@@ -360,11 +362,45 @@ def test_compare_goes_on_where_a_peer_fails(monkeypatch):
         return forward
 
     monkeypatch.setattr(torch, "compile", fail)
-    found = run_json("compare", MODEL, *SMALL, "--rounds", 1)
+    found = run_json("compare", MODEL, *SMALL, "--rounds", 1, "--no-runtimes")
     (case,) = found["cases"]
     assert case["variants"]["compile"] == {"error": "RuntimeError: no compiler found"}
     assert case["over_eager"]["ratio"] > 0 and "over_compile" not in case
     assert any("no compiler found" in line for line in compare.summary(found["cases"]))
+
+
+class TorchAsRuntime:
+    """What stands for `runtimes.Call`: torch itself; what is called onnxruntime is wrong."""
+
+    def __init__(self, name, module, x):
+        self.call = lambda: module(x).float() * (1.5 if name == "onnxruntime" else 1)
+
+    def __call__(self):
+        return self.call()
+
+
+def test_compare_with_runtimes(monkeypatch):
+    monkeypatch.setattr(runtimes, "Call", TorchAsRuntime)
+    monkeypatch.setattr(runtimes, "refuse", lambda name, dtype: None)
+    found = run_json("compare", MODEL, *SMALL, "--rounds", 1, "--no-compile")
+    (case,) = found["cases"]
+    assert case["variants"]["openvino"]["median_ms"] > 0 and case["over_runtime"]["peer"] == "openvino"
+    assert "times eager's" in case["variants"]["onnxruntime"]["error"], "a wrong result is not timed"
+    assert found["geometric_means"]["over_runtime"]["cases"] == 1 and case["left_out"] == {}
+    titles, row = compare.table(found["cases"])
+    shown = dict(zip(titles, row, strict=True))
+    assert float(shown["openvino, ms"]) > 0 and shown["onnxruntime, ms"] == "failed" and "x (" in shown["over runtimes"]
+    assert "compile, ms" not in titles
+
+
+def test_compare_without_a_runtime_says_why(monkeypatch):
+    monkeypatch.setattr(runtimes, "refuse", lambda name, dtype: "not installed")
+    arguments = ("compare", MODEL, *SMALL, "--rounds", 1, "--no-compile")
+    found = run_json(*arguments)
+    (case,) = found["cases"]
+    assert "over_runtime" not in case and case["left_out"] == dict.fromkeys(runtimes.RUNTIMES, "not installed")
+    result = run(*arguments, "--markdown")
+    assert "openvino, ms" not in result.stdout and "openvino left out: not installed" in result.stdout
 
 
 def test_ratios_are_those_of_the_medians():

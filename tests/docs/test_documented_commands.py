@@ -42,7 +42,7 @@ WORDS = {
 SMALLER = {
     "classify": "--no-pretrained",
     "verify": "--size 64",
-    "compare": "--no-compile --rounds 1 --size 64",
+    "compare": "--no-compile --no-runtimes --rounds 1 --size 64",
     "export": "--no-pretrained --size 64",
     "train": f"{TRAINING} --epochs 1",
     "train --resume": f"{TRAINING} --epochs 2",

@@ -198,7 +198,9 @@ def test_by_name_on_the_command_line():
     assert found["rebuilt"] == 17 and [check["stage"] for check in found["checks"]] == ["logits"]
     result = run("explain", "torchvision:regnet_y_400mf", "--size", "64")
     assert json.loads(result.stdout)["totals"]["layers_by_backend"]["host"] == 2
-    result = run("compare", "torchvision:regnet_x_400mf", "--size", "32", "--rounds", "1", "--no-compile")
+    result = run(
+        "compare", "torchvision:regnet_x_400mf", "--size", "32", "--rounds", "1", "--no-compile", "--no-runtimes"
+    )
     assert json.loads(result.stdout)["cases"][0]["correct"]
     result = run("verify", "torchvision:regnet_y_40mf")
     assert result.exit_code == 2 and "Close: regnet_y_400mf" in result.stderr
