@@ -25,6 +25,7 @@ extern "C" struct Step {
     int64_t bfloat16;  // maps and weights, else float32; never the sums, the means or what a gate is
     int64_t planar;    // x is an image in NCHW
     int64_t before;    // activation of x * gate * scale + shift, which is what is read
+    int64_t winograd;  // how the weights are laid out
     const void* weight;         // as `pack_weight` lays it out
     const float *bias;          // a whole number of vectors
     const float *scale, *shift;  // for each channel of x, or null

@@ -19,7 +19,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "convolution.h"
+#include "winograd.h"
 
 namespace {
 
@@ -112,10 +112,14 @@ void average_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t b
 struct Work {
     Step step;
     std::unique_ptr<Conv> conv;
+    std::unique_ptr<Winograd> winograd;
     int64_t chunks = 0, bands = 1, band = 0;
 
     explicit Work(const Step& given) : step(given) {
-        if (step.kind == CONV) {
+        if (step.kind == CONV && step.winograd) {
+            winograd.reset(new Winograd(step));
+            chunks = winograd->chunks();
+        } else if (step.kind == CONV) {
             conv.reset(new Conv(step));
             chunks = conv->chunks();
         } else if (step.kind == MEANS) {
@@ -131,6 +135,8 @@ struct Work {
         }
     }
 
+    int64_t panel() const { return winograd ? winograd->panel : conv ? conv->panel : 0; }
+
     void run(int64_t number, void* const* buffers, int64_t chunk, Scratch& scratch) const {
         if (step.kind == MEANS) {
             means_chunk(step, buffers, chunk);
@@ -143,6 +149,8 @@ struct Work {
         } else if (step.kind == AVERAGE) {
             step.bfloat16 ? average_chunk<Bf16>(step, buffers, chunk, bands)
                           : average_chunk<float>(step, buffers, chunk, bands);
+        } else if (winograd) {
+            winograd_chunk(*winograd, number, buffers, chunk, scratch);
         } else if (step.bfloat16) {
             conv_chunk<Pairs, Bf16>(*conv, number, buffers, chunk, scratch);
         } else {
@@ -219,6 +227,7 @@ int64_t lanes() { return LANES; }
 
 /// Bytes of a convolution's weights as they are laid out.
 int64_t packed_size(const Step* step) {
+    if (step->winograd) return PLACES * step->channels * step->out_channels * 4;
     const Conv conv(*step);
     int64_t size = 0;
     for (const Channels& tile : conv.tiles) size += conv.taps * conv.units * tile.vectors * LANES * 4;
@@ -227,13 +236,14 @@ int64_t packed_size(const Step* step) {
 
 /// Lay out the weights of a convolution, given as (K, C / groups, R, S) in float32.
 void pack_weight(const Step* step, const float* weight, void* packed, int threads) {
-    const Conv conv(*step);
     if (alone_after_fork()) threads = 1;
+    if (step->winograd) return pack_winograd(Winograd(*step), weight, static_cast<float*>(packed), threads);
+    const Conv conv(*step);
     step->bfloat16 ? pack<Pairs>(conv, weight, packed, threads) : pack<Singles>(conv, weight, packed, threads);
 }
 
 /// Into how many sums for each image and channel a convolution adds its results.
-int64_t bands_of(const Step* step) { return Conv(*step).bands; }
+int64_t bands_of(const Step* step) { return step->winograd ? Winograd(*step).bands : Conv(*step).bands; }
 
 /// A program of steps, or null where there is no memory for it.
 void* new_program(const Step* steps, int64_t count) {
@@ -241,8 +251,7 @@ void* new_program(const Step* steps, int64_t count) {
         std::unique_ptr<Program> made(new Program);
         for (int64_t i = 0; i < count; i++) {
             made->steps.emplace_back(steps[i]);
-            const Work& work = made->steps.back();
-            if (work.conv) made->scratch = std::max(made->scratch, divided(work.conv->panel, 4096) * 4096);
+            made->scratch = std::max(made->scratch, divided(made->steps.back().panel(), 4096) * 4096);
         }
         return made.release();
     } catch (const std::bad_alloc&) {

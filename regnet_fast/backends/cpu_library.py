@@ -63,7 +63,7 @@ class Step(ctypes.Structure):
         *((name, c_int64) for name in ("kind", "activation", "images", "channels", "height", "width")),
         *((name, c_int64) for name in ("out_channels", "out_height", "out_width")),
         *((name, c_int64 * 2) for name in ("kernel", "stride", "padding", "dilation")),
-        *((name, c_int64) for name in ("groups", "bfloat16", "planar", "before")),
+        *((name, c_int64) for name in ("groups", "bfloat16", "planar", "before", "winograd")),
         *((name, c_void_p) for name in ("weight", "bias", "scale", "shift")),
         *((name, c_int64) for name in ("x", "y", "residual", "gate", "sums")),
     )
@@ -96,7 +96,7 @@ class Source(NamedTuple):
 SOURCES = {
     "passes": Source(("passes.cpp",), _PASSES),
     "program": Source(
-        ("program.cpp", "convolution.h", "kernels.h", "vector.h"),
+        ("program.cpp", "winograd.h", "convolution.h", "kernels.h", "vector.h"),
         _PROGRAM,
         {
             "lanes": c_int64,

@@ -77,17 +77,44 @@ def conv_step(
     return step
 
 
+WINOGRAD_CHANNELS = 32
+"""From how many channels on a dense 3x3 convolution in float32 is by Winograd's F(2x2, 3x3)."""
+
+
+def _by_winograd(step: Step) -> bool:
+    channels = step.channels, step.out_channels
+    return (
+        step.kernel[:] == [3, 3]
+        and step.stride[:] == step.dilation[:] == [1, 1]
+        and step.groups == 1
+        and not step.bfloat16
+        and min(channels) >= WINOGRAD_CHANNELS
+        and not any(count % _library().lanes() for count in channels)
+        and not _reads_through(step)
+    )
+
+
+def _reads_through(step: Step) -> bool:
+    return step.gate >= 0 or bool(step.scale) or bool(step.planar)
+
+
 class Weights:
-    """A convolution's weight and bias as csrc/cpu lays them out; `give` points a step to them."""
+    """A convolution's weight and bias as csrc/cpu lays them out, for a step like this one; `give` points one to them."""
 
     def __init__(self, step: Step, weight: Tensor, bias: Tensor | None):
         lib = _library()
+        self.winograd = step.winograd = _by_winograd(step)
         self.packed = aligned(lib.packed_size(step))
         given = weight.detach().float().contiguous()
         lib.pack_weight(step, given.data_ptr(), self.packed.data_ptr(), torch.get_num_threads())
         self.bias = padded(torch.zeros(weight.shape[0], dtype=torch.float32, device="cpu") if bias is None else bias)
 
+    def serves(self, step: Step) -> bool:
+        """Whether the step can read them."""
+        return not (self.winograd and _reads_through(step))
+
     def give(self, step: Step) -> Step:
+        step.winograd = self.winograd
         step.weight, step.bias = self.packed.data_ptr(), self.bias.data_ptr()
         return step
 
@@ -167,7 +194,7 @@ class Conv(Run):
 
     def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None, packed: bool = True):
         self.problem, self.any_layout = problem, problem.input_shape[1] <= FEW_CHANNELS and not problem.gate
-        self.weights = Weights(conv_step(problem), weight, bias)
+        self.weights = Weights(conv_step(problem, gate=0 if problem.gate else -1), weight, bias)
         self._programs: dict[tuple, Program] = {}
 
     def _program(self, x: Tensor, means: bool) -> tuple[Program, tuple[int, ...]]:

@@ -251,6 +251,8 @@ class Recorder:
         found = self.weights.get(key)
         if found is None:
             found = self.weights[key] = native.Weights(step, *folded())
+        if not found.serves(step):
+            raise Refused("its weights are laid out for a convolution that reads a map as it is")
         self.kept.append(found)
         found.give(step)
 
