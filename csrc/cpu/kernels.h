@@ -10,6 +10,7 @@
 
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "vector.h"
@@ -84,20 +85,12 @@ __attribute__((noinline)) void finish(const float* sums, int pixels, int groups,
 /// A vector of G groups, one group after the other, where they lie `apart`.
 template <int G, typename T>
 ALWAYS Vec gathered(const T* p, int64_t apart) {
-    if (G != 2 || apart == LANES / 2) return load(p);
-    T both[LANES];
-    std::memcpy(both, p, sizeof(both) / 2);
-    std::memcpy(both + LANES / 2, p + apart, sizeof(both) / 2);
-    return load(both);
+    return G != 2 || apart == LANES / 2 ? load(p) : load_halves(p, p + apart);
 }
 
 template <int G, typename T>
 ALWAYS void scatter(T* p, int64_t apart, Vec v) {
-    if (G != 2 || apart == LANES / 2) return store(p, v);
-    T both[LANES];
-    store(both, v);
-    std::memcpy(p, both, sizeof(both) / 2);
-    std::memcpy(p + apart, both + LANES / 2, sizeof(both) / 2);
+    G != 2 || apart == LANES / 2 ? store(p, v) : store_halves(p, p + apart, v);
 }
 
 /// The same for one vector of each pixel, from registers and without what is seldom asked for.
@@ -189,8 +182,8 @@ ALWAYS void take_back(float* total, Vec (&sums)[M][N]) {
         for (int j = 0; j < N; j++, place += LANES) sums[i][j] += load(place);
 }
 
-/// Sums of M pixels and N vectors, each of G groups.
-template <typename A, typename T, int M, int N, int G>
+/// Sums of M pixels and N vectors, each of G groups; where they are RAW, as they stand, without all that follows them.
+template <typename A, typename T, int M, int N, int G, bool RAW = false>
 __attribute__((noinline)) void summed(const Tile& tile) {
     using Unit = typename A::Unit;
     using Operand = typename A::Operand;
@@ -198,7 +191,7 @@ __attribute__((noinline)) void summed(const Tile& tile) {
     Vec sums[M][N];
     const int64_t apart = tile.groups == G ? tile.apart : 0;
     for (int j = 0; j < N; j++) {
-        const Vec bias = alternating<G>(gathered<G>(tile.bias + j * (LANES / G), apart));
+        const Vec bias = RAW ? Vec{} : alternating<G>(gathered<G>(tile.bias + j * (LANES / G), apart));
         for (int i = 0; i < M; i++) sums[i][j] = bias;
     }
     int terms = 0;
@@ -230,20 +223,28 @@ __attribute__((noinline)) void summed(const Tile& tile) {
         }
     }
     if (aside) take_back(total, sums);
-    end<T, M, N, G>(sums, tile);
+    if (!RAW) return end<T, M, N, G>(sums, tile);
+    float* y = static_cast<float*>(tile.y);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 16
+        for (int j = 0; j < N; j++) store(y + i * tile.pitch + j * LANES, sums[i][j]);
 }
 
 using Kernel = void (*)(const Tile&);
 
 /// A kernel for each number of pixels.
 struct Kernels {
-    Kernel by_pixels[MOST_PIXELS + 1] = {};
+    Kernel by_pixels[MOST_PIXELS + 1] = {}, raw[MOST_PIXELS + 1] = {};
     int most = 0;
 };
 
 template <typename A, typename T, int N, int G, int... I>
 constexpr Kernels listed(std::integer_sequence<int, I...>) {
-    return {{nullptr, summed<A, T, I + 1, N, G>...}, sizeof...(I)};
+    if constexpr (G <= 2 && std::is_same<A, Singles>::value && std::is_same<T, float>::value)
+        return {{nullptr, summed<A, T, I + 1, N, G>...}, {nullptr, summed<A, T, I + 1, N, G, true>...}, sizeof...(I)};
+    else
+        return {{nullptr, summed<A, T, I + 1, N, G>...}, {}, sizeof...(I)};
 }
 
 template <typename A, typename T, int N, int G = 1>

@@ -227,7 +227,7 @@ int64_t lanes() { return LANES; }
 
 /// Bytes of a convolution's weights as they are laid out.
 int64_t packed_size(const Step* step) {
-    if (step->winograd) return PLACES * step->channels * step->out_channels * 4;
+    if (step->winograd) return Winograd(*step).size() * 4;
     const Conv conv(*step);
     int64_t size = 0;
     for (const Channels& tile : conv.tiles) size += conv.taps * conv.units * tile.vectors * LANES * 4;

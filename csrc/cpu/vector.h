@@ -1,7 +1,7 @@
 // Vectors of the processor that this is compiled for, by the compilers' own vector types: AVX-512, AVX2, NEON or SSE.
 //
-// Of instructions that these do not know there are three: the product of pairs in bfloat16, loads of some numbers again
-// and again, and of the first lanes alone.
+// Of instructions that these do not know there are four: the product of pairs in bfloat16, loads of some numbers again
+// and again, of the first lanes alone, and of two halves.
 
 #pragma once
 
@@ -101,7 +101,36 @@ ALWAYS void store(T* p, Vec v, int count) {
     copy_few(p, made, count);
 }
 
+/// A vector of two halves.
+template <typename T>
+ALWAYS Vec load_halves(const T* a, const T* b) {
+    T both[LANES];
+    std::memcpy(both, a, sizeof(both) / 2);
+    std::memcpy(both + LANES / 2, b, sizeof(both) / 2);
+    return load(both);
+}
+
+template <typename T>
+ALWAYS void store_halves(T* a, T* b, Vec v) {
+    T both[LANES];
+    store(both, v);
+    std::memcpy(a, both, sizeof(both) / 2);
+    std::memcpy(b, both + LANES / 2, sizeof(both) / 2);
+}
+
 #if defined(__AVX512F__)
+template <>
+ALWAYS Vec load_halves(const float* a, const float* b) {
+    const __m512 low = _mm512_castps256_ps512(_mm256_loadu_ps(a));
+    return (Vec)_mm512_insertf64x4((__m512d)low, (__m256d)_mm256_loadu_ps(b), 1);
+}
+
+template <>
+ALWAYS void store_halves(float* a, float* b, Vec v) {
+    _mm256_storeu_ps(a, _mm512_castps512_ps256((__m512)v));
+    _mm256_storeu_pd(reinterpret_cast<double*>(b), _mm512_extractf64x4_pd((__m512d)v, 1));
+}
+
 ALWAYS __mmask16 lanes_before(int count) { return __mmask16(count >= LANES ? 0xffff : (1 << count) - 1); }
 
 template <>

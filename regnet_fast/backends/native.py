@@ -77,19 +77,17 @@ def conv_step(
     return step
 
 
-WINOGRAD_CHANNELS = 32
-"""From how many channels on a dense 3x3 convolution in float32 is by Winograd's F(2x2, 3x3)."""
+DENSE_WINOGRAD, GROUP_WINOGRAD = 32, 16
+"""From how many channels on a 3x3 convolution in float32 is by Winograd's F(2x2, 3x3): of all, and of each group."""
 
 
 def _by_winograd(step: Step) -> bool:
-    channels = step.channels, step.out_channels
+    channels = min(step.channels, step.out_channels) // step.groups
     return (
         step.kernel[:] == [3, 3]
         and step.stride[:] == step.dilation[:] == [1, 1]
-        and step.groups == 1
         and not step.bfloat16
-        and min(channels) >= WINOGRAD_CHANNELS
-        and not any(count % _library().lanes() for count in channels)
+        and channels >= (DENSE_WINOGRAD if step.groups == 1 else GROUP_WINOGRAD)
         and not _reads_through(step)
     )
 
