@@ -37,6 +37,7 @@ namespace {
 constexpr double CHUNK = 7e5;          // multiplications and additions in one at most, about
 constexpr double LEAST_CHUNK = 1e5;    // and at least
 constexpr double CHUNKS = 24;          // of a step, about, where they are between these
+constexpr double FEW_FOR_A_WEIGHT = 8;  // pixels that a weight serves for its reading not to be what takes the time
 constexpr int64_t PANEL = 128 << 10;   // bytes of input that stay in the second cache
 constexpr int64_t FEW_PIXELS = 28;     // that a weight is read for, at least
 constexpr int64_t SLICE = 48;          // channels that are brought into place together, at least
@@ -69,6 +70,7 @@ struct Conv {
     int64_t taps, per_group, units;  // units of a group
     int64_t together;                // groups whose channels take turns in a vector; of two, a last one is alone
     double chunk;                    // multiplications and additions in one, about
+    double few;                      // by how much more one takes that waits for its weight
     bool bands_first;                // in the order of chunks, bands before channels
     bool flat, direct;  // pixels one after the other; read from x itself
     bool merged;        // the taps of a kernel's row are one, since what they read lies together
@@ -137,7 +139,8 @@ struct Conv {
         const double tile_work = double(row) * taps * per_group * step.out_channels * tiles[0].slice_channels /
                                  (step.groups == 1 ? tiles[0].slice_channels : step.channels);
         const bool whole = step.groups == 1;
-        const double work = double(row * rows) * step.out_channels * taps * per_group;  // no sum depends on the batch
+        few = std::max(1.0, FEW_FOR_A_WEIGHT / double(row * rows));
+        const double work = few * double(row * rows) * step.out_channels * taps * per_group;  // none of a batch
         chunk = std::min(std::max(work / CHUNKS, LEAST_CHUNK), CHUNK);
         bands_first = !whole || (direct && step.out_channels * units > pixels * pitch);
         int64_t most = std::max<int64_t>(1, int64_t(chunk / tile_work));
@@ -177,7 +180,7 @@ struct Conv {
         for (size_t i = 0; i < tiles.size(); i++) {
             const bool other = i && tiles[i].slice != tiles[i - 1].slice;
             if (!i || (work >= chunk / 2 && (other || step.groups == 1))) blocks.push_back(int(i)), work = 0;
-            work += double(band * row) * taps * per_group * tiles[i].count();
+            work += few * double(band * row) * taps * per_group * tiles[i].count();
         }
         blocks.push_back(int(tiles.size()));
     }

@@ -182,6 +182,20 @@ ALWAYS void take_back(float* total, Vec (&sums)[M][N]) {
         for (int j = 0; j < N; j++, place += LANES) sums[i][j] += load(place);
 }
 
+/// Have what is read and written behind the sums brought near meanwhile.
+template <typename T, int M, int N, int G>
+ALWAYS void announce(const Tile& tile) {
+    constexpr int LINE = 64 / sizeof(T);
+    const T* residual = static_cast<const T*>(tile.residual);
+    T* y = static_cast<T*>(tile.y);
+    for (int i = 0; i < M; i++, y += tile.pitch) {
+        for (int c = 0; c < N * LANES / G; c += LINE) __builtin_prefetch(y + c, 1);
+        if (!residual) continue;
+        for (int c = 0; c < N * LANES / G; c += LINE) __builtin_prefetch(residual + c);
+        residual += tile.pitch;
+    }
+}
+
 /// Sums of M pixels and N vectors, each of G groups; where they are RAW, as they stand, without all that follows them.
 template <typename A, typename T, int M, int N, int G, bool RAW = false>
 __attribute__((noinline)) void summed(const Tile& tile) {
@@ -194,6 +208,7 @@ __attribute__((noinline)) void summed(const Tile& tile) {
         const Vec bias = RAW ? Vec{} : alternating<G>(gathered<G>(tile.bias + j * (LANES / G), apart));
         for (int i = 0; i < M; i++) sums[i][j] = bias;
     }
+    if (!RAW) announce<T, M, N, G>(tile);
     int terms = 0;
     bool aside = false;
     const Unit* w = static_cast<const Unit*>(tile.weight);
