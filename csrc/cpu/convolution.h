@@ -37,6 +37,7 @@ namespace {
 constexpr double CHUNK = 7e5;          // multiplications and additions in one at most, about
 constexpr double LEAST_CHUNK = 1e5;    // and at least
 constexpr double CHUNKS = 24;          // of a step, about, where they are between these
+constexpr int64_t FEW_UNITS = 32;      // of fewer the taps of a kernel's row are read as one
 constexpr double FEW_FOR_A_WEIGHT = 8;  // pixels that a weight serves for its reading not to be what takes the time
 constexpr int64_t PANEL = 128 << 10;   // bytes of input that stay in the second cache
 constexpr int64_t FEW_PIXELS = 28;     // that a weight is read for, at least
@@ -130,7 +131,7 @@ struct Conv {
         flat = plain && !padded;
         direct = flat && !strided && !read && as_stored && step.channels % per_unit() == 0 && step.groups == 1;
         const bool by_image = read || strided || step.sums >= 0 || !flat;
-        merged = step.groups == 1 && step.dilation[1] == 1;
+        merged = step.groups == 1 && step.dilation[1] == 1 && units < FEW_UNITS;
         images = by_image ? step.images : 1;
         pixels = step.out_height * step.out_width * (by_image ? 1 : step.images);
         if (direct) pitch = step.channels / per_unit();
@@ -170,6 +171,12 @@ struct Conv {
         const int64_t within = top < step.height ? divided(step.height - top, down) : 0;
         const int64_t begin = std::min(above, step.kernel[0]), end = std::min(within, step.kernel[0]);
         return {begin, std::max<int64_t>(0, end - begin)};
+    }
+
+    /// Which of some pixels of a row reads nothing but the border at a tap of the kernel's row.
+    Edge edge(int64_t tap, int64_t first, int64_t last) const {
+        const int64_t own = tap * step.dilation[1] - step.padding[1];
+        return first * step.stride[1] + own < 0 ? FIRST : last * step.stride[1] + own >= step.width ? LAST : WITHIN;
     }
 
     int64_t best_pixels() const { return std::min(7, most_pixels(tiles[0].vectors)); }
@@ -361,7 +368,8 @@ void conv_chunk(const Conv& conv, int64_t number, void* const* buffers, int64_t 
     const int64_t row = conv.flat ? std::min(conv.band, conv.pixels - first) : s.out_width;
     const int64_t merged = conv.merged ? s.kernel[1] : 1, across = s.kernel[1] / merged;
     int64_t taps[conv.taps];
-    Tile tile;
+    char edges[conv.taps];
+    Tile tile = {};
     tile.units = int(conv.units * merged);
     tile.step = conv.pitch * (conv.flat ? 1 : s.stride[1]);
     tile.pitch = s.out_channels, tile.apart = s.out_channels / s.groups, tile.activation = int(s.activation);
@@ -399,6 +407,11 @@ void conv_chunk(const Conv& conv, int64_t number, void* const* buffers, int64_t 
                 const int64_t size = row / pieces + (piece < row % pieces);
                 const int64_t y = (start + done) * s.out_channels + own.first;
                 tile.x = x + done * (conv.flat ? 1 : s.stride[1]) * conv.pitch;
+                tile.edges = nullptr;
+                if (!conv.merged && s.padding[1] && (piece == 0 || piece == pieces - 1)) {
+                    for (int t = 0; t < tile.tap_count; t++) edges[t] = conv.edge(t % across, done, done + size - 1);
+                    tile.edges = edges;
+                }
                 tile.y = static_cast<T*>(buffers[s.y]) + y;
                 tile.residual = s.residual < 0 ? nullptr : static_cast<const T*>(buffers[s.residual]) + y;
                 kernels.by_pixels[size](tile);

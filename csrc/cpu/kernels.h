@@ -22,6 +22,7 @@ struct Tile {
     const void* x;
     int64_t step;         // from a pixel's input to the next one's
     const int64_t* taps;  // where each tap reads, from a pixel's first one
+    const char* edges;    // for each tap, which pixel reads nothing but the border there: an `Edge`; or null
     int tap_count;
     int units;  // of each group that a tap sums
     const void* weight;
@@ -34,7 +35,10 @@ struct Tile {
     int groups;     // that are there
     int64_t apart;  // from a group's output to the next one's
     int activation;
+    bool raw;  // the sums as they stand, lane by lane, without what follows them
 };
+
+enum Edge : char { WITHIN, FIRST, LAST };
 
 constexpr int MOST_PIXELS = 14;
 
@@ -120,6 +124,14 @@ ALWAYS void end_vector(const Vec (&sums)[M][N], int j, Vec least, const Tile& ti
 template <typename T, int M, int N, int G>
 ALWAYS void end(const Vec (&sums)[M][N], const Tile& tile) {
     constexpr int EACH = LANES / G;
+    if (std::is_same<T, float>::value && G <= 2 && tile.raw) {
+        float* y = static_cast<float*>(tile.y);
+#pragma GCC unroll 16
+        for (int i = 0; i < M; i++)
+#pragma GCC unroll 16
+            for (int j = 0; j < N; j++) store(y + i * tile.pitch + j * LANES, sums[i][j]);
+        return;
+    }
     if (tile.activation > RELU || tile.groups != G) {
         float lanes[M][G][N * EACH];
         for (int i = 0; i < M; i++)
@@ -196,86 +208,104 @@ ALWAYS void announce(const Tile& tile) {
     }
 }
 
-/// Sums of M pixels and N vectors, each of G groups; where they are RAW, as they stand, without all that follows them.
-template <typename A, typename T, int M, int N, int G, bool RAW = false>
-__attribute__((noinline)) void summed(const Tile& tile) {
+/// Add the products of so many units to the sums of the pixels from BEGIN to END.
+template <typename A, int M, int N, int G, int BEGIN, int END>
+ALWAYS void add_products(Vec (&sums)[M][N], const char* x, const typename A::Unit* w, int count, int64_t step) {
     using Unit = typename A::Unit;
     using Operand = typename A::Operand;
+    const int64_t thrice = 3 * step;
+    const char *a = x, *b = a + 5 * step, *c = a + 10 * step;
+    for (int u = 0; u < count; u++) {
+        Operand weight[N];
+        for (int j = 0; j < N; j++) weight[j] = A::load(w + j * LANES);
+        w += N * LANES;
+        asm("" : "+r"(a), "+r"(b), "+r"(c));
+#pragma GCC unroll 16
+        for (int i = BEGIN; i < END; i++) {
+            const Operand own = A::template repeated<G>(pixel<Unit>(i, a, b, c, step, thrice));
+            for (int j = 0; j < N; j++) sums[i][j] = A::plus(sums[i][j], own, weight[j]);
+        }
+        a += G * sizeof(Unit), b += G * sizeof(Unit), c += G * sizeof(Unit);
+    }
+}
+
+/// Sums of M pixels and N vectors, each of G groups.
+template <typename A, typename T, int M, int N, int G>
+__attribute__((noinline)) void summed(const Tile& tile) {
+    using Unit = typename A::Unit;
     float total[M * N * LANES];
     Vec sums[M][N];
     const int64_t apart = tile.groups == G ? tile.apart : 0;
     for (int j = 0; j < N; j++) {
-        const Vec bias = RAW ? Vec{} : alternating<G>(gathered<G>(tile.bias + j * (LANES / G), apart));
+        const Vec bias = tile.raw ? Vec{} : alternating<G>(gathered<G>(tile.bias + j * (LANES / G), apart));
         for (int i = 0; i < M; i++) sums[i][j] = bias;
     }
-    if (!RAW) announce<T, M, N, G>(tile);
+    if (!tile.raw) announce<T, M, N, G>(tile);
     int terms = 0;
     bool aside = false;
     const Unit* w = static_cast<const Unit*>(tile.weight);
-    const int64_t step = tile.step * sizeof(Unit), thrice = 3 * step;
+    const int64_t step = tile.step * sizeof(Unit);
     for (int t = 0; t < tile.tap_count; t++) {
-        const char* a = reinterpret_cast<const char*>(static_cast<const Unit*>(tile.x) + tile.taps[t]);
-        const char *b = a + 5 * step, *c = a + 10 * step;
+        const char* x = reinterpret_cast<const char*>(static_cast<const Unit*>(tile.x) + tile.taps[t]);
+        const char edge = N < 3 || G > 2 || !tile.edges ? char(WITHIN) : tile.edges[t];
         for (int left = tile.units; left > 0;) {
             const int some = left < FEW_TERMS ? left : FEW_TERMS;
             if (terms + some > FEW_TERMS) {
                 put_aside(total, sums, !aside);
                 terms = 0, aside = true;
             }
+            if (N >= 3 && G <= 2 && edge == FIRST) add_products<A, M, N, G, 1, M>(sums, x, w, some, step);
+            else if (N >= 3 && G <= 2 && edge == LAST) add_products<A, M, N, G, 0, M - 1>(sums, x, w, some, step);
+            else add_products<A, M, N, G, 0, M>(sums, x, w, some, step);
             terms += some, left -= some;
-            for (int u = 0; u < some; u++) {
-                Operand weight[N];
-                for (int j = 0; j < N; j++) weight[j] = A::load(w + j * LANES);
-                w += N * LANES;
-                asm("" : "+r"(a), "+r"(b), "+r"(c));
-#pragma GCC unroll 16
-                for (int i = 0; i < M; i++) {
-                    const Operand x = A::template repeated<G>(pixel<Unit>(i, a, b, c, step, thrice));
-                    for (int j = 0; j < N; j++) sums[i][j] = A::plus(sums[i][j], x, weight[j]);
-                }
-                a += G * sizeof(Unit), b += G * sizeof(Unit), c += G * sizeof(Unit);
-            }
+            w += some * N * LANES, x += some * G * sizeof(Unit);
         }
     }
     if (aside) take_back(total, sums);
-    if (!RAW) return end<T, M, N, G>(sums, tile);
-    float* y = static_cast<float*>(tile.y);
-#pragma GCC unroll 16
-    for (int i = 0; i < M; i++)
-#pragma GCC unroll 16
-        for (int j = 0; j < N; j++) store(y + i * tile.pitch + j * LANES, sums[i][j]);
+    end<T, M, N, G>(sums, tile);
 }
 
 using Kernel = void (*)(const Tile&);
 
 /// A kernel for each number of pixels.
 struct Kernels {
-    Kernel by_pixels[MOST_PIXELS + 1] = {}, raw[MOST_PIXELS + 1] = {};
+    Kernel by_pixels[MOST_PIXELS + 1] = {};
     int most = 0;
 };
 
 template <typename A, typename T, int N, int G, int... I>
 constexpr Kernels listed(std::integer_sequence<int, I...>) {
-    if constexpr (G <= 2 && std::is_same<A, Singles>::value && std::is_same<T, float>::value)
-        return {{nullptr, summed<A, T, I + 1, N, G>...}, {nullptr, summed<A, T, I + 1, N, G, true>...}, sizeof...(I)};
-    else
-        return {{nullptr, summed<A, T, I + 1, N, G>...}, {}, sizeof...(I)};
+    return {{nullptr, summed<A, T, I + 1, N, G>...}, sizeof...(I)};
 }
 
 template <typename A, typename T, int N, int G = 1>
 constexpr Kernels kernels() {
     if constexpr (G > LANES || N > MOST_VECTORS) return {};
-    else return listed<A, T, N, G>(std::make_integer_sequence<int, most_pixels(N)>());
+    else return listed<A, T, N, G>(std::make_integer_sequence<int, (G > 2 ? 7 : most_pixels(N))>());
 }
 
 /// The kernels of so many vectors and groups: more than two groups have one vector.
 template <typename A, typename T>
-const Kernels& kernels_of(int vectors, int groups) {
+const Kernels& compiled(int vectors, int groups) {
     static constexpr Kernels found[] = {
         kernels<A, T, 1>(),    kernels<A, T, 2>(),    kernels<A, T, 3>(),    kernels<A, T, 4>(),
         kernels<A, T, 1, 2>(), kernels<A, T, 2, 2>(), kernels<A, T, 3, 2>(), kernels<A, T, 4, 2>(),
         kernels<A, T, 1, 4>(), kernels<A, T, 1, 8>(), kernels<A, T, 1, 16>()};
     return found[groups <= 2 ? (groups - 1) * 4 + vectors - 1 : groups == 4 ? 8 : groups == 8 ? 9 : 10];
+}
+
+}  // namespace
+
+/// `compiled` of float32 and of bfloat16, each in a file of its own, which the compiler is given at the same time.
+extern "C" const void* float32_kernels(int vectors, int groups);
+extern "C" const void* bfloat16_kernels(int vectors, int groups);
+
+namespace {
+
+template <typename A, typename T>
+const Kernels& kernels_of(int vectors, int groups) {
+    const auto found = std::is_same<T, float>::value ? float32_kernels : bfloat16_kernels;
+    return *static_cast<const Kernels*>(found(vectors, groups));
 }
 
 }  // namespace

@@ -139,7 +139,6 @@ void transform_back(const Winograd& w, void* const* buffers, const Chunk& chunk,
 
 template <int G>
 void winograd_chunk(const Winograd& w, int64_t number, void* const* buffers, const Chunk& chunk, Scratch& scratch) {
-    static constexpr float none[(MOST_VECTORS + 1) * LANES] = {};
     const Step& s = w.step;
     const Channels& own = w.tiles[chunk.block];
     const int64_t rows = std::min(w.band, w.rows - chunk.band * w.band), some = rows * w.across;
@@ -156,14 +155,14 @@ void winograd_chunk(const Winograd& w, int64_t number, void* const* buffers, con
     const int64_t taps[] = {0}, pieces = divided(some, kernels.most);
     Tile tile = {};
     tile.step = width, tile.taps = taps, tile.tap_count = 1, tile.units = int(w.per_group);
-    tile.bias = none, tile.pitch = row, tile.channels = int(row), tile.groups = 1, tile.activation = NONE;
+    tile.pitch = row, tile.channels = int(row), tile.groups = 1, tile.raw = true;
     for (int place = 0; place < PLACES; place++) {
         tile.weight = static_cast<const float*>(s.weight) + own.weight + place * w.per_group * row;
         for (int64_t piece = 0, done = 0; piece < pieces; piece++) {
             const int64_t size = some / pieces + (piece < some % pieces);
             tile.x = panel + place * w.place + done * width;
             tile.y = products + place * w.product + done * row;
-            kernels.raw[size](tile);
+            kernels.by_pixels[size](tile);
             done += size;
         }
     }

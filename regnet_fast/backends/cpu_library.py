@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from types import MappingProxyType
@@ -82,8 +83,8 @@ _PROGRAM = {
 
 
 class Source(NamedTuple):
-    """What a library is compiled from: files of csrc/cpu, of which the compiler is given the first; the arguments of
-    its functions by name, and the results of those that have one; further options.
+    """What a library is compiled from: files of csrc/cpu, of which the compiler is given each .cpp, all at the same time;
+    the arguments of its functions by name, and the results of those that have one; further options.
     """
 
     files: tuple[str, ...]
@@ -96,7 +97,10 @@ class Source(NamedTuple):
 SOURCES = {
     "passes": Source(("passes.cpp",), _PASSES),
     "program": Source(
-        ("program.cpp", "winograd.h", "convolution.h", "kernels.h", "vector.h"),
+        (
+            *("program.cpp", "kernels_float32.cpp", "kernels_bfloat16.cpp"),
+            *("winograd.h", "convolution.h", "kernels.h", "vector.h"),
+        ),
         _PROGRAM,
         {
             "lanes": c_int64,
@@ -187,9 +191,16 @@ def _processor() -> str:
 
 def _compile(command: list[str], source: Source) -> bytes:
     print(f"regnet_fast compiles csrc/cpu/{source.files[0]} for this processor, once: some seconds", file=sys.stderr)
+    given = [FOLDER / "cpu" / file for file in source.files if file.endswith(".cpp")]
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "made.so"
-        _output([*command, "-o", str(made), str(FOLDER / "cpu" / source.files[0])])
+        if len(given) > 1:
+            objects = [Path(folder) / f"{file.stem}.o" for file in given]
+            commands = ([*command, "-c", "-o", str(o), str(file)] for o, file in zip(objects, given, strict=True))
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(_output, commands))
+            given = objects
+        _output([*command, "-o", str(made), *map(str, given)])
         try:
             return made.read_bytes()
         except OSError:

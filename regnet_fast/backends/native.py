@@ -78,7 +78,7 @@ def conv_step(
 
 
 DENSE_WINOGRAD, GROUP_WINOGRAD = 32, 16
-"""From how many channels on a 3x3 convolution in float32 is by Winograd's F(2x2, 3x3): of all, and of each group."""
+"""From how many channels on a 3x3 convolution in float32 is by Winograd's F(2x2, 3x3): of all, or of each group."""
 
 
 def _by_winograd(step: Step) -> bool:
@@ -97,7 +97,7 @@ def _reads_through(step: Step) -> bool:
 
 
 class Weights:
-    """A convolution's weight and bias as csrc/cpu lays them out, for a step like this one; `give` points one to them."""
+    """A convolution's weight and bias as csrc/cpu lays them out for a step; `give` points one to them."""
 
     def __init__(self, step: Step, weight: Tensor, bias: Tensor | None):
         lib = _library()
