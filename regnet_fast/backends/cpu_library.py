@@ -83,7 +83,7 @@ _PROGRAM = {
 
 
 class Source(NamedTuple):
-    """What a library is compiled from: files of csrc/cpu, of which the compiler is given each .cpp, all at the same time;
+    """What a library is compiled from: files of csrc/cpu, of which the compiler is given each .cpp, at the same time;
     the arguments of its functions by name, and the results of those that have one; further options.
     """
 
