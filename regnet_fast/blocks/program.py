@@ -8,7 +8,7 @@ one that is not read any more makes room for the next. A batch goes through each
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +60,7 @@ class Map:
     affine: PackedNormAct | None = None
     gate: Gate | None = None
     planar: bool = False  # an image in NCHW, which a convolution alone reads
+    readers: list[Step] = field(default_factory=list)  # the steps that compute the affine map as they read
 
 
 @dataclass(eq=False)
@@ -103,7 +104,7 @@ class Recorder:
         """What a stage makes of x, in parts of the batch."""
         bound, parts = [self.bound(form) for form in forms], counts(x.shape[0], self._images(forms, x))
         if len(parts) == 1:
-            return self._through(bound, x)
+            return self.value(self._through(bound, x))
         whole, done = None, 0
         for count in parts:
             begin = len(self.steps)
@@ -263,6 +264,7 @@ class Recorder:
         step.before = native.ACTIVATION_CODES[x.affine.activation]
         if x.gate is not None:
             step.gate = x.gate.buffer
+        x.readers.append(step)
 
     def _vectors(self, affine: PackedNormAct) -> tuple[Tensor, Tensor]:
         vectors = native.padded(affine.scale), native.padded(affine.shift)
@@ -290,12 +292,14 @@ class Recorder:
             raise Refused("an image in NCHW is read by a convolution alone")
         if x.affine is None:
             return x
-        y = x.buffer if consume else self.buffer(*x.shape, dtype=x.dtype)
+        y = x.buffer if consume and not x.readers else self.buffer(*x.shape, dtype=x.dtype)
         problem = NormActProblem(x.shape, x.affine.activation, x.gate is not None, x.dtype, "cpu")
         gate = -1 if x.gate is None else x.gate.buffer
         step = native.affine_step(problem, *self._vectors(x.affine), x.buffer, y, gate)
-        self.steps.append(step)
-        x.buffer, x.affine, x.gate = step.y, None, None
+        self.steps.insert(self.steps.index(x.readers[0]) if x.readers else len(self.steps), step)
+        for reader in x.readers:  # nor need they compute it again
+            reader.x, reader.gate, reader.scale, reader.shift, reader.before = y, -1, None, None, 0
+        x.buffer, x.affine, x.gate, x.readers = step.y, None, None, []
         return x
 
     def _gate(self, excite: PackedSqueezeExcite, means: Means, dtype: torch.dtype | None = None) -> Gate:
