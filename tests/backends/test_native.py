@@ -184,7 +184,7 @@ def test_memory_is_respected(march):
         done = subprocess.run([gcc, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
         runtimes.append(done.stdout.strip())
     run_cases(
-        f"-march={march} -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all",
+        f"-march={march} -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all",
         LD_PRELOAD=" ".join(runtimes),
         ASAN_OPTIONS="detect_leaks=0",
         OMP_NUM_THREADS="2",
