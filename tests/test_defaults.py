@@ -18,7 +18,7 @@ from training_blocks import NETWORKS, regnet_y, repvgg_net, state_of
 import regnet_fast
 from regnet_fast import functional
 from regnet_fast.backends.passes import parts
-from regnet_fast.blocks import chain
+from regnet_fast.blocks import program
 from regnet_fast.classify import predict
 from regnet_fast.inspect.verify import randomize_norms, verify
 from regnet_fast.observer import observing
@@ -80,7 +80,7 @@ def cut(request, monkeypatch) -> bool:
     """Batches are cut into parts of a few images, as large ones are."""
     if request.param:
         monkeypatch.setattr(parts, "_PART_BYTES", 60_000)
-        monkeypatch.setattr(chain, "_BYTES_PER_THREAD", 60_000)
+        monkeypatch.setattr(program, "_BYTES_PER_THREAD", 60_000)
     return request.param
 
 
@@ -149,7 +149,7 @@ def test_networks(name, way, dtype, cut):
 def test_the_networks_are_cut_and_fused(monkeypatch):
     """What the test above relies on."""
     monkeypatch.setattr(parts, "_PART_BYTES", 60_000)
-    monkeypatch.setattr(chain, "_BYTES_PER_THREAD", 60_000)
+    monkeypatch.setattr(program, "_BYTES_PER_THREAD", 60_000)
     model, x, heard = made("regnet_y"), torch.randn(6, 3, 64, 64), []
     with observing(block=lambda block, image, plan, reason: heard.append((image.shape[0], reason))), torch.no_grad():
         model(x)

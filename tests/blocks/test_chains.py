@@ -11,7 +11,7 @@ from torch import nn
 
 import regnet_fast
 from regnet_fast.backends import backend
-from regnet_fast.blocks import chain as chains
+from regnet_fast.blocks import program
 from regnet_fast.blocks.chain import Chain
 from regnet_fast.blocks.fused import Fused
 from regnet_fast.observer import observing
@@ -159,7 +159,7 @@ def narrow(monkeypatch):
 
     def set_images(first: Fused, x: torch.Tensor, images: int) -> None:
         widest = first.fused_form().widest(*x.shape[1:]) * x.element_size()
-        monkeypatch.setattr(chains, "_BYTES_PER_THREAD", images * widest / torch.get_num_threads())
+        monkeypatch.setattr(program, "_BYTES_PER_THREAD", images * widest / torch.get_num_threads())
 
     return set_images
 
