@@ -22,7 +22,7 @@ from ..trials.session import session, waiting
 from .fused import Fused, Plan, unfit
 from .program import Program, counts, images
 from .units import Refused
-from .watch import only_forwards, transformed
+from .watch import not_derived, only_forwards, transformed
 
 _LAST = torch.channels_last
 _PROGRAMS_KEPT = 8
@@ -115,7 +115,7 @@ class Chain:
     def _one_by_one(links: list[nn.Module], x: Tensor) -> Tensor:
         own = False
         for child in links:
-            if isinstance(child, Fused) and only_forwards(child):
+            if _is_fused(child):
                 x, own = child.step(x, own)
             else:
                 x, own = child(x), False
@@ -128,13 +128,18 @@ class Chain:
         return plain
 
 
+def _is_fused(child: nn.Module) -> bool:
+    """Whether a call of a block is a step of it and nothing else."""
+    return isinstance(child, Fused) and not_derived(child) and only_forwards(child)
+
+
 def current_plans(links: Iterable[nn.Module], x: Tensor) -> list[Plan] | None:
     """The current plan of every block; None where not all of them run fused and unobserved, or there is none."""
     if unfit(x) is not None or autocast_enabled("cpu" if x.is_cpu else x.device.type):
         return None
     plans = []
     for child in links:
-        if not isinstance(child, Fused) or not only_forwards(child):
+        if not _is_fused(child):
             return None
         plan = child.plan(x)
         if plan is None:
@@ -161,9 +166,9 @@ class _Kept(NamedTuple):
 def made(stages: Sequence[Sequence[Plan]], x: Tensor, planar: bool = False) -> Made:
     """The program of stages for images like x, in NCHW where they are `planar`."""
     first, *others = (plan for plans in stages for plan in plans)
-    kept = first.programs
-    if kept is None or len(kept.others) != len(others) or not all(map(is_, kept.others, others)):
-        kept = first.programs = _Kept(others, {}, {})
+    kept = first.programs.get(len(others))
+    if kept is None or not all(map(is_, kept.others, others)):
+        kept = first.programs[len(others)] = _Kept(others, {}, {})
     key = (x.shape, planar)
     found = kept.made.get(key)
     if found is None:

@@ -28,12 +28,13 @@ from .units import ConvUnit, LinearUnit, Refused
 from .watch import PLAIN, Structure, Watch, hooked, transformed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_STATE = "_regnet_fast_plans"
+STATE = "_regnet_fast_plans"
+"""Where a block keeps its plans: another object whenever one of them is made anew."""
 _TRAINED = "_regnet_fast_training"
 _FROZEN = "_regnet_fast_frozen"
 PIECES = "_regnet_fast_pieces"
 """Where a subclass keeps blocks that it made of parts of itself."""
-_PACKED = (_STATE, _FROZEN, PIECES)
+_PACKED = (STATE, _FROZEN, PIECES)
 _DERIVED = (*_PACKED, _TRAINED)
 
 _BRIEF = 2
@@ -51,7 +52,7 @@ class Plan(Watch):
     Attributes: `unbound`, over the live modules; `in_channels` of the input; `refusal`, set where there is no form;
     `differentiated`, whether a gradient was ever asked for; `frozen`, whether the user promised that nothing changes;
     `calls`, how often it was current; `brief`, how many plans before it were current in one call at most; `programs` of
-    the blocks that begin with this one (chain.py), and `network`, what was found of a network's; `stage`, in whose
+    this block and so many behind it (chain.py), and `network`, what was found of a network's; `stage`, in whose
     program somebody heard it run.
     """
 
@@ -63,7 +64,7 @@ class Plan(Watch):
         self.refusal: str | None = self.blind
         self.unbound: Form | None = None
         self.in_channels: int | None = None
-        self.programs: Any = None
+        self.programs: dict[int, Any] = {}
         self.network: Any = None
         self.stage: cpu.Stage | None = None
         if self.refusal is not None:
@@ -284,11 +285,11 @@ class Fused:
     def _current(self, dtype: torch.dtype) -> Plan:
         """The plan for a dtype, made anew where the block has changed."""
         key = (dtype, forced_backend(), torch._C._get_mkldnn_enabled())
-        plans = self.__dict__.get(_STATE)
+        plans = self.__dict__.get(STATE)
         plan = plans.get(key) if plans is not None else None
         if plan is None or not plan.of(self) or not plan.current():
             plan = Plan(self, dtype, before=plan)
-            self.__dict__[_STATE] = {key: plan} if plans is None or len(plans) >= 4 else {**plans, key: plan}
+            self.__dict__[STATE] = {key: plan} if plans is None or len(plans) >= 4 else {**plans, key: plan}
         return plan
 
     def plan(self, x: Tensor) -> Plan | None:
@@ -336,18 +337,13 @@ class Fused:
         return form.run(x)
 
     @property
-    def state(self) -> dict | None:
-        """The plans, another object whenever one of them is made anew; None where there are none."""
-        return self.__dict__.get(_STATE)
-
-    @property
     def is_frozen(self) -> bool:
         """Whether the user promised that nothing changes."""
         return _FROZEN in self.__dict__
 
     def pin(self) -> list[tuple]:
         """What keeps the memory of the packed weights in use now from being freed, as long as it is held."""
-        return [plan.pin() for plan in self.__dict__.get(_STATE, {}).values() if plan.refusal is None]
+        return [plan.pin() for plan in self.__dict__.get(STATE, {}).values() if plan.refusal is None]
 
     def _forget(self, names: tuple[str, ...] = _DERIVED) -> None:
         """Drop the packed weights, and with them the promise that nothing changes."""
@@ -440,7 +436,7 @@ def check_quiet(block: nn.Module) -> None:
 
 def freeze(block: Fused) -> None:
     """Take the block's weights as they are now, until `train`, `eval`, `load_state_dict` or a move of the block."""
-    block.__dict__.pop(_STATE, None)
+    block.__dict__.pop(STATE, None)
     block.__dict__[_FROZEN] = True
 
 

@@ -13,11 +13,11 @@ from ..backends import forced_backend, native
 from ..observer import observer
 from ..trials import cpu
 from .chain import Chain, current_plans, made, told
-from .fused import Fused, Plan
-from .watch import hooks, only_forwards, transformed
+from .fused import STATE, Fused, Plan
+from .watch import hooks, not_derived, only_forwards, transformed
 
-_REPLACED = {"forward_features", "forward_head"}
-"""What the host's forward calls, where somebody put their own in its place."""
+_CALLED = ("forward_features", "forward_head")
+"""What the host's forward calls of the network itself, and somebody may put their own in its place."""
 
 
 class Network:
@@ -29,6 +29,11 @@ class Network:
 
     host: type[nn.Module]
 
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "host" in vars(cls):
+            cls._methods = _methods(cls)
+
     def in_order(self) -> Iterator[nn.Module]:
         """The stem, stages and all else that the host's forward calls on what the one before gave."""
         raise NotImplementedError
@@ -38,16 +43,29 @@ class Network:
             return super().forward(x)
         if not x.is_cpu or forced_backend() not in (None, "native") or transformed() is not None:
             return super().forward(x)
-        if not _REPLACED.isdisjoint(self.__dict__) or getattr(self, "grad_checkpointing", False):
+        if any(name in self.__dict__ for name in _CALLED) or getattr(self, "grad_checkpointing", False):
+            return super().forward(x)
+        if _methods(type(self)) != self._methods:
             return super().forward(x)
         order = [*self.in_order()]
-        known = [isinstance(module, (Fused, Chain)) for module in order] + [False]
+        known = [isinstance(module, (Fused, Chain)) and not_derived(module) for module in order] + [False]
         begin = known.index(True) if any(known) else len(order)
         end = begin + known[begin:].index(False)
         x = _one_by_one(order[:begin], x)
         y = _by_program(self, order[begin:end], x)
         y = _one_by_one(order[begin:end], x) if y is None else y
         return _one_by_one(order[end:], y)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """TorchScript compiles the host's own network, which shares the children."""
+        plain = object.__new__(self.host)
+        plain.__dict__ = self.__dict__
+        return plain
+
+
+def _methods(cls: type[Network]) -> tuple[Callable, ...]:
+    """What a call of the host's network would run, of a class and of the host."""
+    return cls.host.forward, *[getattr(cls, name) for name in _CALLED]
 
 
 def _one_by_one(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -74,7 +92,7 @@ def _by_program(network: Network, order: Sequence[nn.Module], x: Tensor) -> Tens
     if program is None:
         return None
     ways: dict[str, Callable] = {"program": program, "blocks": partial(_one_by_one, order)}
-    if forced_backend() is None and not cpu.by_program(whole, ways.__getitem__):
+    if forced_backend() is None and not cpu.by_program(whole, ways.__getitem__, planar):
         return None
     for plans in found.plans:
         for plan in plans:
@@ -125,7 +143,7 @@ class _Found:
         self._sizes, self._kept = self._read()
 
     def _read(self) -> tuple[list[int], list]:
-        return [*map(len, self._around), *map(len, self._states)], [child.state for child in self._blocks]
+        return [*map(len, self._around), *map(len, self._states)], [state.get(STATE) for state in self._states]
 
     def stands(self, network: Network) -> bool:
         """Whether it is still true of this very network, as far as can be told at once: of frozen blocks. What was

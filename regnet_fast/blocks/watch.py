@@ -18,7 +18,7 @@ from torch.utils._device import DeviceContext
 from torch.utils.hooks import RemovableHandle
 
 _CONFIG = (
-    *("stride", "padding", "dilation", "groups", "padding_mode", "eps"),
+    *("stride", "padding", "dilation", "groups", "padding_mode", "eps", "kernel_size", "ceil_mode", "return_indices"),
     *("add_maxpool", "pool_type", "input_fmt", "output_size", "start_dim", "end_dim"),
     *("negative_slope", "approximate"),
 )
@@ -222,6 +222,11 @@ def only_forwards(module: nn.Module) -> bool:
         or module._compiled_call_impl is not None
         or type(module).__call__ is not _CALL
     )
+
+
+def not_derived(module: nn.Module) -> bool:
+    """Whether a rebuilt module's class is the one that it was given, and none that somebody derived from that."""
+    return "host" in vars(type(module))
 
 
 def transformed() -> str | None:

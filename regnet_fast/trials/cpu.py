@@ -164,16 +164,18 @@ def images(stage: Stage, probable: int, most: int, bind: Callable[[], Callable[[
     return int(_chosen(stage, counts, trial, _unhurried.get()))
 
 
-def by_program(stage: Stage, bind: Callable[[str], Callable[[Tensor], Tensor]]) -> bool:
+def by_program(stage: Stage, bind: Callable[[str], Callable[[Tensor], Tensor]], planar: bool = False) -> bool:
     """Whether a stage is run by a program of csrc/cpu, and not block by block: unless a trial found it slower, or other
     values than its blocks'.
 
     Args:
         bind: makes what runs the stage, "program" or "blocks".
+        planar: that its images come in NCHW.
     """
 
     def trial() -> Verdict:
         x = _numbers((stage.batch, *stage.image), stage.dtype)
+        x = x.contiguous() if planar else x
         return tried(words(stage), _WAYS[::-1], lambda way: partial(bind(way), x), margin=1.0)
 
     return _chosen(stage, _WAYS, trial) == _WAYS[0]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections import OrderedDict
 from pathlib import Path
 
 import native_cases as cases
@@ -17,12 +18,14 @@ import timm
 import torch
 from helpers import randomize_bn
 from native_cases import BF16, F32
+from torch import nn
 
 import regnet_fast
 from regnet_fast.backends import NormActProblem, SqueezeExciteProblem, backend, cpu_library, native
 from regnet_fast.blocks.chain import Chain
 from regnet_fast.blocks.program import Program
 from regnet_fast.blocks.units import Refused
+from regnet_fast.hosts.timm import Stem
 from regnet_fast.trials import cpu
 from regnet_fast.trials.modes import mode
 
@@ -204,25 +207,32 @@ def stages(model):
 def test_every_stage_of_the_families_is_a_program(name):
     model = regnet_fast.rebuild(randomized(name)).model
     with torch.inference_mode():
-        model(torch.randn(1, 3, 64, 64))
+        model.forward_features(torch.randn(1, 3, 64, 64))  # each stage by itself
     first = [next(iter(stage.links())) for stage in stages(model)]
     made = [program for block in first for program in programs(block)]
     assert len(made) >= 4 and None not in made
 
 
 def test_what_is_no_step_is_refused():
-    """A norm that depends on the image, a head, and an activation that csrc/cpu does not have."""
-    x = torch.randn(1, 24, 8, 8)
-    model = timm.create_model("regnetx_002", act_layer="gelu").eval()
-    for block in (model.s2.b1, timm.create_model("regnetx_002").eval().head):
-        ours = regnet_fast.rebuild(block).model
-        with pytest.raises(Refused):
-            Program([ours.read_form()], x.shape, F32)
+    """An activation that csrc/cpu does not have, a pooled shortcut, and a stem's pooling that is none of its own."""
+    stem = nn.Conv2d(24, 24, 3), nn.Identity()
+    blocks = {
+        "gelu": timm.create_model("regnetx_002", act_layer="gelu").s2.b1,
+        "computes more": timm.create_model("resnetv2_50d").stages[1].blocks[0],
+        "AvgPool2d": Stem(OrderedDict(conv=stem[0], pool=nn.AvgPool2d(2))),
+        "MaxPool2d is": Stem(OrderedDict(conv=stem[0], pool=nn.MaxPool2d(2, ceil_mode=True))),
+        "no pixels": Stem(OrderedDict(conv=stem[0], pool=nn.MaxPool2d(9))),
+    }
+    for reason, block in blocks.items():
+        form = regnet_fast.rebuild(block.eval()).model.read_form()
+        with pytest.raises(Refused, match=reason):
+            Program([[form]], (1, form.in_channels() or 24, 8, 8), F32)
 
 
 def programs(block):
     """Of the stages that begin with a block."""
-    return [one.program for plan in block._regnet_fast_plans.values() for one in plan.programs.values()]
+    kept = [kept for plan in block._regnet_fast_plans.values() for kept in plan.programs.values()]
+    return [one.program for found in kept for one in found.made.values()]
 
 
 @pytest.mark.parametrize("changed", ["b1", "b2"])
@@ -293,7 +303,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def test_a_broken_kernel_is_put_aside_by_its_trial(monkeypatch, tmp_path):
-    """It gives other values than the blocks: the stage runs block by block, and the verdict says why."""
+    """It gives other values than the blocks: the network and its stages run block by block, and the verdict says why."""
     monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(cpu, "_decided", {})
     monkeypatch.setattr(cpu, "_NOISY", 1e9)
@@ -315,7 +325,7 @@ def test_a_broken_kernel_is_put_aside_by_its_trial(monkeypatch, tmp_path):
         found = model(x)
         assert (found - theirs(x)).norm() < 1e-4 * found.norm()
     statuses = [one.outcomes["program"].status for one in verdicts if one.problem.startswith("stage ")]
-    assert statuses == ["wrong"] * 4
+    assert statuses == ["wrong"] * (1 + 4)
     cpu._verdicts.cache_clear()
 
 
