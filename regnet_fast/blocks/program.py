@@ -400,18 +400,18 @@ def _placed(recorder: Recorder) -> tuple[list[native.Place], int]:
             buffer = views[buffer].base if buffer in views else buffer
             if buffer > _OUTPUT:
                 lives.setdefault(buffer, [i, i])[1] = i
-    placed: list[tuple[int, int, int, int]] = []
+    taken: list[set[tuple[int, int]]] = [set() for _ in recorder.steps]  # while each step runs
     places = [native.Place(i) if i in (_INPUT, _OUTPUT) else native.Place(None) for i in sizes]
     for buffer, (first, last) in sorted(lives.items(), key=lambda item: -sizes[item[0]]):
         need = -(-(sizes[buffer] + _BEHIND) // native.LINE) * native.LINE
-        start = 0
-        for begin, end, since, until in sorted(placed):
-            if since <= last and first <= until:
-                if begin - start >= need:
-                    break
-                start = max(start, end)
-        placed.append((start, start + need, first, last))
+        start, meanwhile = 0, taken[first : last + 1]
+        for begin, end in sorted(set().union(*meanwhile)):
+            if begin - start >= need:
+                break
+            start = max(start, end)
+        for places_taken in meanwhile:
+            places_taken.add((start, start + need))
         places[buffer] = native.Place(None, start)
     for number, (base, offset) in views.items():
         places[number] = places[base]._replace(offset=places[base].offset + offset)
-    return places, max((end for _, end, _, _ in placed), default=0)
+    return places, max((end for ends in taken for _, end in ends), default=0)

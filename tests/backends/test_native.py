@@ -303,7 +303,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def test_a_broken_kernel_is_put_aside_by_its_trial(monkeypatch, tmp_path):
-    """It gives other values than the blocks: the network and its stages run block by block, and the verdict says why."""
+    """It gives other values than the blocks: the network and its stages run block by block, and verdicts say why."""
     monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(cpu, "_decided", {})
     monkeypatch.setattr(cpu, "_NOISY", 1e9)
