@@ -57,10 +57,20 @@ class Network:
         return _one_by_one(order[end:], y)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """TorchScript compiles the host's own network, which shares the children."""
-        plain = object.__new__(self.host)
-        plain.__dict__ = self.__dict__
-        return plain
+        """TorchScript compiles the host's own network. It puts plain blocks in the place of ours where they stand, so
+        they stand in containers of its own.
+        """
+        return _apart(self, self.host)
+
+
+def _apart(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """A module like this one, of a class, that has the same blocks."""
+    apart, children = object.__new__(cls), module._modules.copy()
+    for name, child in children.items():
+        if child is not None and not isinstance(child, Fused):
+            children[name] = _apart(child, type(child).host if isinstance(child, Chain) else type(child))
+    apart.__dict__ = {**module.__dict__, "_modules": children}
+    return apart
 
 
 def _methods(cls: type[Network]) -> tuple[Callable, ...]:
@@ -81,12 +91,12 @@ def _by_program(network: Network, order: Sequence[nn.Module], x: Tensor) -> Tens
     if begin is None:
         return None
     found = begin[0].network
-    if found is None or not found.stands(network):
+    if found is None or not found.stands(network, order):
         links = _links(order)
         plans = None if links is None else current_plans((child for some in links for child in some), x)
         if plans is None:
             return None
-        found = begin[0].network = _Found(network, links, plans)
+        found = begin[0].network = _Found(network, order, links, plans)
     planar = x.shape[1] <= native.FEW_CHANNELS and not x.is_contiguous(memory_format=torch.channels_last)
     program, whole = made(found.plans, x, planar)
     if program is None:
@@ -126,14 +136,14 @@ class _Found:
     Attributes: `links`, the blocks of each stage; `plans`, likewise.
     """
 
-    def __init__(self, network: Network, links: list[list[Fused]], plans: list[Plan]):
+    def __init__(self, network: Network, order: Sequence[nn.Module], links: list[list[Fused]], plans: list[Plan]):
         left = iter(plans)
         self.links, self.plans = links, [[next(left) for _ in some] for some in links]
         self._frozen = all(plan.frozen for plan in plans)
         if not self._frozen:
             return
         self._blocks = [child for some in links for child in some]
-        self._states, self._network = [child.__dict__ for child in self._blocks], network
+        self._states, self._network = [child.__dict__ for child in self._blocks], (network, *order)
         inside = {id(m) for child in self._blocks for m in child.modules()}
         around = [m for m in network.modules() if id(m) not in inside]
         self._around = [m.__dict__ for m in around]
@@ -145,11 +155,12 @@ class _Found:
     def _read(self) -> tuple[list[int], list]:
         return [*map(len, self._around), *map(len, self._states)], [state.get(STATE) for state in self._states]
 
-    def stands(self, network: Network) -> bool:
-        """Whether it is still true of this very network, as far as can be told at once: of frozen blocks. What was
-        frozen has a state that is let go with the promise, and an attribute that was added may be a replaced method.
+    def stands(self, network: Network, order: Sequence[nn.Module]) -> bool:
+        """Whether it is still true of this very network, which calls these in this order, as far as can be told at
+        once: of frozen blocks. What was frozen has a state that is let go with the promise, and an attribute that was
+        added may be a replaced method.
         """
-        if not self._frozen or network is not self._network or any(self._hooks):
+        if not self._frozen or (network, *order) != self._network or any(self._hooks):
             return False
         sizes, kept = self._read()
         return sizes == self._sizes and all(map(is_, kept, self._kept)) and self._tables == self._children
