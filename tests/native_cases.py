@@ -108,12 +108,84 @@ def computed(p: ConvProblem) -> tuple[Tensor, Tensor | None, float]:
     return y, means, max(near, error(means, expected.mean((2, 3)), p.dtype))
 
 
+# Steps of whole networks
+
+WINDOWS = (
+    ((3, 3), (2, 2), (1, 1), (1, 1)),
+    ((2, 2), (2, 2), (0, 0), (1, 1)),
+    ((3, 3), (1, 1), (1, 1), (2, 2)),
+    ((1, 1), (1, 1), (0, 0), (1, 1)),
+    ((3, 5), (2, 1), (1, 2), (1, 1)),
+    ((2, 2), (1, 1), (1, 1), (3, 3)),
+)
+"""Of max pools: kernel, stride, padding and dilation. The last has windows that meet no pixel where a map has one."""
+
+CHANNELS = (1, 5, 24, 64, 130, 257)
+INFINITE, NAN = float("inf"), float("nan")
+
+
+def largest_cases() -> Iterator[tuple]:
+    """Arguments of `largest`: windows that leave pixels, of maps of every size, with and without what is no number."""
+    for size, channels, window, dtype in itertools.product(SIZES, CHANNELS, WINDOWS, (F32, BF16)):
+        fields = [(k - 1) * d + 1 for k, d in zip(window[0], window[3], strict=True)]
+        if all(n + 2 * p >= field for n, p, field in zip(size[1:], window[2], fields, strict=True)):
+            for value in (None, NAN, -INFINITE, INFINITE) if channels in (5, 64) else (None,):
+                yield size, channels, window, dtype, value
+
+
+def largest(size, channels: int, window, dtype: torch.dtype, value: float | None) -> tuple[Tensor, Tensor]:
+    """A max pool of negative numbers and what it has to be; every fifth pixel is `value`, and all of one channel."""
+    torch.manual_seed(0)
+    n, h, w = size
+    x = -maps((n, channels, h, w), dtype).abs()
+    if value is not None:
+        x.permute(0, 2, 3, 1).reshape(-1, channels)[::5] = value  # a view of memory in channels_last
+        x[:, -1] = value
+    expected = F.max_pool2d(x.double(), *window).to(dtype)
+    step = native.largest_step(x.shape, expected.shape, dtype, window, 0, 1)
+    return _run_step(step, x, torch.empty_like(expected, memory_format=torch.channels_last)), expected
+
+
+def average_cases() -> Iterator[tuple]:
+    """Arguments of `average`, each also with a norm and activation before."""
+    for size, channels, dtype in itertools.product(SIZES, CHANNELS, (F32, BF16)):
+        for before in (None, *native.ACTIVATION_CODES):
+            yield size, channels, dtype, before
+
+
+def average(size, channels: int, dtype: torch.dtype, before: str | None) -> tuple[Tensor, float]:
+    """The means of a map, and how near they are to float64."""
+    torch.manual_seed(0)
+    n, h, w = size
+    x = maps((n, channels, h, w), dtype) + 1
+    step, expected = native.average_step(x.shape, dtype, 0, 1), x.double()
+    if before is not None:
+        scale, shift = torch.randn(channels), torch.randn(channels)
+        vectors = native.padded(scale), native.padded(shift)
+        step.scale, step.shift = (vector.data_ptr() for vector in vectors)
+        step.before = native.ACTIVATION_CODES[before]
+        expected = expected * scale.double()[:, None, None] + shift.double()[:, None, None]
+        expected = ACTIVATIONS[before].function(expected)
+    y = _run_step(step, x, torch.empty(n, channels, dtype=dtype))
+    return y, error(y, expected.mean((2, 3)), dtype)
+
+
+def _run_step(step, x: Tensor, y: Tensor) -> Tensor:
+    native.Program([step], None, [native.Place(0), native.Place(1)])([x.data_ptr(), y.data_ptr()])
+    return y
+
+
 def main() -> None:
     digest, worst = hashlib.sha256(), 0.0
     for p in problems():
         y, _, near = computed(p)
         digest.update(y.float().contiguous().numpy().tobytes())
         worst = max(worst, near)
+    for case in largest_cases():
+        y, expected = largest(*case)
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    for case in average_cases():
+        worst = max(worst, average(*case)[1])
     print(digest.hexdigest(), native._library().lanes(), f"{worst:.3f}")
 
 

@@ -89,6 +89,32 @@ def test_squeeze_excite():
         assert cases.error(found, expected, F32) < 1
 
 
+def test_the_largest_of_a_window():
+    """To the bit, NaN and infinities as well."""
+    for case in cases.largest_cases():
+        found, expected = cases.largest(*case)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=str(case))
+
+
+def test_averages():
+    """Of any number of channels, with a norm and activation before or without; NaN stays in its channel."""
+    for case in cases.average_cases():
+        assert cases.average(*case)[1] < 1, case
+    x = cases.maps((2, 24, 3, 3), F32)
+    x[1, 5, 2, 2] = cases.NAN
+    y = cases._run_step(native.average_step(x.shape, F32, 0, 1), x, torch.empty(2, 24))
+    assert y.isnan().nonzero().tolist() == [[1, 5]]
+
+
+def test_no_bit_of_these_depends_on_the_number_of_threads(threads):
+    for case in [*cases.average_cases()][::7]:
+        found = []
+        for count in (1, 2, 3):
+            threads(count)
+            found.append(cases.average(*case)[0])
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]), case
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_one(value):
     problem = cases.conv((1, 4, 4), 24, 24, 1)
