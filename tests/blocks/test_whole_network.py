@@ -491,6 +491,19 @@ def test_the_promise_holds(name, x):
 
 
 @torch.no_grad()
+def test_a_part_that_is_frozen_again_and_called_by_itself(name, x):
+    """The network then takes the weights that the part has."""
+    stage, block, _ = PLACES[name]
+    theirs, ours = twins(name)
+    regnet_fast.freeze(ours)(x)
+    for model in (theirs, ours):
+        next(p for p in model.get_submodule(block).parameters() if p.dim() > 1).mul_(2)
+    regnet_fast.freeze(ours.get_submodule(stage))
+    ours.forward_features(x)
+    close(ours(x), theirs(x))
+
+
+@torch.no_grad()
 def test_another_classifier(name, x, ran):
     """By timm's `reset_classifier`, of any number of classes; frozen again before, where the model was frozen."""
     for promise in (False, True):
