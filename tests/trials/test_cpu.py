@@ -453,7 +453,7 @@ def test_a_stage_is_tried_where_there_is_time(stage, monkeypatch):
 
     model, x = stage
     monkeypatch.setattr(cpu, "by_program", lambda *_: False)
-    monkeypatch.setattr(chain, "images", lambda first, x: 2)
+    monkeypatch.setattr(chain, "images", lambda form, shape, dtype: 2)
     assert sizes(model, x) == [2] * 4
     monkeypatch.setattr(cpu, "_decided", {})
     monkeypatch.setattr(cpu, "_timed", lambda call: 1e-3 / (call.args[0] if len(call.args) == 1 else 1))
