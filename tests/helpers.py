@@ -12,16 +12,27 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import timm
 import torch
 from torch import Tensor, nn
 
 import regnet_fast
+from regnet_fast import store
 from regnet_fast.blocks.fused import FallbackWarning
 from regnet_fast.inspect.judging import judge
 from regnet_fast.inspect.verify import randomize_norms
 from regnet_fast.observer import observing
+
+
+def own_cache(folder: Path, monkeypatch) -> None:
+    """An empty cache folder for this test and its processes, but for what is compiled, which takes half a minute."""
+    compiled = store.user_folder()
+    compiled.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    (folder / compiled.name).symlink_to(compiled)
+    monkeypatch.setenv("REGNET_FAST_CACHE", str(folder))
 
 
 @torch.no_grad()

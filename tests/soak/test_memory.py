@@ -19,7 +19,7 @@ from training_blocks import NETWORKS
 import regnet_fast
 from regnet_fast.backends import backend
 from regnet_fast.backends.onednn import Convolution
-from regnet_fast.blocks.fused import _STATE, Fused
+from regnet_fast.blocks.fused import STATE, Fused
 from regnet_fast.ops.convolution import PackedConv
 
 pytestmark = [
@@ -64,7 +64,7 @@ def assert_level(call, kinds: list, calls: int, tally, name: str) -> None:
 
 def packed_convolutions(model):
     for module in model.modules():
-        for plan in module.__dict__.get(_STATE, {}).values():
+        for plan in module.__dict__.get(STATE, {}).values():
             for unit in vars(plan.form).values():
                 packed = getattr(unit, "conv", unit)
                 if isinstance(packed, PackedConv):
@@ -73,7 +73,7 @@ def packed_convolutions(model):
 
 def assert_bounded(model) -> None:
     blocks = [module for module in model.modules() if isinstance(module, Fused)]
-    assert all(len(block.__dict__.get(_STATE, {})) <= 4 for block in blocks)
+    assert all(len(block.__dict__.get(STATE, {})) <= 4 for block in blocks)
     packed = list(packed_convolutions(model))
     assert packed
     for one in packed:

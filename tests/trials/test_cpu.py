@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import own_cache
 from torch.utils.flop_counter import FlopCounterMode
 
 import regnet_fast
@@ -24,7 +25,7 @@ WEIGHTS = torch.randn(32, 64, 1, 1), torch.randn(32)
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
     """As a process that starts with an empty cache folder."""
-    monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path))
+    own_cache(tmp_path, monkeypatch)
     again(monkeypatch)
     with mode("on"):
         yield

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close_to_reference, randomize_bn
+from helpers import assert_close_to_reference, own_cache, randomize_bn
 from timm.models import regnet
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,7 +39,7 @@ def clock():
 
 @pytest.fixture(autouse=True)
 def planted(tmp_path, monkeypatch, clock):
-    monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path))
+    own_cache(tmp_path, monkeypatch)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parents[1])]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PLANTED", "Fast")

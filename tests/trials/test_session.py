@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import own_cache
 
 from regnet_fast import backends, store
 from regnet_fast.backends import ConvProblem, Geometry, PairProblem
@@ -31,7 +32,7 @@ PEER = "aten"
 
 @pytest.fixture(autouse=True)
 def planted(tmp_path, monkeypatch):
-    monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path))
+    own_cache(tmp_path, monkeypatch)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parents[1])]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.syspath_prepend(str(HERE))

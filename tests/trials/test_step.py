@@ -9,6 +9,7 @@ from pathlib import Path
 import planted_steps
 import pytest
 import torch
+from helpers import own_cache
 from planted_steps import Fast
 from timm.layers import DropPath
 from torch import nn
@@ -39,7 +40,7 @@ HOST = "its step was not tried on this device"
 
 @pytest.fixture(autouse=True)
 def planted(tmp_path, monkeypatch):
-    monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path))
+    own_cache(tmp_path, monkeypatch)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (HERE, HERE.parents[1]))))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("REGNET_FAST_TRIALS_BUDGET", "1000")

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from helpers import own_cache
 from typer.testing import CliRunner
 
 from regnet_fast.cli import app
@@ -16,7 +17,7 @@ SMALL = ("regnetx_002", "--size", "64")
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    monkeypatch.setenv("REGNET_FAST_CACHE", str(tmp_path / "cache"))
+    own_cache(tmp_path / "cache", monkeypatch)
     monkeypatch.setattr(cpu, "_decided", {})
     monkeypatch.setattr(cpu, "_NOISY", 1e9)
     cpu._verdicts.cache_clear()
