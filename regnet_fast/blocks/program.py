@@ -175,8 +175,8 @@ class Recorder:
                 for size, kernel, stride, padding, dilation in zip(x.shape[2:], *window, strict=True)
             )
             x, shape = self.value(x), (*x.shape[:2], *sizes)
-            if min(shape) < 1:
-                raise Refused(f"a {type(layer).__name__} leaves no pixels")
+            if min(shape) < 1 or any(2 * padding > kernel for kernel, _, padding, _ in zip(*window, strict=True)):
+                raise Refused(f"a {type(layer).__name__} of such a window has no result")
             y = self.buffer(*shape, dtype=x.dtype)
             self.steps.append(native.largest_step(x.shape, shape, x.dtype, window, x.buffer, y))
             return Map(y, shape, x.dtype)
