@@ -107,11 +107,11 @@ def _by_program(network: Network, order: Sequence[nn.Module], x: Tensor) -> Tens
     for plans in found.plans:
         for plan in plans:
             plan.calls += 1
-    if observer.get() is None:
-        return program(x)
-    for some, plans in zip(found.links, found.plans, strict=True):
-        x = told(some, plans, whole, x)
-    return x
+    if observer.get() is not None:
+        y = x
+        for some, plans in zip(found.links, found.plans, strict=True):
+            y = told(some, plans, whole, y)
+    return program(x)  # whose head sums in another order: who listens gets what everybody gets
 
 
 def _links(order: Sequence[nn.Module]) -> list[list[nn.Module]] | None:

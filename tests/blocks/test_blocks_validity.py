@@ -505,13 +505,12 @@ def test_jit_trace_records_the_host():
 
 
 @pytest.mark.long
-def test_scripting_compiles_timms_blocks_and_rebuild_brings_ours_back():
-    """torch.jit.script puts what it compiles into the model that it was given."""
+def test_scripting_compiles_timms_blocks_and_leaves_ours():
+    """torch.jit.script puts what it compiles where it found it, which is in a network of its own."""
     ours, theirs = pair("regnety_002")
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = theirs(x)
         close(torch.jit.script(ours)(x), expected)
-        assert torch.equal(ours(x), expected)
-        assert regnet_fast.rebuild(ours).rebuilt
         assert reasons(ours, x) == {None}
+        close(ours(x), expected)
