@@ -42,7 +42,7 @@ double pair_products(int64_t rounds, int threads, uint32_t x_bits, uint32_t w_bi
     if (Pairs::PER_UNIT == 1) return 0;
     Pairs::Unit x, w;
     std::memcpy(&x, &x_bits, 4), std::memcpy(&w, &w_bits, 4);
-    const Pairs::Operand xs = Pairs::broadcast(&x), ws = Pairs::broadcast(&w);
+    const Pairs::Operand xs = Pairs::repeated<1>(&x), ws = Pairs::repeated<1>(&w);
     return repeat(rounds, threads, 4 * LANES, result, [=](Vec sum) { return Pairs::plus(sum, xs, ws); });
 }
 
