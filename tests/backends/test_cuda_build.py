@@ -22,6 +22,7 @@ import regnet_fast
 from csrc.extension import cuda_launches
 from regnet_fast import store
 from regnet_fast.backends import backend
+from regnet_fast.backends.cpu_library import SOURCES
 from regnet_fast.backends.cuda import extension, launcher, plans, sources
 from regnet_fast.backends.cuda.plans import PROCESSORS, TYPES, Target
 
@@ -290,7 +291,8 @@ def test_what_was_built_is_where_it_is_looked_for(checkout, pretended):
     assert code == 0 and said.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(checkout.parent / said.splitlines()[-1]) as wheel:
         assert not [name for name in wheel.namelist() if name.endswith(".so") or "build_info" in name]
-        assert "regnet_fast/csrc/cpu/passes.cpp" in wheel.namelist()  # compiled at first use
+        compiled = {file for source in SOURCES.values() for file in source.files}  # at first use
+        assert {f"regnet_fast/csrc/cpu/{file}" for file in compiled} <= set(wheel.namelist())
 
 
 @needs("setuptools")
