@@ -1,8 +1,9 @@
 """The kernels of csrc/cpu for networks in evaluation, compiled at first use: single operations and programs of many.
 
 Convolutions in float32 and bfloat16 with float32 sums, whose prologue (gate, or scale, shift and activation) is
-computed as they read, and whose epilogue adds bias and residual and makes the channel means on the way; everything in
-channels_last, a stem's image also in NCHW. Weights are laid out once, for every input shape.
+computed as they read, and whose epilogue adds bias and residual and makes the channel means on the way; max pools and
+global means. Everything is in channels_last, a stem's image also in NCHW. Weights are laid out once, for every shape of
+input.
 """
 
 from __future__ import annotations
