@@ -247,7 +247,7 @@ def test_what_is_no_step_is_refused():
         "computes more": timm.create_model("resnetv2_50d").stages[1].blocks[0],
         "AvgPool2d": Stem(OrderedDict(conv=stem[0], pool=nn.AvgPool2d(2))),
         "MaxPool2d is": Stem(OrderedDict(conv=stem[0], pool=nn.MaxPool2d(2, ceil_mode=True))),
-        "no pixels": Stem(OrderedDict(conv=stem[0], pool=nn.MaxPool2d(9))),
+        "no result": Stem(OrderedDict(conv=stem[0], pool=nn.MaxPool2d(9))),
     }
     for reason, block in blocks.items():
         form = regnet_fast.rebuild(block.eval()).model.read_form()
