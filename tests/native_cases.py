@@ -3,7 +3,8 @@ own whose csrc/cpu is compiled in another way:
 
     python tests/native_cases.py
 
-computes every case and prints a digest of all results, the lanes of a vector, and how near to float64 the worst is.
+computes networks with several threads, and every case, and prints a digest of the cases' results, the lanes of a vector,
+and how near to float64 the worst is.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import timm
 import torch
 import torch.nn.functional as F
+from helpers import randomize_bn
 from torch import Tensor
 
+import regnet_fast
 from regnet_fast.backends import ACTIVATIONS, ConvProblem, Geometry, native
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -175,7 +180,31 @@ def _run_step(step, x: Tensor, y: Tensor) -> Tensor:
     return y
 
 
+NETWORKS = "regnetx_002", "regnety_002", "regnetz_b16", "repvgg_a0", "resnetv2_50"
+
+
+def networks() -> Iterator[str]:
+    """Whole programs with one thread to four, and two at a time: those that give another result than with one."""
+    for name, dtype in itertools.product(NETWORKS, (F32, BF16)):
+        model = timm.create_model(name, num_classes=10).eval()
+        randomize_bn(model, 0)
+        model = regnet_fast.rebuild(model).model.to(dtype)
+        images = torch.randn(2, 3, 45, 37, dtype=dtype)
+
+        def run(threads: int, model=model, images=images) -> Tensor:
+            with torch.inference_mode(), regnet_fast.backend("native"):
+                torch.set_num_threads(threads)
+                return model(images)
+
+        expected = run(1)
+        with ThreadPoolExecutor() as pool:
+            pairs = [(*pool.map(run, (threads, threads)), run(threads)) for threads in (1, 2, 3, 4)]
+        if not expected.isfinite().all() or any(not torch.equal(y, expected) for pair in pairs for y in pair):
+            yield f"{name} in {dtype}"
+
+
 def main() -> None:
+    assert not (wrong := list(networks())), wrong
     digest, worst = hashlib.sha256(), 0.0
     for p in problems():
         y, _, near = computed(p)

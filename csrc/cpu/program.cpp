@@ -11,6 +11,7 @@
 #include <atomic>
 #include <memory>
 #include <new>
+#include <thread>
 #include <vector>
 
 #include <omp.h>
@@ -19,6 +20,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "pace.h"
 #include "winograd.h"
 
 namespace {
@@ -162,6 +164,7 @@ struct Work {
 struct Program {
     std::vector<Work> steps;
     int64_t scratch = 0;
+    mutable Pace pace;
 };
 
 /// How far a step is: the chunks of each thread's range that were begun, and how many of all are done.
@@ -272,8 +275,23 @@ void run_program(const void* given, void* const* buffers, void* scratch, int thr
     std::unique_ptr<Done[]> done(new Done[count]);
     char* memory = static_cast<char*>(scratch);
     if (threads == 1 || alone_after_fork()) return run_steps(program, buffers, memory, 0, 1, begun.get(), done.get());
+    const bool helped = program.pace.helped();
+    const Times before = now();
+    if (!helped) threads = 1;
+    const auto work = [&](int thread) {
+        run_steps(program, buffers, memory, thread, threads, begun.get(), done.get());
+    };
+#if defined(__SANITIZE_THREAD__)  // it does not know OpenMP's barriers
+    std::vector<std::thread> helpers;
+    for (int thread = 1; thread < threads; thread++) helpers.emplace_back(work, thread);
+    work(0);
+    for (std::thread& helper : helpers) helper.join();
+#else
 #pragma omp parallel num_threads(threads)
-    run_steps(program, buffers, memory, omp_get_thread_num(), threads, begun.get(), done.get());
+    work(omp_get_thread_num());
+#endif
+    const Times after = now();
+    program.pace.add(helped, {after.wall - before.wall, after.cpu - before.cpu});
 }
 
 }  // extern "C"

@@ -99,7 +99,7 @@ SOURCES = {
     "program": Source(
         (
             *("program.cpp", "kernels_float32.cpp", "kernels_bfloat16.cpp"),
-            *("winograd.h", "convolution.h", "panel.h", "plan.h", "kernels.h", "vector.h"),
+            *("pace.h", "winograd.h", "convolution.h", "panel.h", "plan.h", "kernels.h", "vector.h"),
         ),
         _PROGRAM,
         {

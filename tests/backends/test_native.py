@@ -206,18 +206,33 @@ def test_other_instruction_sets(march):
 @pytest.mark.parametrize("march", ["native", "haswell"])
 def test_memory_is_respected(march):
     """Under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    gcc, runtimes = shutil.which("g++"), []
-    if gcc is None:
-        pytest.skip("no g++, whose runtime is loaded before Python")
-    for name in ("libasan.so", "libubsan.so"):
-        done = subprocess.run([gcc, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
-        runtimes.append(done.stdout.strip())
     run_cases(
         f"-march={march} -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all",
-        LD_PRELOAD=" ".join(runtimes),
+        LD_PRELOAD=runtimes("libasan.so", "libubsan.so"),
         ASAN_OPTIONS="detect_leaks=0",
         OMP_NUM_THREADS="2",
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_threads_wait_for_each_other():
+    """Under ThreadSanitizer, with four threads."""
+    run_cases(
+        "-O1 -g1 -fsanitize=thread -fno-openmp",
+        LD_PRELOAD=runtimes("libtsan.so"),
+        TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1",
+        OMP_NUM_THREADS="4",
+    )
+
+
+def runtimes(*names):
+    """GNU's libraries that are loaded before Python."""
+    gcc = shutil.which("g++")
+    if gcc is None:
+        pytest.skip("no g++, whose runtime is loaded before Python")
+    found = [subprocess.run([gcc, f"-print-file-name={name}"], capture_output=True, text=True, check=True) for name in names]
+    return " ".join(done.stdout.strip() for done in found)
 
 
 # Programs
