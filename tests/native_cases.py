@@ -3,8 +3,8 @@ own whose csrc/cpu is compiled in another way:
 
     python tests/native_cases.py
 
-computes networks with several threads, and every case, and prints a digest of the cases' results, the lanes of a vector,
-and how near to float64 the worst is.
+computes networks with several threads, and every case, and prints a digest of the cases' results, the lanes of a
+vector, and how near to float64 the worst is.
 """
 
 from __future__ import annotations

@@ -231,8 +231,8 @@ def runtimes(*names):
     gcc = shutil.which("g++")
     if gcc is None:
         pytest.skip("no g++, whose runtime is loaded before Python")
-    found = [subprocess.run([gcc, f"-print-file-name={name}"], capture_output=True, text=True, check=True) for name in names]
-    return " ".join(done.stdout.strip() for done in found)
+    commands = ([gcc, f"-print-file-name={name}"] for name in names)
+    return " ".join(subprocess.check_output(command, text=True).strip() for command in commands)
 
 
 # Programs

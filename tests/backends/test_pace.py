@@ -31,7 +31,7 @@ int main() {
 
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory):
-    """Of phases (calls; seconds together, with a core, and alone), how many calls were helped, and how many at the end."""
+    """Of phases (calls; seconds together, with a core, and alone), how many calls were helped, and at the end."""
     made = tmp_path_factory.mktemp("pace") / "machine"
     try:
         command = [*cpu_library.compiler(), "-std=c++17", "-O1", f"-I{cpu_library.FOLDER / 'cpu'}", "-x", "c++", "-"]
