@@ -25,7 +25,7 @@ inline Times now() { return {seconds(CLOCK_MONOTONIC), seconds(CLOCK_THREAD_CPUT
 class Pace {
 public:
     bool helped() {
-        if (crowded == 0) return true;
+        if (crowded <= 0) return true;
         const bool faster = alone > 0 && together <= alone;
         return ++calls % 8 ? faster : !faster;
     }

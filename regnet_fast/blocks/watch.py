@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 _CONFIG = (
     *("stride", "padding", "dilation", "groups", "padding_mode", "eps", "kernel_size", "ceil_mode", "return_indices"),
     *("add_maxpool", "pool_type", "input_fmt", "output_size", "start_dim", "end_dim"),
-    *("negative_slope", "approximate"),
+    *("negative_slope", "approximate", "min_val", "max_val"),
 )
 _CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 PLAIN = (Tensor, nn.Parameter)

@@ -16,10 +16,16 @@ def _leaky_relu(module: nn.LeakyReLU) -> str:
     return "leaky_relu"
 
 
+def _relu6(module: nn.ReLU6) -> str:
+    if (module.min_val, module.max_val) != (0, 6):
+        raise Refused(f"a ReLU6 from {module.min_val} to {module.max_val} has no fused form, only one from 0 to 6")
+    return "relu6"
+
+
 ACTIVATIONS: dict[type[nn.Module], str | Callable[[nn.Module], str]] = {
     nn.Identity: "none",
     nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
+    nn.ReLU6: _relu6,
     nn.SiLU: "silu",
     nn.LeakyReLU: _leaky_relu,
     nn.GELU: lambda module: {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate],
@@ -52,6 +58,9 @@ def check_conv(path: str, conv: nn.Module, kinds: tuple[type[nn.Module], ...] = 
         raise Refused(f"{path} is {class_name(conv)}, not a plain convolution")
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         raise Refused(f"{path} pads with {conv.padding!r} in mode {conv.padding_mode!r}")
+    for name in ("stride", "padding", "dilation"):
+        if isinstance(getattr(conv, name), int):  # which torch takes as well
+            raise Refused(f"the {name} of {path} is {getattr(conv, name)!r}, not a pair")
 
 
 def folds(norm: nn.Module, kinds: tuple[type[nn.Module], ...] = BATCH_NORMS) -> bool:

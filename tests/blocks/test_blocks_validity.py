@@ -224,7 +224,22 @@ def host_cases():
     def mish(m):
         m.s1.b1.conv2.bn.act = nn.Mish()
 
-    return [half_training, parametrised, wrapped, patched, circular, mish]
+    def one_stride(m):  # for both directions
+        m.s1.b1.conv2.conv.stride = 2
+
+    def one_padding(m):
+        m.s1.b1.conv2.conv.padding = 1
+
+    def one_dilation(m):
+        m.s1.b1.conv1.conv.dilation = 1
+
+    def bounds(m):
+        m.s1.b1.conv2.bn.act.max_val = 0.1
+
+    return [
+        *(half_training, parametrised, wrapped, patched, circular, mish),
+        *(one_stride, one_padding, one_dilation, bounds),
+    ]
 
 
 @pytest.mark.parametrize("case", host_cases(), ids=lambda f: f.__name__)
@@ -232,6 +247,7 @@ def test_what_is_not_the_same_function_runs_the_host(case):
     ours, theirs = pair("regnety_002")
     x = torch.randn(2, 3, 64, 64)
     for model in (ours, theirs):
+        model.s1.b1.conv2.bn.act = nn.ReLU6()
         with torch.no_grad():
             model(x)
         case(model)
@@ -239,8 +255,8 @@ def test_what_is_not_the_same_function_runs_the_host(case):
         warnings.simplefilter("ignore", FallbackWarning)
         close(ours(x), theirs(x))
         found = reasons(ours, x) - {None}
-    assert len(found) == 1 and "conv" in found.pop()
-    with torch.no_grad(), backend("aten"), pytest.raises(BackendError, match=r"Bottleneck.*aten.*conv"):
+    assert len(found) == 1 and ("conv" in (reason := found.pop()) or "ReLU6" in reason)
+    with torch.no_grad(), backend("aten"), pytest.raises(BackendError, match=r"Bottleneck.*aten.*(conv|ReLU6)"):
         ours(x)
 
 
