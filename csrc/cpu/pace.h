@@ -33,12 +33,18 @@ public:
     void add(bool helped, Times took) {
         std::atomic<float>& mean = helped ? together : alone;
         mean = mean > 0 ? mean + 0.5f * (float(took.wall) - mean) : float(took.wall);
-        if (helped && took.cpu < 0.75 * took.wall) crowded = 32;
-        else if (helped && crowded > 0) crowded--;
+        if (!helped) return;
+        if (took.cpu > 0.75 * took.wall) {
+            disturbed = 0;
+            if (crowded > 0) crowded--;
+        } else if (++disturbed >= 3) {  // and not by what ends at once, such as the threads of another library
+            crowded = 4;
+        }
     }
 
 private:
-    std::atomic<int> crowded{0};  // undisturbed calls until no other work is expected
+    std::atomic<int> disturbed{0};  // calls one after another
+    std::atomic<int> crowded{0};    // undisturbed calls until no other work is expected
     std::atomic<float> together{0}, alone{0};
     std::atomic<unsigned> calls{0};
 };
