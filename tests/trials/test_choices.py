@@ -60,18 +60,22 @@ def test_trials_choose_what_is_measured_as_the_fastest(dtype, batch, monkeypatch
             if problem not in known:
                 variants = onednn.conv_variants(problem)[::-1]
 
-                made = cpu.Operands(problem)
+                def once(variants=variants, problem=problem, folded=folded):
+                    """A trial's choice and how many times as slow as the fastest it is, of maps that lie anywhere."""
+                    made = cpu.Operands(problem)
 
-                def bind(variant, problem=problem, folded=folded, made=made):
-                    return made.call(onednn.prepare_conv(problem, *folded(), variant=variant))
+                    def bind(variant):
+                        return made.call(onednn.prepare_conv(problem, *folded(), variant=variant))
+
+                    yield cpu.tried("", variants, bind, made.renew).chosen
+                    yield measured({name: bind(name) for name in variants}, made.renew)
 
                 with torch.inference_mode(False), torch.no_grad():
-                    chosen = cpu.tried("", variants, bind, made.renew).chosen
-                    times = measured({name: bind(name) for name in variants}, made.renew)
+                    chosen, times = once()
                     slower = times[chosen] / min(times.values())
-                    if slower > ALIKE:  # or something else ran just then
-                        times = measured({name: bind(name) for name in variants}, made.renew)
-                        slower = min(slower, times[chosen] / min(times.values()))
+                    if slower > ALIKE:  # where a map lies changes its time by more, as does what runs just then
+                        again = [times[chosen] / min(times.values()) for _, times in (once(), once(), once(), once())]
+                        slower = statistics.median([slower, *again])
                 worst = max(worst, (slower, f"{cpu.words(problem)}: {chosen} {times}"))
                 known[problem] = slower <= ALIKE
             agreed += known[problem]
