@@ -17,8 +17,8 @@ from torch import nn
 
 from . import weights
 from .blocks.chain import Chain
-from .blocks.fused import Fused
-from .blocks.fused import freeze as freeze_block
+from .blocks.fused import Freezable, Fused
+from .blocks.fused import freeze as freeze_part
 from .blocks.network import Network
 from .blocks.units import Refused
 from .graphs import graphed
@@ -118,7 +118,7 @@ def restore(model: nn.Module) -> nn.Module:
                 "(torch.nn.utils.parametrize.remove_parametrizations). Nothing was restored"
             )
     for _, module in rebuilt:
-        if isinstance(module, Fused):
+        if isinstance(module, Freezable):
             module._forget()
         module.__class__ = type(module).host
     return model
@@ -129,17 +129,19 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Otherwise every block looks in every call whether a weight, a statistic, a setting or a hook below it has changed,
     which at batch 1 on a CPU costs several percent (docs/cpu.md). A frozen block takes its weights as they are at its
-    next call, and does not see in-place changes, replaced layers or parameters, nor hooks on inner modules.
+    next call, and does not see in-place changes, replaced layers or parameters, nor hooks on inner modules. On a CPU a
+    frozen network's program takes in the layers that stand in no block, as RegNetV's stem and ResNetV2's last norm;
+    other layers in their place and hooks on them are seen.
 
     `train()`, `eval()`, `load_state_dict()` and `to()` lift the promise, as do deep copies and pickling for the copy.
     Raises ValueError where a block is in training mode, since `eval()` would lift the promise at once.
     """
-    blocks = [(path, module) for path, module in model.named_modules() if isinstance(module, Fused)]
-    for path, block in blocks:
-        if block.training:
-            raise ValueError(f"freeze: {path or type(block).__name__} is in training mode; call model.eval() first")
-    for _, block in blocks:
-        freeze_block(block)
+    parts = [(path, module) for path, module in model.named_modules() if isinstance(module, Freezable)]
+    for path, module in parts:
+        if module.training and isinstance(module, Fused):
+            raise ValueError(f"freeze: {path or type(module).__name__} is in training mode; call model.eval() first")
+    for _, module in parts:
+        freeze_part(module)
     return model
 
 

@@ -19,7 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import Deferred, computed, pixel_means
-from .units import ConvUnit, GateUnit, HostNormUnit, LinearUnit, NormActUnit, Refused, SqueezeExciteUnit, Unit
+from .units import (
+    ActivationUnit,
+    ConvUnit,
+    GateUnit,
+    HostNormUnit,
+    LinearUnit,
+    NormActUnit,
+    Refused,
+    SqueezeExciteUnit,
+    Unit,
+)
 
 
 class Form:
@@ -128,6 +138,16 @@ class Single(Form):
 
     def run(self, x: Tensor, own: bool = False) -> Tensor:
         return self.unit(x)
+
+
+@dataclass(eq=False)
+class LastLayer(Form):
+    """A norm with its activation, or an activation: what stands behind the last block."""
+
+    unit: NormActUnit | ActivationUnit
+
+    def run(self, x: Tensor, own: bool = False) -> Tensor:
+        return self.unit(x, consume=own)
 
 
 @dataclass(eq=False)

@@ -33,7 +33,7 @@ STATE = "_regnet_fast_plans"
 _TRAINED = "_regnet_fast_training"
 _FROZEN = "_regnet_fast_frozen"
 PIECES = "_regnet_fast_pieces"
-"""Where a subclass keeps blocks that it made of parts of itself."""
+"""Where a module keeps blocks that it made of parts of itself."""
 _PACKED = (STATE, _FROZEN, PIECES)
 _DERIVED = (*_PACKED, _TRAINED)
 
@@ -167,7 +167,43 @@ def _device_type(x: Tensor) -> str:
     return "cpu" if x.is_cpu else x.device.type
 
 
-class Fused:
+class Freezable:
+    """Mixin of what `freeze` reaches. What was derived from weights is dropped, and with it the promise that they stay,
+    when they may have changed; it goes neither into copies nor into files.
+    """
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the user promised that nothing changes."""
+        return _FROZEN in self.__dict__
+
+    def _forget(self, names: tuple[str, ...] = _DERIVED) -> None:
+        """Drop the packed weights, and with them the promise that nothing changes."""
+        for name in names:
+            self.__dict__.pop(name, None)
+
+    def train(self, mode: bool = True):
+        self._forget(_PACKED)  # a step in training rests on no weights, and its trials on the step before
+        return super().train(mode)
+
+    def _apply(self, fn, *args, **kwargs):
+        self._forget()
+        return super()._apply(fn, *args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._forget()
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica._forget()
+        return replica
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
+
+
+class Fused(Freezable):
     """Mixin before a host's block class. Subclasses set `host` and define `fused_form`.
 
     `trains` says that there is something to fuse in training mode: a norm with statistics of the batch.
@@ -336,39 +372,9 @@ class Fused:
             return super().forward(x)
         return form.run(x)
 
-    @property
-    def is_frozen(self) -> bool:
-        """Whether the user promised that nothing changes."""
-        return _FROZEN in self.__dict__
-
     def pin(self) -> list[tuple]:
         """What keeps the memory of the packed weights in use now from being freed, as long as it is held."""
         return [plan.pin() for plan in self.__dict__.get(STATE, {}).values() if plan.refusal is None]
-
-    def _forget(self, names: tuple[str, ...] = _DERIVED) -> None:
-        """Drop the packed weights, and with them the promise that nothing changes."""
-        for name in names:
-            self.__dict__.pop(name, None)
-
-    def train(self, mode: bool = True):
-        self._forget(_PACKED)  # a step in training rests on no weights, and its trials on the step before
-        return super().train(mode)
-
-    def _apply(self, fn, *args, **kwargs):
-        self._forget()
-        return super()._apply(fn, *args, **kwargs)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._forget()
-        return super()._load_from_state_dict(*args, **kwargs)
-
-    def _replicate_for_data_parallel(self):
-        replica = super()._replicate_for_data_parallel()
-        replica._forget()
-        return replica
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript compiles the host's own block."""
@@ -434,10 +440,10 @@ def check_quiet(block: nn.Module) -> None:
                 raise Refused(f"the {name} of {path} was replaced")
 
 
-def freeze(block: Fused) -> None:
-    """Take the block's weights as they are now, until `train`, `eval`, `load_state_dict` or a move of the block."""
-    block.__dict__.pop(STATE, None)
-    block.__dict__[_FROZEN] = True
+def freeze(module: Freezable) -> None:
+    """Take the module's weights as they are now, until `train`, `eval`, `load_state_dict` or a move of it."""
+    module._forget(_PACKED)
+    module.__dict__[_FROZEN] = True
 
 
 def as_host(block: Fused) -> nn.Module:

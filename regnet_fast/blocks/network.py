@@ -13,18 +13,21 @@ from ..backends import forced_backend, native
 from ..observer import observer
 from ..trials import cpu
 from .chain import Chain, current_plans, made, told
-from .fused import STATE, Fused, Plan
+from .fused import PIECES, STATE, Freezable, Fused, Plan, unfit
 from .watch import hooks, not_derived, only_forwards, transformed
 
 _CALLED = ("forward_features", "forward_head")
 """What the host's forward calls of the network itself, and somebody may put their own in its place."""
 
 
-class Network:
+class Network(Freezable):
     """Mixin before a host's network. Subclasses set `host` and say in `in_order` what its forward calls.
 
     The blocks that follow one another are one program. Where csrc/cpu cannot serve, or a trial found the stages faster
     each for itself, they are called as the host calls them.
+
+    A layer that stands in no block keeps its class, by which counters, pruners and quantisers know it, and is called as
+    ever. A frozen network keeps a block of its own around it, which no module holds, and takes it into the program.
     """
 
     host: type[nn.Module]
@@ -38,6 +41,19 @@ class Network:
         """The stem, stages and all else that the host's forward calls on what the one before gave."""
         raise NotImplementedError
 
+    def loose(self) -> Iterator[tuple[nn.Module, Fused]]:
+        """The layers of `in_order` that stand in no block and could, each with a block around it."""
+        return iter(())
+
+    def _piece(self, layer: nn.Module, x: Tensor) -> nn.Module:
+        """The block around a layer of a frozen network for inputs like x, or the layer itself where there is none."""
+        pieces = self.__dict__.get(PIECES)
+        if pieces is None:
+            pieces = self.__dict__[PIECES] = dict(self.loose())
+        piece = pieces.get(layer)
+        fits = piece is not None and only_forwards(layer) and unfit(x) is None and piece.plan(x) is not None
+        return piece if fits else layer
+
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled() or type(x) is not Tensor:
             return super().forward(x)
@@ -47,14 +63,15 @@ class Network:
             return super().forward(x)
         if _methods(type(self)) != self._methods:
             return super().forward(x)
-        order = [*self.in_order()]
+        layers = [*self.in_order()]
+        order = [self._piece(layer, x) for layer in layers] if self.is_frozen else layers
         known = [isinstance(module, (Fused, Chain)) and not_derived(module) for module in order] + [False]
         begin = known.index(True) if any(known) else len(order)
         end = begin + known[begin:].index(False)
-        x = _one_by_one(order[:begin], x)
-        y = _by_program(self, order[begin:end], x)
-        y = _one_by_one(order[begin:end], x) if y is None else y
-        return _one_by_one(order[end:], y)
+        x = _one_by_one(layers[:begin], x)
+        y = _by_program(self, order[begin:end], layers[begin:end], x)
+        y = _one_by_one(layers[begin:end], x) if y is None else y
+        return _one_by_one(layers[end:], y)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript compiles the host's own network. It puts plain blocks in the place of ours where they stand, so
@@ -69,7 +86,8 @@ def _apart(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     for name, child in children.items():
         if child is not None and not isinstance(child, Fused):
             children[name] = _apart(child, type(child).host if isinstance(child, Chain) else type(child))
-    apart.__dict__ = {**module.__dict__, "_modules": children}
+    state = module.__getstate__() if isinstance(module, Freezable) else module.__dict__
+    apart.__dict__ = {**state, "_modules": children}
     return apart
 
 
@@ -84,8 +102,12 @@ def _one_by_one(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-def _by_program(network: Network, order: Sequence[nn.Module], x: Tensor) -> Tensor | None:
-    """What blocks and stages make of x, by one program; None where another way serves."""
+def _by_program(
+    network: Network, order: Sequence[nn.Module], layers: Sequence[nn.Module], x: Tensor
+) -> Tensor | None:
+    """What blocks and stages make of x, by one program; None where another way serves. `layers` are the same as the
+    host calls them.
+    """
     links = _links(order[:1])
     begin = current_plans(links[0][:1], x) if links else None
     if begin is None:
@@ -101,7 +123,7 @@ def _by_program(network: Network, order: Sequence[nn.Module], x: Tensor) -> Tens
     program, whole = made(found.plans, x, planar)
     if program is None:
         return None
-    ways: dict[str, Callable] = {"program": program, "blocks": partial(_one_by_one, order)}
+    ways: dict[str, Callable] = {"program": program, "blocks": partial(_one_by_one, layers)}
     if forced_backend() is None and not cpu.by_program(whole, ways.__getitem__, planar):
         return None
     for plans in found.plans:
@@ -131,7 +153,7 @@ def _links(order: Sequence[nn.Module]) -> list[list[nn.Module]] | None:
 
 
 class _Found:
-    """The blocks of a network, stage by stage, and their plans.
+    """The blocks of a network, stage by stage, and their plans, which are current.
 
     Attributes: `links`, the blocks of each stage; `plans`, likewise.
     """
@@ -139,12 +161,13 @@ class _Found:
     def __init__(self, network: Network, order: Sequence[nn.Module], links: list[list[Fused]], plans: list[Plan]):
         left = iter(plans)
         self.links, self.plans = links, [[next(left) for _ in some] for some in links]
-        self._frozen = all(plan.frozen for plan in plans)
+        self._blocks = [child for some in links for child in some]
+        pieces = {*network.__dict__.get(PIECES, {}).values()}
+        self._frozen = all(plan.frozen or child in pieces for child, plan in zip(self._blocks, plans, strict=True))
         if not self._frozen:
             return
-        self._blocks = [child for some in links for child in some]
         self._states, self._network = [child.__dict__ for child in self._blocks], (network, *order)
-        inside = {id(m) for child in self._blocks for m in child.modules()}
+        inside = {id(m) for child in self._blocks if child not in pieces for m in child.modules()}
         around = [m for m in network.modules() if id(m) not in inside]
         self._around = [m.__dict__ for m in around]
         self._tables = [m._modules for m in around]
@@ -157,8 +180,8 @@ class _Found:
 
     def stands(self, network: Network, order: Sequence[nn.Module]) -> bool:
         """Whether it is still true of this very network, which calls these in this order, as far as can be told at
-        once: of frozen blocks. What was frozen has a state that is let go with the promise, and an attribute that was
-        added may be a replaced method.
+        once: of frozen blocks, and of pieces that were looked at just before. What was frozen has a state that is let
+        go with the promise, and an attribute that was added may be a replaced method.
         """
         if not self._frozen or (network, *order) != self._network or any(self._hooks):
             return False

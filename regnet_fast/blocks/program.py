@@ -20,7 +20,7 @@ from ..ops.convolution import PackedConv
 from ..ops.norm_act import PackedNormAct
 from ..ops.squeeze_excite import PackedSqueezeExcite
 from .forms import Form, Head, Stem
-from .units import LinearUnit, Refused, Unit
+from .units import ActivationUnit, LinearUnit, Refused, Unit
 
 _INPUT, _OUTPUT = 0, 1
 _BEHIND = 256  # bytes behind a buffer
@@ -200,7 +200,12 @@ class Recorder:
         packed = self.weights.get(unit)
         if packed is None:
             packed = self.weights[unit] = unit.pack(self.input.dtype)
-        for kind, note in ((PackedConv, self._conv), (PackedNormAct, self._affine), (PackedSqueezeExcite, self._gate)):
+        for kind, note in (
+            (PackedConv, self._conv),
+            (PackedNormAct, self._affine),
+            (PackedSqueezeExcite, self._gate),
+            (ActivationUnit, self._activated),
+        ):
             if isinstance(packed, kind):
                 return Noted(packed, note)
         raise Refused(f"{unit.path} is no operation of csrc/cpu")
@@ -285,6 +290,12 @@ class Recorder:
         x = self.value(x)
         made = Map(x.buffer, x.shape, x.dtype, affine=affine, gate=gate)
         return made if defer else self.value(made, consume)
+
+    def _activated(self, unit: ActivationUnit, x: Map, *, consume: bool = False) -> Map:
+        if x.affine is None and unit.activation != "none":
+            ones = torch.ones(x.shape[1], dtype=torch.float32, device="cpu")
+            return self._affine(PackedNormAct(ones, torch.zeros_like(ones), unit.activation), x, consume=consume)
+        raise Refused(f"{unit.path} is an activation of a map that has one")
 
     def value(self, x: Map, consume: bool = False) -> Map:
         """x itself, once the affine map that it may be of is computed."""

@@ -310,6 +310,20 @@ class NormActUnit(Unit):
 
 
 @dataclass(eq=False)
+class ActivationUnit(Unit):
+    """`activation(x)`."""
+
+    path: str
+    activation: str
+
+    def __call__(self, x: Tensor, *, consume: bool = False) -> Tensor:
+        return activate(x, self.activation)
+
+    def pack(self, dtype: torch.dtype) -> Callable:
+        return self
+
+
+@dataclass(eq=False)
 class GateUnit(Unit):
     """`activation(x * gate)` for the result x of `conv`: a norm that scales by one."""
 

@@ -37,6 +37,7 @@ from ..blocks.chain import Chain
 from ..blocks.fused import PIECES, Fused
 from ..blocks.network import Network
 from ..blocks.units import (
+    ActivationUnit,
     ConvUnit,
     GateUnit,
     HostNormUnit,
@@ -60,6 +61,7 @@ _ACTIVATIONS = {
     HardSigmoid: "hardsigmoid",
     Sigmoid: "sigmoid",
 }
+_ACTS = frozenset({*modules.ACTIVATIONS, *_ACTIVATIONS} - {nn.Identity})
 _CONVS = (nn.Conv2d, StdConv2d)
 _FORWARD_INTERMEDIATES = resnetv2.ResNetV2.forward_intermediates.__code__
 _NORM_ACTS = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
@@ -235,6 +237,23 @@ class Stem(Fused, nn.Sequential):
             piece.training = False  # and the layers as they are
             found, layers = [*found, piece, *[nn.Identity()] * normed], behind[normed:]
         return found
+
+
+@register_notrace_module
+class LastLayer(Fused, nn.Sequential):
+    """A norm with its activation, or an activation, behind the last block: `act(norm(x))`."""
+
+    host = nn.Sequential
+    trains = False
+
+    def fused_form(self) -> forms.LastLayer:
+        ((name, layer),) = self.named_children()
+        if type(layer) not in _NORM_ACTS:
+            return forms.LastLayer(ActivationUnit(name, _activation(name, layer)))
+        unit = _norm(name, layer)
+        if isinstance(unit, HostNormUnit):
+            raise Refused("it has no statistics")
+        return forms.LastLayer(unit)
 
 
 @register_notrace_module
@@ -467,6 +486,13 @@ def _there(*modules: nn.Module) -> Iterator[nn.Module]:
     return (module for module in modules if type(module) is not nn.Identity or not only_forwards(module))
 
 
+def _piece(cls: type[Fused], name: str, layer: nn.Module) -> tuple[nn.Module, Fused]:
+    """A layer, and a block around it."""
+    piece = cls(OrderedDict({name: layer}))
+    piece.training = False  # and the layer as it is
+    return layer, piece
+
+
 def _in(container: nn.Module) -> Iterator[nn.Module]:
     """What a plain Sequential calls; of any other container, itself."""
     plain = type(container) is nn.Sequential and only_forwards(container)
@@ -480,6 +506,13 @@ class RegNet(Network, regnet.RegNet):
 
     def in_order(self) -> Iterator[nn.Module]:
         return _there(self.stem, self.s1, self.s2, self.s3, self.s4, self.final_conv, self.head)
+
+    def loose(self) -> Iterator[tuple[nn.Module, Fused]]:
+        """RegNetV's stem, and its last activation."""
+        if type(self.stem) is nn.Conv2d:
+            yield _piece(Stem, "stem", self.stem)
+        if type(self.final_conv) in _ACTS:
+            yield _piece(LastLayer, "final_conv", self.final_conv)
 
 
 class ByobNet(Network, byobnet.ByobNet):
@@ -502,6 +535,11 @@ class ResNetV2(Network, resnetv2.ResNetV2):
             own = type(stage) is resnetv2.ResNetStage and only_forwards(stage) and not stage.grad_checkpointing
             yield stage.blocks if own else stage
         yield from _there(self.norm, self.head)
+
+    def loose(self) -> Iterator[tuple[nn.Module, Fused]]:
+        """The norm behind the last block."""
+        if type(self.norm) in _NORM_ACTS:
+            yield _piece(LastLayer, "norm", self.norm)
 
 
 NETWORKS: dict[type[nn.Module], type[Network]] = {cls.host: cls for cls in (RegNet, ByobNet, ResNetV2)}

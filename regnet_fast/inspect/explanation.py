@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..backends import ConvProblem, Problem, forced_backend, onednn, select
 from ..backends.passes import describe
-from ..blocks.fused import Fused, Plan, freeze
+from ..blocks.fused import Freezable, Fused, Plan, freeze
+from ..blocks.network import Network
 from ..blocks.training import compute_dtype
 from ..blocks.units import LinearUnit, PackedConvThenNorm, PackedUnit, Unit
 from ..hosts.registry import candidates
@@ -95,7 +96,7 @@ def explain(
 def _mode(model: nn.Module, train: bool) -> Iterator[None]:
     """The model in training or in evaluation, and afterwards as it was."""
     modes = [(module, module.training) for module in model.modules()]
-    frozen = [module for module, _ in modes if isinstance(module, Fused) and module.is_frozen]
+    frozen = [module for module, _ in modes if isinstance(module, Freezable) and module.is_frozen]
     try:
         if not (train and model.training):
             model.train(train)
@@ -103,8 +104,8 @@ def _mode(model: nn.Module, train: bool) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-        for block in frozen:
-            freeze(block)
+        for module in frozen:
+            freeze(module)
 
 
 @contextmanager
@@ -138,6 +139,7 @@ def _host_modules(model: nn.Module, train: bool) -> list[tuple[str, nn.Module, s
     """The modules that run as the host's own, outermost blocks or single layers, each with the reason."""
     kept = {id(module): why_not(module, cls) for _, module, cls in candidates(model)}
     by_reference = train and forced_backend() == "reference"
+    loose = {layer for network in model.modules() if isinstance(network, Network) for layer, _ in network.loose()}
     found = []
 
     def walk(path: str, module: nn.Module) -> None:
@@ -150,7 +152,8 @@ def _host_modules(model: nn.Module, train: bool) -> list[tuple[str, nn.Module, s
             found.append((path, module, kept[id(module)] or "not rebuilt yet: call regnet_fast.rebuild(model)"))
         elif module._parameters or not module._modules:  # a norm may have its activation for a child
             if not isinstance(module, _SILENT):
-                found.append((path, module, f"{type(module).__name__} is no part of a fused block"))
+                known = "; in a frozen network on a CPU it is a step of the program" if module in loose else ""
+                found.append((path, module, f"{type(module).__name__} is no part of a fused block{known}"))
         else:
             for name, child in module.named_children():
                 walk(f"{path}.{name}" if path else name, child)

@@ -33,6 +33,13 @@ PLACES = {
     "repvgg_a0": ("stages.2", "stages.2.1", "stages.2.2"),
     "resnetv2_18": ("stages.2", "stages.2.blocks.0", "stages.2.blocks.1"),
 }
+LOOSE = {
+    ("regnetv_040", "stem"): ("hook", "other layer", "weights"),
+    ("regnetv_040", "final_conv"): ("hook", "other layer", "nothing in its place"),
+    ("regnetz_040", "final_conv"): ("hook", "other layer", "nothing in its place"),
+    ("resnetv2_18", "norm"): ("hook", "other layer", "nothing in its place", "weights", "statistics", "training"),
+}
+"""Layers that stand in no block and belong to the program of a frozen network, and what may happen to them."""
 ORDERS = ("change, promise, call", "promise, change, call", "promise, call, change", "change, call", "call, change")
 """When a model is changed, for one that is frozen and for one that is not."""
 
@@ -253,6 +260,101 @@ def test_a_hook_that_was_removed_leaves_one_program(name, x, ran):
         handle.remove()
         ran.clear()
         assert torch.equal(ours(x), expected) and len(ran) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "path", "kind"), [(*place, kind) for place, kinds in LOOSE.items() for kind in kinds])
+def test_a_layer_in_no_block_is_followed(name, path, kind, x):
+    """It is a part of a frozen network's program, and looked at in every call."""
+
+    def change(model):
+        torch.manual_seed(1)
+        layer, called = model.get_submodule(path), None
+        if kind == "hook":
+            called = []
+            layer.register_forward_hook(lambda module, given, y: called.append(1) or 2 * y)
+        elif kind == "weights":
+            layer.weight.mul_(torch.rand_like(layer.weight))
+        elif kind == "statistics":
+            layer.running_mean.add_(torch.rand_like(layer.running_mean))
+        elif kind == "training":
+            layer.train()
+        elif kind == "nothing in its place":
+            model.set_submodule(path, nn.Identity())
+        elif path == "final_conv":
+            model.set_submodule(path, nn.Hardtanh())
+        else:
+            new = copy.deepcopy(layer)
+            new.weight.mul_(torch.rand_like(new.weight))
+            model.set_submodule(path, new)
+        return called
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        assert_followed(name, x, change)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["regnetv_040", "regnetz_040", "resnetv2_18", "resnetv2_50"])
+def test_layers_in_no_block_belong_to_a_frozen_network(name, dtype, ran, monkeypatch):
+    """None of timm's layers is called, the result is that of float64, and autocast and autograd are timm's."""
+    theirs = copy.deepcopy(made(name, 1000)).to(dtype)
+    exact, eager = copy.deepcopy(theirs).double(), copy.deepcopy(theirs).to(memory_format=LAST)
+    ours, plain = (regnet_fast.rebuild(copy.deepcopy(theirs)).model for _ in range(2))
+    regnet_fast.freeze(ours)
+    called = []
+    for shape in [(1, 3, 64, 64), (3, 3, 47, 65)]:
+        x = torch.randn(shape).to(dtype)
+        expected = exact(x.double())
+        with monkeypatch.context() as patch:
+            for cls in {type(m) for m in theirs.modules() if not [*m.children()]} - {nn.Identity}:
+                forward = cls.forward
+                patch.setattr(cls, "forward", lambda self, x, f=forward: called.append(type(self)) or f(self, x))
+            found = ours(x)
+            assert not called and len(ran) == 1
+        assert_close_to_reference(found, eager(x.contiguous(memory_format=LAST)), expected, f"{name}, {shape}")
+        assert torch.equal(ours(x.contiguous(memory_format=LAST)), found)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ours(x).dtype == theirs(x).dtype
+            assert torch.equal(ours(x), plain(x))
+        ran.clear()
+    with torch.enable_grad():
+        x = x.float().to(dtype).requires_grad_()
+        assert torch.equal(ours(x), plain(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["regnetv_040", "resnetv2_18"])
+def test_nothing_of_a_layer_in_no_block_is_left(name, x):
+    """Its class is timm's; what was derived from it goes neither into copies nor files, and ends with the promise."""
+    theirs, ours = twins(name)
+    before, classes = set(ours.__dict__), [type(m) for m in theirs.modules() if not [*m.children()]]
+
+    def frozen():
+        ours(x)
+        regnet_fast.freeze(ours)
+        ours(x)
+        assert set(ours.__dict__) > before
+
+    frozen()
+    assert [type(m) for m in ours.modules() if not [*m.children()]] == classes
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert set(copied.__dict__) == before
+        close(copied(x), theirs(x))
+    for lift in (
+        lambda: ours.eval(),
+        lambda: ours.train().eval(),
+        lambda: ours.to(torch.float64).to(torch.float32),
+        lambda: ours.load_state_dict(theirs.state_dict()),
+        lambda: nn.Sequential(ours).eval(),
+        lambda: regnet_fast.restore(ours),
+    ):
+        frozen()
+        lift()
+        assert set(ours.__dict__) == before
+    assert [*ours.state_dict()] == [*theirs.state_dict()]
+    close(ours(x), theirs(x))
 
 
 def replaced(path, new):
@@ -612,11 +714,14 @@ def test_copies(name, x, ran):
             twin = way(ours)
             assert isinstance(twin, Network)
             ran.clear()
-            assert torch.equal(twin(x), expected) and torch.equal(ours(x), expected) and len(ran) == 2
+            found = twin(x)
+            close(found, expected)  # to the bit where both have the same program
+            assert torch.equal(found, expected) or (promise and name == "resnetv2_18")
+            assert torch.equal(ours(x), expected) and len(ran) == 2
             if way is copy.copy:
                 continue
             next(twin.parameters()).mul_(2)
-            assert not torch.equal(twin(x), expected) and torch.equal(ours(x), expected)
+            assert not torch.allclose(twin(x), expected) and torch.equal(ours(x), expected)
 
 
 @torch.no_grad()
@@ -719,12 +824,12 @@ def test_a_stem_that_two_networks_share(name, x):
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
 def test_several_threads(name, frozen):
     """Two with one model and two with another, with images of several sizes, to the bit."""
-    models = [twins(name)[1], twins("regnetx_002")[1]]
+    def made_ready(model):
+        return regnet_fast.freeze(model) if frozen else model
+
+    models = [made_ready(twins(other)[1]) for other in (name, "regnetx_002")]
     images = [torch.randn(n, 3, size, size) for n, size in ((1, 64), (2, 32), (1, 48))]
-    expected = [[copy.deepcopy(model)(x) for x in images] for model in models]
-    if frozen:
-        for model in models:
-            regnet_fast.freeze(model)
+    expected = [[made_ready(copy.deepcopy(model))(x) for x in images] for model in models]
     wrong, start = [], threading.Barrier(4)
 
     def run(i):
