@@ -21,12 +21,13 @@ from helpers import randomize_bn
 from torch import Tensor
 
 import regnet_fast
-from regnet_fast.backends import ACTIVATIONS, ConvProblem, Geometry, native
+from regnet_fast.backends import ACTIVATIONS, ConvProblem, Geometry, NormActProblem, native
 
 F32, BF16 = torch.float32, torch.bfloat16
 ROUNDING = {F32: 3e-6, BF16: 1.2e-2}
 """The error of a result, of its largest value: of sums in float32, and of what is read and written in bfloat16."""
 
+INFINITE, NAN = float("inf"), float("nan")
 SIZES = ((1, 7, 7), (2, 5, 9), (1, 1, 1), (1, 20, 31), (3, 14, 14))
 
 
@@ -113,6 +114,20 @@ def computed(p: ConvProblem) -> tuple[Tensor, Tensor | None, float]:
     return y, means, max(near, error(means, expected.mean((2, 3)), p.dtype))
 
 
+def activated(activation: str, dtype: torch.dtype) -> float:
+    """How near an activation is to float64 at every number by itself, be it infinite or none."""
+    z = torch.cat([torch.linspace(-110, 110, 40001), torch.linspace(-1, 1, 20001) ** 9])
+    z = torch.cat([z, torch.tensor([INFINITE, -INFINITE, NAN, 1e38, -1e38, 1e-40, -1e-40, 0.0, -0.0])]).to(dtype)
+    x = z[:, None, None, None].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    problem = NormActProblem(x.shape, activation, False, dtype, "cpu")
+    y = native.prepare_norm_act(problem, torch.ones(3), torch.zeros(3))(x, None, False).double()
+    expected = ACTIVATIONS[activation].function(x.double())
+    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
+    known = expected.isfinite()
+    rounding = {F32: 1e-5, BF16: 1.05 / 256}[dtype]
+    return ((y - expected).abs() / (rounding * expected.abs() + 1e-34))[known].max().item()
+
+
 # Steps of whole networks
 
 WINDOWS = (
@@ -126,8 +141,6 @@ WINDOWS = (
 """Of max pools: kernel, stride, padding and dilation. The last has windows that meet no pixel where a map has one."""
 
 CHANNELS = (1, 5, 24, 64, 130, 257)
-INFINITE, NAN = float("inf"), float("nan")
-
 
 def largest_cases() -> Iterator[tuple]:
     """Arguments of `largest`: windows that leave pixels, of maps of every size, with and without what is no number."""
@@ -210,6 +223,8 @@ def main() -> None:
         y, _, near = computed(p)
         digest.update(y.float().contiguous().numpy().tobytes())
         worst = max(worst, near)
+    for activation, dtype in itertools.product(native.ACTIVATION_CODES, (F32, BF16)):
+        assert activated(activation, dtype) < 1, (activation, dtype)
     for case in largest_cases():
         y, expected = largest(*case)
         torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)

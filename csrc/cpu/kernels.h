@@ -63,7 +63,7 @@ ALWAYS void finished(const float* sums, int pixels, int groups, int row, const T
             for (int i = 0; i < pixels; i++) {
                 Vec z = load(sums + (i * groups + g) * row + c, count);
                 if (residual) z += load(residual + i * tile.pitch + own, count);
-                z = activate(z, ACTIVATION);
+                z = activate<T>(z, ACTIVATION);
                 total += z;
                 store(y + i * tile.pitch + own, z, count);
             }

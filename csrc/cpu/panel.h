@@ -84,7 +84,7 @@ struct Reader {
                 const int count = int(std::min<int64_t>(LANES, channels - c));
                 Vec z = load(x + c, count);
                 if (gate) z *= load(gate + c, count);
-                if (scale) z = activate(z * load(scale + c, count) + load(shift + c, count), int(conv.step.before));
+                if (scale) z = activate<T>(z * load(scale + c, count) + load(shift + c, count), int(conv.step.before));
                 store(out + c, z, count);
             }
         }

@@ -56,7 +56,7 @@ void affine_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t ba
             Vec z = load(x + c, count);
             if (gate) z *= load(gate + c, count);
             z = z * load(s.scale + c, count) + load(s.shift + c, count);
-            store(y + c, activate(z, int(s.activation)), count);
+            store(y + c, activate<T>(z, int(s.activation)), count);
         }
     }
 }
@@ -102,7 +102,7 @@ void average_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t b
             Vec sum = {};
             for (int64_t p = row * s.width; p < (row + 1) * s.width; p++) {
                 Vec z = load(x + p * s.channels + c, count);
-                if (s.scale) z = activate(z * load(s.scale + c, count) + load(s.shift + c, count), int(s.before));
+                if (s.scale) z = activate<T>(z * load(s.scale + c, count) + load(s.shift + c, count), int(s.before));
                 sum += z;
             }
             total += sum;

@@ -128,7 +128,7 @@ void transform_back(const Winograd& w, void* const* buffers, const Chunk& chunk,
                     const int64_t at = ((top + i) * s.out_width + left + j) * s.out_channels + k;
                     Vec z = bias + one_by_one<G>(j ? m[i][1] - m[i][2] - m[i][3] : m[i][0] + m[i][1] + m[i][2]);
                     if (residual) z += get(residual + at);
-                    z = activate(z, ACTIVATION);
+                    z = activate<float>(z, ACTIVATION);
                     total += z;
                     put(y + at, z);
                 }

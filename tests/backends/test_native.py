@@ -78,6 +78,13 @@ def test_norm_act(dtype, activation):
             assert run(x, gate, True) is x and cases.error(x, expected, dtype) < 1
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("activation", native.ACTIVATION_CODES)
+def test_activations(activation, dtype):
+    """At every number, far from zero, at infinity and at none."""
+    assert cases.activated(activation, dtype) < 1
+
+
 def test_squeeze_excite():
     for batch, channels, hidden in ((1, 24, 8), (3, 336, 84), (8, 17, 1), (5, 888, 222)):
         problem = SqueezeExciteProblem(batch, channels, hidden, "relu", F32, "cpu")
