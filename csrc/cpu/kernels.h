@@ -134,7 +134,9 @@ ALWAYS void end(const Vec (&sums)[M][N], const Tile& tile) {
     }
     if (tile.activation > RELU || tile.groups != G) {
         float lanes[M][G][N * EACH];
+#pragma GCC unroll 16
         for (int i = 0; i < M; i++)
+#pragma GCC unroll 16
             for (int j = 0; j < N; j++) {
                 float both[LANES];
                 store(both, one_by_one<G>(sums[i][j]));
@@ -236,8 +238,10 @@ __attribute__((noinline)) void summed(const Tile& tile) {
     float total[M * N * LANES];
     Vec sums[M][N];
     const int64_t apart = tile.groups == G ? tile.apart : 0;
+#pragma GCC unroll 16
     for (int j = 0; j < N; j++) {
         const Vec bias = tile.raw ? Vec{} : alternating<G>(gathered<G>(tile.bias + j * (LANES / G), apart));
+#pragma GCC unroll 16
         for (int i = 0; i < M; i++) sums[i][j] = bias;
     }
     if (!tile.raw) announce<T, M, N, G>(tile);

@@ -59,8 +59,12 @@ ALWAYS Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); 
 ALWAYS void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
 
 ALWAYS Vec load(const Bf16* p) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#else
     const Words wide = __builtin_convertvector(Halves(*reinterpret_cast<const LooseHalves*>(p)), Words) << 16;
     return (Vec)wide;
+#endif
 }
 
 /// Rounded to the nearest, to even where two are as near; NaN stays NaN.
@@ -146,7 +150,7 @@ ALWAYS void store(float* p, Vec v, int count) {
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 template <>
 ALWAYS Vec load(const Bf16* p, int count) {
-    return (Vec)(__builtin_convertvector((Halves)_mm256_maskz_loadu_epi16(lanes_before(count), p), Words) << 16);
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes_before(count), p)), 16);
 }
 
 template <>
