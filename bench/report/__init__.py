@@ -226,8 +226,11 @@ def _between(name: str, machine: str, results: Results, results_url: str) -> str
 def _families(run: Run) -> list[Block]:
     cases = tables.with_ours(run)
     means = [f"over {REFERENCES[key]} {found}" for key in REFERENCES if (found := tables.mean(cases, key))]
-    if frozen := tables.mean(cases, "compile", tables.FROZEN):
-        means.append(f"frozen over {REFERENCES['compile']} {frozen}")
+    means += [
+        f"frozen over {REFERENCES[key]} {frozen}"
+        for key in ("compile", "runtime")
+        if (frozen := tables.mean(cases, key, tables.FROZEN))
+    ]
     blocks: list[Block] = [tables.families(cases)] if cases else ["No case has a time of ours."]
     if means:
         blocks.append(f"Geometric means: {'; '.join(means)}.")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .tables import FAMILIES, Case, Run, several_sizes, timed
+from .tables import FAMILIES, Case, Run, best_ratios, several_sizes, timed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,13 +74,13 @@ def draw(runs: dict[str, Run]) -> str | None:
 def _speedup(cases: list[Case]) -> Figure:
     """Bars from 1 to the ratio over the fastest variant of each class, with the spread."""
     figure, panels, rows = _row_panels(cases, "ratio; right of 1 ours is faster")
-    shown = [key for key in _CLASSES if any(key in case["ratios"] for case in cases)]
+    shown = [key for key in _CLASSES if any(key in best_ratios(case) for case in cases)]
     thickness = 0.8 / len(shown)
     for dtype, part in _by_dtype(cases).items():
         axes = panels[dtype]
         for place, key in enumerate(shown):
             label, colour = _CLASSES[key]
-            found = [(rows[_row(case)], case["ratios"][key]) for case in part if key in case["ratios"]]
+            found = [(rows[_row(case)], best_ratios(case)[key]) for case in part if key in best_ratios(case)]
             centres = [row + (place - (len(shown) - 1) / 2) * thickness for row, _ in found]
             ratios = [ratio["ratio"] for _, ratio in found]
             left, right = [r["low"] for _, r in found], [r["high"] for _, r in found]
@@ -96,7 +96,7 @@ def _speedup(cases: list[Case]) -> Figure:
                 )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.axvline(1, color=INK, linewidth=0.8)
-    found = [case["ratios"][key] for case in cases for key in shown if key in case["ratios"]]
+    found = [best_ratios(case)[key] for case in cases for key in shown if key in best_ratios(case)]
     ends = [ratio[what] for ratio in found for what in ("low", "ratio", "high")]
     low, high = min(1, *ends), max(1, *ends)
     for axes in panels.values():

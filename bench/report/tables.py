@@ -113,6 +113,11 @@ def ratios(case: Case, ours: str = OURS) -> dict[str, Any]:
     return case["ratios"] if ours == OURS else case["variants"].get(ours, {}).get("ratios", {})
 
 
+def best_ratios(case: Case) -> dict[str, Any]:
+    """The ratios of ours frozen, as the weights of compiled peers and runtimes are; of ours where none was timed."""
+    return ratios(case, FROZEN) or case["ratios"]
+
+
 def lower_bound_ms(case: Case, ceilings: dict[str, Any]) -> float | None:
     """The least time that the ceilings allow: all bytes once at full bandwidth, or all operations at the peak."""
     work, bandwidth = case.get("work"), ceilings.get("bytes_per_s")
@@ -206,11 +211,11 @@ def compact(kind: str, cases: Sequence[Case]) -> Table:
 
 
 def families(cases: Sequence[Case], dtype: str = "float32") -> Table:
-    """The ratios of one model of each family: a row for each, a column for each peer and batch size."""
+    """The best ratios of one model of each family: a row for each, a column for each peer and batch size."""
     shown = [case for case in cases if case["name"] in FAMILIES and case["dtype"] == dtype]
-    found = {(case["name"], case["batch"]): case["ratios"] for case in shown}
+    found = {(case["name"], case["batch"]): best_ratios(case) for case in shown}
     titles = {"eager": "over timm", "compile": "over torch.compile", "runtime": "over OpenVINO, ONNX Runtime"}
-    known = {(key, case["batch"]) for case in shown for key in case["ratios"]}
+    known = {(key, batch) for (_, batch), of_case in found.items() for key in of_case}
     columns = [(key, batch) for key in titles for batch in sorted({case["batch"] for case in shown})]
     columns = [column for column in columns if column in known]
 

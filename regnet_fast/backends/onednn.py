@@ -241,7 +241,7 @@ class AffineNormAct(Run):
 
     def __call__(self, x: Tensor, gate: Tensor | None, consume: bool) -> Tensor:
         scale = self.scale if gate is None else self.scale * gate[:, :, None, None]
-        return self.activate(torch.addcmul(self.shift, x, scale, out=x if consume else None))
+        return self.activate(torch.addcmul(self.shift, x, scale, out=x if consume else torch.empty_like(x)))
 
 
 class DepthwiseNormAct(Run):

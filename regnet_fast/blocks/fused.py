@@ -34,7 +34,9 @@ _TRAINED = "_regnet_fast_training"
 _FROZEN = "_regnet_fast_frozen"
 PIECES = "_regnet_fast_pieces"
 """Where a module keeps blocks that it made of parts of itself."""
-_PACKED = (STATE, _FROZEN, PIECES)
+FOUND = "_regnet_fast_found"
+"""Where a frozen network keeps the plans of its blocks."""
+_PACKED = (STATE, _FROZEN, PIECES, FOUND)
 _DERIVED = (*_PACKED, _TRAINED)
 
 _BRIEF = 2
@@ -52,8 +54,7 @@ class Plan(Watch):
     Attributes: `unbound`, over the live modules; `in_channels` of the input; `refusal`, set where there is no form;
     `differentiated`, whether a gradient was ever asked for; `frozen`, whether the user promised that nothing changes;
     `calls`, how often it was current; `brief`, how many plans before it were current in one call at most; `programs` of
-    this block and so many behind it (chain.py), and `network`, what was found of a network's; `stage`, in whose
-    program somebody heard it run.
+    this block and so many behind it (chain.py); `stage`, in whose program somebody heard it run.
     """
 
     def __init__(self, block: Fused, dtype: torch.dtype, before: Plan | None = None):
@@ -65,7 +66,6 @@ class Plan(Watch):
         self.unbound: Form | None = None
         self.in_channels: int | None = None
         self.programs: dict[int, Any] = {}
-        self.network: Any = None
         self.stage: cpu.Stage | None = None
         if self.refusal is not None:
             return
@@ -302,10 +302,11 @@ class Fused(Freezable):
     def _plan(self, x: Tensor) -> tuple[Plan | None, Tensor, str | None]:
         """The current plan for an input, and the input in the plan's dtype; or the reason why there is none."""
         device = _device_type(x)
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        casts = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if casts else x.dtype
         if dtype not in _DTYPES:
             return None, x, f"autocast to {dtype} is left to the host"
-        plan = self._current(dtype)
+        plan = self._current(dtype, casts)
         if plan.refusal is not None:
             return plan, x, plan.refusal
         if plan.tensors and plan.tensors[0].device != x.device:
@@ -318,9 +319,9 @@ class Fused(Freezable):
             x = x.to(dtype)
         return plan, x, None
 
-    def _current(self, dtype: torch.dtype) -> Plan:
-        """The plan for a dtype, made anew where the block has changed."""
-        key = (dtype, forced_backend(), torch._C._get_mkldnn_enabled())
+    def _current(self, dtype: torch.dtype, casts: bool) -> Plan:
+        """The plan for a dtype, to which autocast `casts` other weights, made anew where the block has changed."""
+        key = (dtype, casts, forced_backend(), torch._C._get_mkldnn_enabled())
         plans = self.__dict__.get(STATE)
         plan = plans.get(key) if plans is not None else None
         if plan is None or not plan.of(self) or not plan.current():
@@ -328,14 +329,17 @@ class Fused(Freezable):
             self.__dict__[STATE] = {key: plan} if plans is None or len(plans) >= 4 else {**plans, key: plan}
         return plan
 
-    def plan(self, x: Tensor) -> Plan | None:
+    def plan(self, x: Tensor, counted: bool = True) -> Plan | None:
         """The current plan for inputs like x, of which `unfit` says nothing, without autocast; None where a step would
-        not use one.
+        not use one. A plan that waits and is `counted` by nobody else has been called once more.
         """
         if self.training:
             return None
-        plan = self._current(x.dtype)
-        if plan.refusal is not None or plan.waits() or (plan.tensors and plan.tensors[0].device != x.device):
+        plan = self._current(x.dtype, False)
+        if plan.refusal is not None or (plan.tensors and plan.tensors[0].device != x.device):
+            return None
+        if plan.waits():
+            plan.calls += not counted
             return None
         return plan
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import is_
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from ..backends import forced_backend, native
 from ..observer import observer
 from ..trials import cpu
 from .chain import Chain, current_plans, made, told
-from .fused import PIECES, STATE, Freezable, Fused, Plan, unfit
+from .fused import FOUND, PIECES, STATE, Freezable, Fused, Plan, unfit
 from .watch import hooks, not_derived, only_forwards, transformed
 
 _CALLED = ("forward_features", "forward_head")
@@ -21,7 +22,8 @@ _CALLED = ("forward_features", "forward_head")
 
 
 class Network(Freezable):
-    """Mixin before a host's network. Subclasses set `host` and say in `in_order` what its forward calls.
+    """Mixin before a host's network. Subclasses set `host` and say in `in_order` what its forward calls, and in `loose`
+    which of its children may stand in no block, with the block that each could be.
 
     The blocks that follow one another are one program. Where csrc/cpu cannot serve, or a trial found the stages faster
     each for itself, they are called as the host calls them.
@@ -31,6 +33,7 @@ class Network(Freezable):
     """
 
     host: type[nn.Module]
+    loose: ClassVar[Sequence[tuple[str, type[Fused]]]] = ()
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -41,18 +44,20 @@ class Network(Freezable):
         """The stem, stages and all else that the host's forward calls on what the one before gave."""
         raise NotImplementedError
 
-    def loose(self) -> Iterator[tuple[nn.Module, Fused]]:
-        """The layers of `in_order` that stand in no block and could, each with a block around it."""
-        return iter(())
-
-    def _piece(self, layer: nn.Module, x: Tensor) -> nn.Module:
-        """The block around a layer of a frozen network for inputs like x, or the layer itself where there is none."""
-        pieces = self.__dict__.get(PIECES)
-        if pieces is None:
-            pieces = self.__dict__[PIECES] = dict(self.loose())
-        piece = pieces.get(layer)
-        fits = piece is not None and only_forwards(layer) and unfit(x) is None and piece.plan(x) is not None
-        return piece if fits else layer
+    def _with_pieces(self, order: Sequence[nn.Module], x: Tensor) -> Sequence[nn.Module]:
+        """For inputs like x, with the blocks around layers that stand in no block in their places."""
+        if not self.loose or unfit(x) is not None:
+            return order
+        kept, pieces = self.__dict__.get(PIECES, {}), {}
+        for name, cls in self.loose:
+            layer = self._modules.get(name)
+            if layer is None or isinstance(layer, Fused):
+                continue
+            if name not in kept or next(iter(kept[name].children())) is not layer:
+                kept = self.__dict__[PIECES] = {**kept, name: cls.around((name, layer))}
+            if only_forwards(layer) and kept[name].plan(x, counted=False) is not None:
+                pieces[layer] = kept[name]
+        return [pieces.get(layer, layer) for layer in order]
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled() or type(x) is not Tensor:
@@ -64,7 +69,7 @@ class Network(Freezable):
         if _methods(type(self)) != self._methods:
             return super().forward(x)
         layers = [*self.in_order()]
-        order = [self._piece(layer, x) for layer in layers] if self.is_frozen else layers
+        order = self._with_pieces(layers, x) if self.is_frozen else layers
         known = [isinstance(module, (Fused, Chain)) and not_derived(module) for module in order] + [False]
         begin = known.index(True) if any(known) else len(order)
         end = begin + known[begin:].index(False)
@@ -112,13 +117,15 @@ def _by_program(
     begin = current_plans(links[0][:1], x) if links else None
     if begin is None:
         return None
-    found = begin[0].network
-    if found is None or not found.stands(network, order):
+    found = network.__dict__.get(FOUND)
+    if found is None or found.plans[0][0] is not begin[0] or not found.stands(network, order):
         links = _links(order)
         plans = None if links is None else current_plans((child for some in links for child in some), x)
         if plans is None:
             return None
-        found = begin[0].network = _Found(network, order, links, plans)
+        network.__dict__[FOUND] = None  # the attributes are counted
+        found = _Found(network, order, links, plans)
+        network.__dict__[FOUND] = found if found.frozen else None
     planar = x.shape[1] <= native.FEW_CHANNELS and not x.is_contiguous(memory_format=torch.channels_last)
     program, whole = made(found.plans, x, planar)
     if program is None:
@@ -155,7 +162,7 @@ def _links(order: Sequence[nn.Module]) -> list[list[nn.Module]] | None:
 class _Found:
     """The blocks of a network, stage by stage, and their plans, which are current.
 
-    Attributes: `links`, the blocks of each stage; `plans`, likewise.
+    Attributes: `links`, the blocks of each stage; `plans`, likewise; `frozen`, whether `stands` can be asked later.
     """
 
     def __init__(self, network: Network, order: Sequence[nn.Module], links: list[list[Fused]], plans: list[Plan]):
@@ -163,8 +170,8 @@ class _Found:
         self.links, self.plans = links, [[next(left) for _ in some] for some in links]
         self._blocks = [child for some in links for child in some]
         pieces = {*network.__dict__.get(PIECES, {}).values()}
-        self._frozen = all(plan.frozen or child in pieces for child, plan in zip(self._blocks, plans, strict=True))
-        if not self._frozen:
+        self.frozen = all(plan.frozen or child in pieces for child, plan in zip(self._blocks, plans, strict=True))
+        if not self.frozen:
             return
         self._states, self._network = [child.__dict__ for child in self._blocks], (network, *order)
         inside = {id(m) for child in self._blocks if child not in pieces for m in child.modules()}
@@ -183,7 +190,7 @@ class _Found:
         once: of frozen blocks, and of pieces that were looked at just before. What was frozen has a state that is let
         go with the promise, and an attribute that was added may be a replaced method.
         """
-        if not self._frozen or (network, *order) != self._network or any(self._hooks):
+        if not self.frozen or (network, *order) != self._network or any(self._hooks):
             return False
         sizes, kept = self._read()
         return sizes == self._sizes and all(map(is_, kept, self._kept)) and self._tables == self._children

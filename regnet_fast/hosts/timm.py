@@ -32,6 +32,7 @@ from timm.layers.drop import DropBlock2d
 from timm.models import byobnet, register_notrace_module, regnet, resnetv2
 from torch import Tensor, nn
 
+from ..backends import native
 from ..blocks import forms
 from ..blocks.chain import Chain
 from ..blocks.fused import PIECES, Fused
@@ -61,7 +62,6 @@ _ACTIVATIONS = {
     HardSigmoid: "hardsigmoid",
     Sigmoid: "sigmoid",
 }
-_ACTS = frozenset({*modules.ACTIVATIONS, *_ACTIVATIONS} - {nn.Identity})
 _CONVS = (nn.Conv2d, StdConv2d)
 _FORWARD_INTERMEDIATES = resnetv2.ResNetV2.forward_intermediates.__code__
 _NORM_ACTS = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
@@ -190,12 +190,24 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
+class Layers(Fused, nn.Sequential):
+    """Layers one after another that are one block."""
+
+    trains = False
+
+    @classmethod
+    def around(cls, *layers: tuple[str, nn.Module]) -> Layers:
+        """The block of layers that stand elsewhere, by their names; they stay as they are."""
+        found = cls(OrderedDict(layers))
+        found.training = False
+        return found
+
+
 @register_notrace_module
-class Stem(Fused, nn.Sequential):
+class Stem(Layers):
     """The stem of a ResNetV2: convolutions with the norm behind each where there is one, then padding and pooling."""
 
     host = nn.Sequential
-    trains = False
 
     def fused_form(self) -> forms.Stem:
         layers, units = list(self.named_children()), []
@@ -233,26 +245,23 @@ class Stem(Fused, nn.Sequential):
                 found, layers = [*found, layer], behind
                 continue
             normed = bool(behind) and type(behind[0][1]) not in _CONVS and _has_parameters(behind[0][1])
-            piece = Stem(OrderedDict(layers[: 1 + normed]))
-            piece.training = False  # and the layers as they are
+            piece = Stem.around(*layers[: 1 + normed])
             found, layers = [*found, piece, *[nn.Identity()] * normed], behind[normed:]
         return found
 
 
 @register_notrace_module
-class LastLayer(Fused, nn.Sequential):
-    """A norm with its activation, or an activation, behind the last block: `act(norm(x))`."""
+class LastLayer(Layers):
+    """A norm with its activation, or an activation, behind the last block, as a program has it: `act(norm(x))`."""
 
     host = nn.Sequential
-    trains = False
 
     def fused_form(self) -> forms.LastLayer:
         ((name, layer),) = self.named_children()
-        if type(layer) not in _NORM_ACTS:
-            return forms.LastLayer(ActivationUnit(name, _activation(name, layer)))
-        unit = _norm(name, layer)
-        if isinstance(unit, HostNormUnit):
-            raise Refused("it has no statistics")
+        norm = type(layer) in _NORM_ACTS
+        unit = _norm(name, layer) if norm else ActivationUnit(name, _activation(name, layer))
+        if isinstance(unit, HostNormUnit) or unit.activation not in native.ACTIVATION_CODES:
+            raise Refused(f"{name} is a {type(layer).__name__}, which csrc/cpu has not")
         return forms.LastLayer(unit)
 
 
@@ -442,6 +451,10 @@ class ClassifierHead(Fused, TimmClassifierHead):
             raise Refused(f"fc is {modules.class_name(self.fc)}, not a plain linear layer or 1x1 convolution")
         return forms.Head(LinearUnit("fc", self.fc))
 
+    def reset(self, *args, **kwargs):
+        self._forget()
+        super().reset(*args, **kwargs)
+
     def forward(self, x, pre_logits: bool = False):
         return TimmClassifierHead.forward(self, x, pre_logits) if pre_logits else Fused.forward(self, x)
 
@@ -486,13 +499,6 @@ def _there(*modules: nn.Module) -> Iterator[nn.Module]:
     return (module for module in modules if type(module) is not nn.Identity or not only_forwards(module))
 
 
-def _piece(cls: type[Fused], name: str, layer: nn.Module) -> tuple[nn.Module, Fused]:
-    """A layer, and a block around it."""
-    piece = cls(OrderedDict({name: layer}))
-    piece.training = False  # and the layer as it is
-    return layer, piece
-
-
 def _in(container: nn.Module) -> Iterator[nn.Module]:
     """What a plain Sequential calls; of any other container, itself."""
     plain = type(container) is nn.Sequential and only_forwards(container)
@@ -503,16 +509,10 @@ class RegNet(Network, regnet.RegNet):
     """A whole RegNet."""
 
     host = regnet.RegNet
+    loose = (("stem", Stem), ("final_conv", LastLayer))  # of a RegNetV
 
     def in_order(self) -> Iterator[nn.Module]:
         return _there(self.stem, self.s1, self.s2, self.s3, self.s4, self.final_conv, self.head)
-
-    def loose(self) -> Iterator[tuple[nn.Module, Fused]]:
-        """RegNetV's stem, and its last activation."""
-        if type(self.stem) is nn.Conv2d:
-            yield _piece(Stem, "stem", self.stem)
-        if type(self.final_conv) in _ACTS:
-            yield _piece(LastLayer, "final_conv", self.final_conv)
 
 
 class ByobNet(Network, byobnet.ByobNet):
@@ -528,6 +528,7 @@ class ResNetV2(Network, resnetv2.ResNetV2):
     """A whole ResNetV2."""
 
     host = resnetv2.ResNetV2
+    loose = (("norm", LastLayer),)
 
     def in_order(self) -> Iterator[nn.Module]:
         yield self.stem
@@ -535,11 +536,6 @@ class ResNetV2(Network, resnetv2.ResNetV2):
             own = type(stage) is resnetv2.ResNetStage and only_forwards(stage) and not stage.grad_checkpointing
             yield stage.blocks if own else stage
         yield from _there(self.norm, self.head)
-
-    def loose(self) -> Iterator[tuple[nn.Module, Fused]]:
-        """The norm behind the last block."""
-        if type(self.norm) in _NORM_ACTS:
-            yield _piece(LastLayer, "norm", self.norm)
 
 
 NETWORKS: dict[type[nn.Module], type[Network]] = {cls.host: cls for cls in (RegNet, ByobNet, ResNetV2)}

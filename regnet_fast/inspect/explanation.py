@@ -139,7 +139,8 @@ def _host_modules(model: nn.Module, train: bool) -> list[tuple[str, nn.Module, s
     """The modules that run as the host's own, outermost blocks or single layers, each with the reason."""
     kept = {id(module): why_not(module, cls) for _, module, cls in candidates(model)}
     by_reference = train and forced_backend() == "reference"
-    loose = {layer for network in model.modules() if isinstance(network, Network) for layer, _ in network.loose()}
+    networks = [module for module in model.modules() if isinstance(module, Network)]
+    loose = {network._modules.get(name) for network in networks for name, _ in network.loose}
     found = []
 
     def walk(path: str, module: nn.Module) -> None:

@@ -2,11 +2,13 @@
 
 import copy
 import functools
+import gc
 import io
 import itertools
 import pickle
 import threading
 import warnings
+import weakref
 
 import pytest
 import timm
@@ -355,6 +357,69 @@ def test_nothing_of_a_layer_in_no_block_is_left(name, x):
         assert set(ours.__dict__) == before
     assert [*ours.state_dict()] == [*theirs.state_dict()]
     close(ours(x), theirs(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "path"), [("regnetv_040", "stem"), ("resnetv2_18", "norm")])
+def test_a_layer_in_no_block_is_taken_in_again(name, path, x, ran, monkeypatch):
+    """Behind changes in call after call, and another one in its place, which lets the first one go."""
+    _, ours = twins(name)
+    regnet_fast.freeze(ours)(x)
+    steps = len(ran[-1]._run._places)
+    for _ in range(6):
+        ours.get_submodule(path).weight.mul_(1.01)
+        ours(x)
+    ran.clear()
+    for _ in range(3):
+        ours(x)
+    assert len(ran[-1]._run._places) == steps and len(ran) == 3
+    before = weakref.ref(ours.get_submodule(path))
+    ours.set_submodule(path, copy.deepcopy(before()))
+    for _ in range(3):
+        ours(x)
+    ran.clear()
+    ours(x)
+    gc.collect()
+    assert before() is None and len(ran[-1]._run._places) == steps
+
+
+@torch.no_grad()
+def test_a_last_layer_that_no_program_has_is_the_hosts(x, ran):
+    """The rest stays one program."""
+    theirs, ours = twins("regnetv_040")
+    for model in (theirs, ours):
+        model.final_conv = nn.GELU()
+    close(regnet_fast.freeze(ours)(x), theirs(x))
+    assert len(ran) == 1
+
+
+@torch.no_grad()
+def test_another_number_of_classes(name, x):
+    """timm's `reset_classifier` lifts the promise of the head."""
+    theirs, ours = twins(name)
+    regnet_fast.freeze(ours)(x)
+    for classes in (7, 0):
+        theirs.reset_classifier(classes)
+        ours.reset_classifier(classes)
+        ours.load_state_dict(theirs.state_dict())
+        found = regnet_fast.freeze(ours)(x)
+        close(found, theirs(x))
+        ours.reset_classifier(5)
+        theirs.reset_classifier(5)
+        assert ours(x).shape == (2, 5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_admits_nothing_behind_it(name, x, dtype):
+    """Weights of another dtype than the input's are timm's error, also where a call under autocast went before."""
+    theirs, ours = twins(name)
+    for model in (theirs, ours):
+        with torch.autocast("cpu", dtype):
+            model(x)
+        with pytest.raises(RuntimeError), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FallbackWarning)
+            model(x.to(dtype))
 
 
 def replaced(path, new):

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import regnet_fast
 from regnet_fast import store
-from regnet_fast.backends import ConvProblem, Geometry, NormActProblem, onednn
+from regnet_fast.backends import ConvProblem, Geometry, NormActProblem, onednn, reference
 from regnet_fast.store.verdicts import entries
 from regnet_fast.trials import cpu
 from regnet_fast.trials.modes import budget, current_mode, mode
@@ -398,6 +398,21 @@ def test_every_variant_runs_on_what_it_is_tried_with(kernel, dtype, residual, ga
     assert names[0] == "direct" or dtype == torch.float32
     found = cpu.tried(cpu.words(problem), names, *bound(problem, weights))
     assert {outcome.status for outcome in found.outcomes.values()} == {"verified"} and set(found.outcomes) == set(names)
+
+
+@pytest.mark.parametrize("consume", [False, True])
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", onednn.NORM_ACTS)
+def test_every_variant_of_a_norm_gives_its_dtype(variant, dtype, gate, consume):
+    problem = NormActProblem((2, 24, 5, 7), "relu", gate, dtype, "cpu")
+    if onednn.refuse(problem):
+        pytest.skip(onednn.refuse(problem))
+    x = torch.randn(2, 24, 5, 7).to(dtype).contiguous(memory_format=torch.channels_last)
+    scale, shift, factor = torch.randn(24), torch.randn(24), torch.rand(2, 24).to(dtype) if gate else None
+    expected = reference.norm_act(x.double(), scale, shift, None if factor is None else factor.double(), "relu")
+    y = onednn.prepare_norm_act(problem, scale, shift, variant)(x, factor, consume)
+    assert y.dtype == dtype and (y.double() - expected).norm() < 1e-2 * expected.norm()
 
 
 def test_which_variants_there_are():
