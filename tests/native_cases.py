@@ -142,6 +142,7 @@ WINDOWS = (
 
 CHANNELS = (1, 5, 24, 64, 130, 257)
 
+
 def largest_cases() -> Iterator[tuple]:
     """Arguments of `largest`: windows that leave pixels, of maps of every size, with and without what is no number."""
     for size, channels, window, dtype in itertools.product(SIZES, CHANNELS, WINDOWS, (F32, BF16)):

@@ -194,8 +194,9 @@ void wait_for(Done& done, int64_t chunks) {
         syscall(SYS_futex, &done.count, FUTEX_WAIT_PRIVATE, count, nullptr, nullptr, 0);
 }
 
+/// One thread's part of a run; behind `stop` nothing is computed any more.
 void run_steps(const Program& program, void* const* buffers, char* memory, int thread, int threads, Begun* begun,
-               Done* done) {
+               Done* done, const std::atomic<bool>& stop) {
     Scratch scratch{memory + thread * program.scratch};
     for (size_t i = 0; i < program.steps.size(); i++) {
         const Work& work = program.steps[i];
@@ -206,7 +207,7 @@ void run_steps(const Program& program, void* const* buffers, char* memory, int t
             while (own.next.load(std::memory_order_relaxed) < end - start) {
                 const int64_t chunk = start + own.next.fetch_add(1, std::memory_order_relaxed);
                 if (chunk >= end) break;
-                work.run(int64_t(i), buffers, chunk, scratch);
+                if (!stop.load(std::memory_order_relaxed)) work.run(int64_t(i), buffers, chunk, scratch);
                 add_one(done[i], work.chunks);
             }
         }
@@ -267,31 +268,40 @@ void free_program(void* program) { delete static_cast<Program*>(program); }
 /// Bytes that each thread needs beside the buffers.
 int64_t scratch_size(const void* program) { return static_cast<const Program*>(program)->scratch; }
 
-/// Run a program over its buffers, with scratch memory of `scratch_size` bytes for each thread.
-void run_program(const void* given, void* const* buffers, void* scratch, int threads) {
+/// Run a program over its buffers, with scratch memory of `scratch_size` bytes for each thread. The thread that calls
+/// asks `check`, unless that is null, whether the result will count, while the others begin. Returns the answer.
+int run_program(const void* given, void* const* buffers, void* scratch, int threads, int (*check)()) {
     const Program& program = *static_cast<const Program*>(given);
     const size_t count = program.steps.size();
     std::unique_ptr<Begun[]> begun(new Begun[count * threads]);
     std::unique_ptr<Done[]> done(new Done[count]);
-    char* memory = static_cast<char*>(scratch);
-    if (threads == 1 || alone_after_fork()) return run_steps(program, buffers, memory, 0, 1, begun.get(), done.get());
-    const bool helped = program.pace.helped();
-    const Times before = now();
+    std::atomic<bool> stop{false};
+    const bool several = threads > 1 && !alone_after_fork(), helped = several && program.pace.helped();
     if (!helped) threads = 1;
+    Times before = {};
     const auto work = [&](int thread) {
-        run_steps(program, buffers, memory, thread, threads, begun.get(), done.get());
+        if (thread == 0) {
+            if (check) stop = !check();
+            before = now();
+        }
+        run_steps(program, buffers, static_cast<char*>(scratch), thread, threads, begun.get(), done.get(), stop);
     };
+    if (threads == 1) {
+        work(0);
+    } else {
 #if defined(__SANITIZE_THREAD__)  // it does not know OpenMP's barriers
-    std::vector<std::thread> helpers;
-    for (int thread = 1; thread < threads; thread++) helpers.emplace_back(work, thread);
-    work(0);
-    for (std::thread& helper : helpers) helper.join();
+        std::vector<std::thread> helpers;
+        for (int thread = 1; thread < threads; thread++) helpers.emplace_back(work, thread);
+        work(0);
+        for (std::thread& helper : helpers) helper.join();
 #else
 #pragma omp parallel num_threads(threads)
-    work(omp_get_thread_num());
+        work(omp_get_thread_num());
 #endif
+    }
     const Times after = now();
-    program.pace.add(helped, {after.wall - before.wall, after.cpu - before.cpu});
+    if (several && !stop) program.pace.add(helped, {after.wall - before.wall, after.cpu - before.cpu});
+    return !stop;
 }
 
 }  // extern "C"

@@ -70,6 +70,9 @@ class Step(ctypes.Structure):
     )
 
 
+CHECK = ctypes.CFUNCTYPE(c_int)
+"""What a program's run asks whether its result counts."""
+
 _PROGRAM = {
     "lanes": (),
     "packed_size": (POINTER(Step),),
@@ -78,7 +81,7 @@ _PROGRAM = {
     "new_program": (POINTER(Step), c_int64),
     "free_program": (c_void_p,),
     "scratch_size": (c_void_p,),
-    "run_program": (c_void_p, POINTER(c_void_p), c_void_p, c_int),
+    "run_program": (c_void_p, POINTER(c_void_p), c_void_p, c_int, CHECK),
 }
 
 
@@ -108,6 +111,7 @@ SOURCES = {
             "bands_of": c_int64,
             "scratch_size": c_int64,
             "new_program": c_void_p,
+            "run_program": c_int,
         },
         ("-ffp-contract=fast",),
         needed=False,

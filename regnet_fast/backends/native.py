@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..observer import observer
 from . import cpu_library
-from .cpu_library import Step
+from .cpu_library import CHECK, Step
 from .problem import Apart, ConvProblem, Geometry, NormActProblem, Problem, Run, SqueezeExciteProblem
 
 CONV, MEANS, AFFINE, LARGEST, AVERAGE = range(5)
@@ -148,7 +148,8 @@ class Program:
         places: of each buffer.
         size: bytes of the program's own memory.
 
-    `program(pointers)` runs it with torch's number of threads, on what the call gives. Safe to share between threads.
+    `program(pointers, check)` runs it with torch's number of threads, on what the call gives, and says whether the
+    result counts: what `check()` said, which is asked while the other threads begin. Safe to share between threads.
     """
 
     def __init__(self, steps: Sequence[Step], keep: object, places: Sequence[Place], size: int = 0):
@@ -161,7 +162,7 @@ class Program:
         self._scratch = self._lib.scratch_size(self._handle)
         self._free: list[tuple[int, Tensor, ctypes.Array]] = []
 
-    def __call__(self, pointers: Sequence[int | None]) -> None:
+    def __call__(self, pointers: Sequence[int | None], check: Callable[[], bool] | None = None) -> bool:
         threads = torch.get_num_threads()
         try:
             held = self._free.pop()
@@ -176,8 +177,21 @@ class Program:
         for i, given, offset in self._given:
             pointer = pointers[given]
             array[i] = None if pointer is None else pointer + offset
-        self._lib.run_program(self._handle, array, held[1].data_ptr() + self._size, threads)
+        raised: list[BaseException] = []
+
+        def checked() -> bool:
+            try:
+                return check()
+            except BaseException as error:  # which cannot pass through C
+                raised.append(error)
+                return False
+
+        asked = CHECK() if check is None else CHECK(checked)
+        counts = self._lib.run_program(self._handle, array, held[1].data_ptr() + self._size, threads, asked)
         self._free.append(held)
+        if raised:
+            raise raised[0]
+        return bool(counts)
 
 
 def bands_of(step: Step) -> int:

@@ -115,7 +115,7 @@ class Chain:
     def _one_by_one(links: list[nn.Module], x: Tensor) -> Tensor:
         own = False
         for child in links:
-            if _is_fused(child):
+            if is_fused(child):
                 x, own = child.step(x, own)
             else:
                 x, own = child(x), False
@@ -128,7 +128,7 @@ class Chain:
         return plain
 
 
-def _is_fused(child: nn.Module) -> bool:
+def is_fused(child: nn.Module) -> bool:
     """Whether a call of a block is a step of it and nothing else."""
     return isinstance(child, Fused) and not_derived(child) and only_forwards(child)
 
@@ -139,7 +139,7 @@ def current_plans(links: Iterable[nn.Module], x: Tensor) -> list[Plan] | None:
         return None
     plans = []
     for child in links:
-        if not _is_fused(child):
+        if not is_fused(child):
             return None
         plan = child.plan(x)
         if plan is None:

@@ -163,6 +163,11 @@ def unfit(x: Tensor) -> str | None:
     return transformed()
 
 
+def _key(dtype: torch.dtype, casts: bool) -> tuple:
+    """What a block has a plan for."""
+    return dtype, casts, forced_backend(), torch._C._get_mkldnn_enabled()
+
+
 def _device_type(x: Tensor) -> str:
     return "cpu" if x.is_cpu else x.device.type
 
@@ -321,7 +326,7 @@ class Fused(Freezable):
 
     def _current(self, dtype: torch.dtype, casts: bool) -> Plan:
         """The plan for a dtype, to which autocast `casts` other weights, made anew where the block has changed."""
-        key = (dtype, casts, forced_backend(), torch._C._get_mkldnn_enabled())
+        key = _key(dtype, casts)
         plans = self.__dict__.get(STATE)
         plan = plans.get(key) if plans is not None else None
         if plan is None or not plan.of(self) or not plan.current():
@@ -342,6 +347,13 @@ class Fused(Freezable):
             plan.calls += not counted
             return None
         return plan
+
+    def follows(self, plan: Plan, x: Tensor) -> bool:
+        """Whether a plan that `plan` gave before is what it would give for x; none is made."""
+        plans = self.__dict__.get(STATE)
+        if self.training or plans is None or plans.get(_key(x.dtype, False)) is not plan:
+            return False
+        return plan.of(self) and plan.current() and not (plan.tensors and plan.tensors[0].device != x.device)
 
     def _by_host(self, x: Tensor, reason: str, lost_speed: bool) -> Tensor:
         """The host's forward. Raises BackendError where a backend is forced; warns once where speed is lost unasked."""

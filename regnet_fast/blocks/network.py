@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from operator import is_
 from typing import ClassVar
 
@@ -12,13 +13,18 @@ from torch import Tensor, nn
 
 from ..backends import forced_backend, native
 from ..observer import observer
+from ..ops.convolution import autocast_enabled
 from ..trials import cpu
-from .chain import Chain, current_plans, made, told
+from ..trials.modes import current_mode
+from .chain import Chain, current_plans, is_fused, made, told
 from .fused import FOUND, PIECES, STATE, Freezable, Fused, Plan, unfit
+from .program import Program
 from .watch import hooks, not_derived, only_forwards, transformed
 
 _CALLED = ("forward_features", "forward_head")
 """What the host's forward calls of the network itself, and somebody may put their own in its place."""
+_SERVING_KEPT = 8
+"""For how many kinds of calls it is kept which program serves."""
 
 
 class Network(Freezable):
@@ -107,35 +113,39 @@ def _one_by_one(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-def _by_program(
-    network: Network, order: Sequence[nn.Module], layers: Sequence[nn.Module], x: Tensor
-) -> Tensor | None:
+def _by_program(network: Network, order: Sequence[nn.Module], layers: Sequence[nn.Module], x: Tensor) -> Tensor | None:
     """What blocks and stages make of x, by one program; None where another way serves. `layers` are the same as the
     host calls them.
     """
-    links = _links(order[:1])
-    begin = current_plans(links[0][:1], x) if links else None
-    if begin is None:
+    if unfit(x) is not None or autocast_enabled("cpu"):
         return None
-    found = network.__dict__.get(FOUND)
-    if found is None or found.plans[0][0] is not begin[0] or not found.stands(network, order):
-        links = _links(order)
-        plans = None if links is None else current_plans((child for some in links for child in some), x)
-        if plans is None:
-            return None
-        network.__dict__[FOUND] = None  # the attributes are counted
-        found = _Found(network, order, links, plans)
-        network.__dict__[FOUND] = found if found.frozen else None
     planar = x.shape[1] <= native.FEW_CHANNELS and not x.is_contiguous(memory_format=torch.channels_last)
+    found = network.__dict__.get(FOUND)
+    facts = (x.shape, x.dtype, planar, torch.get_num_threads(), current_mode(), forced_backend())
+    facts += (torch.are_deterministic_algorithms_enabled(),)
+    if found is not None and facts in found.serving and observer.get() is None:
+        y = found.serving[facts](x, partial(found.stands, network, order, x))
+        if y is not None:
+            found.count()
+            return y
+        found = None
+    links = _links(order)
+    plans = None if links is None else current_plans((child for some in links for child in some), x)
+    if plans is None:
+        return None
+    if found is None or not found.of_these(network, order, links, plans):
+        network.__dict__[FOUND] = None  # the attributes are counted
+        found = network.__dict__[FOUND] = _Found(network, order, links, plans)
     program, whole = made(found.plans, x, planar)
     if program is None:
         return None
     ways: dict[str, Callable] = {"program": program, "blocks": partial(_one_by_one, layers)}
     if forced_backend() is None and not cpu.by_program(whole, ways.__getitem__, planar):
         return None
-    for plans in found.plans:
-        for plan in plans:
-            plan.calls += 1
+    if len(found.serving) >= _SERVING_KEPT:
+        found.serving.clear()
+    found.serving[facts] = program
+    found.count()
     if observer.get() is not None:
         y = x
         for some, plans in zip(found.links, found.plans, strict=True):
@@ -162,35 +172,57 @@ def _links(order: Sequence[nn.Module]) -> list[list[nn.Module]] | None:
 class _Found:
     """The blocks of a network, stage by stage, and their plans, which are current.
 
-    Attributes: `links`, the blocks of each stage; `plans`, likewise; `frozen`, whether `stands` can be asked later.
+    Attributes: `of`, the network and what it calls in its order; `links`, the blocks of each stage; `plans`, likewise;
+    `serving`, the program that serves calls of the same facts.
     """
 
     def __init__(self, network: Network, order: Sequence[nn.Module], links: list[list[Fused]], plans: list[Plan]):
         left = iter(plans)
-        self.links, self.plans = links, [[next(left) for _ in some] for some in links]
-        self._blocks = [child for some in links for child in some]
+        self.of, self.links, self.plans = (network, *order), links, [[next(left) for _ in some] for some in links]
+        self.serving: dict[tuple, Program] = {}
+        self._each = [*zip(chain.from_iterable(links), plans, strict=True)]
         pieces = {*network.__dict__.get(PIECES, {}).values()}
-        self.frozen = all(plan.frozen or child in pieces for child, plan in zip(self._blocks, plans, strict=True))
-        if not self.frozen:
+        self._looked_at = [(child, plan) for child, plan in self._each if not plan.frozen]
+        self._frozen = all(child in pieces for child, _ in self._looked_at)
+        if not self._frozen:
             return
-        self._states, self._network = [child.__dict__ for child in self._blocks], (network, *order)
-        inside = {id(m) for child in self._blocks if child not in pieces for m in child.modules()}
+        blocks = [child for child, _ in self._each]
+        self._states = [child.__dict__ for child in blocks]
+        inside = {id(m) for child in blocks if child not in pieces for m in child.modules()}
         around = [m for m in network.modules() if id(m) not in inside]
         self._around = [m.__dict__ for m in around]
         self._tables = [m._modules for m in around]
         self._children = [dict(table) for table in self._tables]
-        self._hooks = [table for m in (*around[1:], *self._blocks) for table in hooks(m)]
+        self._hooks = [table for m in (*around[1:], *blocks) for table in hooks(m)]
         self._sizes, self._kept = self._read()
 
     def _read(self) -> tuple[list[int], list]:
         return [*map(len, self._around), *map(len, self._states)], [state.get(STATE) for state in self._states]
 
-    def stands(self, network: Network, order: Sequence[nn.Module]) -> bool:
-        """Whether it is still true of this very network, which calls these in this order, as far as can be told at
-        once: of frozen blocks, and of pieces that were looked at just before. What was frozen has a state that is let
-        go with the promise, and an attribute that was added may be a replaced method.
+    def of_these(
+        self, network: Network, order: Sequence[nn.Module], links: list[list[Fused]], plans: list[Plan]
+    ) -> bool:
+        """Whether it was made of the same."""
+        same = self.of == (network, *order) and self.links == links
+        return same and all(map(is_, plans, chain.from_iterable(self.plans)))
+
+    def count(self) -> None:
+        """The plans were current in one call more."""
+        for _, plan in self._each:
+            plan.calls += 1
+
+    def stands(self, network: Network, order: Sequence[nn.Module], x: Tensor) -> bool:
+        """Whether it is still true of this very network, which calls these in this order.
+
+        Of what was frozen, as far as can be told at once: it has a state that is let go with the promise, and an
+        attribute that was added may be a replaced method.
         """
-        if not self.frozen or (network, *order) != self._network or any(self._hooks):
+        if (network, *order) != self.of or not self._each[0][0].follows(self._each[0][1], x):
+            return False
+        if not self._frozen:
+            same = _links(order) == self.links
+            return same and all(is_fused(child) and child.follows(plan, x) for child, plan in self._each)
+        if any(self._hooks) or not all(child.follows(plan, x) for child, plan in self._looked_at):
             return False
         sizes, kept = self._read()
         return sizes == self._sizes and all(map(is_, kept, self._kept)) and self._tables == self._children

@@ -355,7 +355,8 @@ def _check(problem: ConvProblem | NormActProblem) -> None:
 
 
 class Program:
-    """Stages one after another, each of several forms, for images of a shape and dtype: `program(x)`.
+    """Stages one after another, each of several forms, for images of a shape and dtype: `program(x)`, or
+    `program(x, check)`, which gives None where `check()` says that it does not count, and asks that meanwhile.
 
     Args:
         stages: the forms of each; a batch goes through each in parts.
@@ -388,11 +389,10 @@ class Program:
         self._layout = torch.channels_last if len(x.shape) == 4 else torch.contiguous_format
         self._run = native.Program(recorder.steps, recorder.kept, places, size)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, check: Callable[[], bool] | None = None) -> Tensor | None:
         x = x.contiguous(memory_format=torch.contiguous_format if self._planar else torch.channels_last)
         y = torch.empty(self.shape, dtype=self.dtype, device="cpu", memory_format=self._layout)
-        self._run([x.data_ptr(), y.data_ptr()])
-        return y
+        return y if self._run([x.data_ptr(), y.data_ptr()], check) else None
 
 
 _READ, _WRITTEN = ("x", "residual", "gate", "sums"), ("y", "sums")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from pathlib import Path
@@ -301,6 +302,42 @@ def test_programs_of_weights_that_have_changed_are_let_go(changed):
             gc.enable()
 
 
+def test_a_check_is_asked_while_the_other_threads_begin(threads):
+    problem = NormActProblem((64, 64, 32, 32), "relu", False, F32, "cpu")
+    program = native.prepare_norm_act(problem, torch.randn(64), torch.randn(64))._program
+    x, y = cases.maps(problem.input_shape, F32), torch.full((64, 32, 32, 64), cases.NAN)
+    expected = y.clone()
+    assert program([x.data_ptr(), expected.data_ptr(), None])
+
+    def check():
+        deadline = time.monotonic() + 20
+        while y.isnan().all() and time.monotonic() < deadline:
+            time.sleep(1e-3)
+        return time.monotonic() < deadline
+
+    threads(2)
+    assert program([x.data_ptr(), y.data_ptr(), None], check) and torch.equal(y, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_what_does_not_count_is_no_result(count, threads):
+    threads(count)
+    stage = stages(regnet_fast.rebuild(randomized("regnetx_002")).model)[1]
+    x = cases.maps((4, 24, 40, 40), F32)
+    program = Program([[block.read_form() for block in stage.links()]], x.shape, F32)
+    expected = program(x)
+    assert program(x, lambda: False) is None
+    assert torch.equal(program(x, lambda: True), expected)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        program(x, interrupted)
+    assert torch.equal(program(x), expected)
+
+
 def test_a_negated_view_is_read_as_what_it_says():
     model = regnet_fast.rebuild(randomized("regnetx_002")).model
     x = torch._neg_view(torch.randn(1, 56, 8, 8))
@@ -358,9 +395,10 @@ def test_a_broken_kernel_is_put_aside_by_its_trial(monkeypatch, tmp_path):
     cpu._verdicts.cache_clear()
     call = native.Program.__call__
 
-    def broken(self, pointers):
-        call(self, pointers)
+    def broken(self, pointers, check=None):
+        counts = call(self, pointers, check)
         torch.frombuffer((native.ctypes.c_float * 8).from_address(pointers[1]), dtype=F32).fill_(1e4)
+        return counts
 
     monkeypatch.setattr(native.Program, "__call__", broken)
     theirs = randomized("regnetx_002")
