@@ -205,7 +205,7 @@ class Freezable:
         return replica
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
+        return {name: value for name, value in super().__getstate__().items() if name not in _DERIVED}
 
 
 class Fused(Freezable):

@@ -133,22 +133,24 @@ def _by_program(network: Network, order: Sequence[nn.Module], layers: Sequence[n
     plans = None if links is None else current_plans((child for some in links for child in some), x)
     if plans is None:
         return None
-    if found is None or not found.of_these(network, order, links, plans):
-        network.__dict__[FOUND] = None  # the attributes are counted
-        found = network.__dict__[FOUND] = _Found(network, order, links, plans)
-    program, whole = made(found.plans, x, planar)
+    left = iter(plans)
+    staged = [[next(left) for _ in some] for some in links]
+    program, whole = made(staged, x, planar)
     if program is None:
         return None
     ways: dict[str, Callable] = {"program": program, "blocks": partial(_one_by_one, layers)}
     if forced_backend() is None and not cpu.by_program(whole, ways.__getitem__, planar):
         return None
+    if found is None or not found.of_these(network, order, links, staged):
+        network.__dict__[FOUND] = None  # the attributes are counted
+        found = network.__dict__[FOUND] = _Found(network, order, links, staged)
     if len(found.serving) >= _SERVING_KEPT:
         found.serving.clear()
     found.serving[facts] = program
     found.count()
     if observer.get() is not None:
         y = x
-        for some, plans in zip(found.links, found.plans, strict=True):
+        for some, plans in zip(links, staged, strict=True):
             y = told(some, plans, whole, y)
     return program(x)  # whose head sums in another order: who listens gets what everybody gets
 
@@ -176,11 +178,12 @@ class _Found:
     `serving`, the program that serves calls of the same facts.
     """
 
-    def __init__(self, network: Network, order: Sequence[nn.Module], links: list[list[Fused]], plans: list[Plan]):
-        left = iter(plans)
-        self.of, self.links, self.plans = (network, *order), links, [[next(left) for _ in some] for some in links]
+    def __init__(
+        self, network: Network, order: Sequence[nn.Module], links: list[list[Fused]], plans: list[list[Plan]]
+    ):
+        self.of, self.links, self.plans = (network, *order), links, plans
         self.serving: dict[tuple, Program] = {}
-        self._each = [*zip(chain.from_iterable(links), plans, strict=True)]
+        self._each = [*zip(chain.from_iterable(links), chain.from_iterable(plans), strict=True)]
         pieces = {*network.__dict__.get(PIECES, {}).values()}
         self._looked_at = [(child, plan) for child, plan in self._each if not plan.frozen]
         self._frozen = all(child in pieces for child, _ in self._looked_at)
@@ -200,11 +203,10 @@ class _Found:
         return [*map(len, self._around), *map(len, self._states)], [state.get(STATE) for state in self._states]
 
     def of_these(
-        self, network: Network, order: Sequence[nn.Module], links: list[list[Fused]], plans: list[Plan]
+        self, network: Network, order: Sequence[nn.Module], links: list[list[Fused]], plans: list[list[Plan]]
     ) -> bool:
         """Whether it was made of the same."""
-        same = self.of == (network, *order) and self.links == links
-        return same and all(map(is_, plans, chain.from_iterable(self.plans)))
+        return (self.of, self.links, self.plans) == ((network, *order), links, plans)
 
     def count(self) -> None:
         """The plans were current in one call more."""
