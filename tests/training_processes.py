@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -144,3 +145,5 @@ def main(rank: int, folder: str) -> None:
             print(name, found, file=sys.stderr)
         torch.save(found, Path(folder) / f"{i}-{rank}.pt")
     dist.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)  # at an ordinary end a thread of torch's process groups may be left that nobody joins, which aborts
