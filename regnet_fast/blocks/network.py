@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from operator import is_
@@ -19,6 +20,7 @@ from ..trials.modes import current_mode
 from .chain import Chain, current_plans, is_fused, made, told
 from .fused import FOUND, PIECES, STATE, Freezable, Fused, Plan, unfit
 from .program import Program
+from .units import Refused
 from .watch import hooks, not_derived, only_forwards, transformed
 
 _CALLED = ("forward_features", "forward_head")
@@ -49,6 +51,15 @@ class Network(Freezable):
     def in_order(self) -> Iterator[nn.Module]:
         """The stem, stages and all else that the host's forward calls on what the one before gave."""
         raise NotImplementedError
+
+    def could_take_in(self) -> Iterator[nn.Module]:
+        """The layers that stand in no block and would be in the program of the frozen network."""
+        for name, cls in self.loose:
+            layer = self._modules.get(name)
+            if layer is not None and not isinstance(layer, Fused):
+                with suppress(Refused):
+                    cls.around((name, layer)).read_form()
+                    yield layer
 
     def _with_pieces(self, order: Sequence[nn.Module], x: Tensor) -> Sequence[nn.Module]:
         """For inputs like x, with the blocks around layers that stand in no block in their places."""

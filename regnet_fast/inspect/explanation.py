@@ -140,7 +140,7 @@ def _host_modules(model: nn.Module, train: bool) -> list[tuple[str, nn.Module, s
     kept = {id(module): why_not(module, cls) for _, module, cls in candidates(model)}
     by_reference = train and forced_backend() == "reference"
     networks = [module for module in model.modules() if isinstance(module, Network)]
-    loose = {network._modules.get(name) for network in networks for name, _ in network.loose}
+    loose = {layer for network in networks for layer in network.could_take_in()}
     found = []
 
     def walk(path: str, module: nn.Module) -> None:

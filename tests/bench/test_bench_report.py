@@ -388,6 +388,14 @@ def test_families_marker(results):
     assert tuple(rows[0])[:3] == titles and f"](bench/results/{CPU}/report.md)" in readme.read_text()
 
 
+def test_the_families_are_shown_frozen_where_that_was_timed():
+    one, other = case("regnetx_032", 1), case("regnetx_032", 8)
+    one["variants"]["regnet_fast frozen"] = variant(8.0, ratios={"eager": ratio("eager", 1.9)})
+    titles, rows = (found := tables.families([one, other])).titles, found.rows
+    assert titles[1:3] == ("over timm, batch 1", "over timm, batch 8") and rows[0][1:3] == ("1.90x", "1.50x")
+    assert tables.best_ratios(one)["eager"]["ratio"] == 1.9 and tables.best_ratios(other) is other["ratios"]
+
+
 def test_results_elsewhere_have_no_markers_to_fill(results, tmp_path):
     elsewhere = results.rename(tmp_path / "bench" / "other")
     readme = put(elsewhere, "README.md", "<!-- bench:summary -->\n<!-- /bench:summary -->\n")
