@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regnet_fast.backends import forced_backend, select
+from regnet_fast.blocks.network import serving
 from regnet_fast.inspect import runtimes
 from regnet_fast.inspect.compare import edges, find_fault
 from regnet_fast.inspect.timing import (
@@ -30,6 +31,7 @@ from . import peers, record, spread, subjects
 from .cases import Case
 from .peers import OURS, Peer, Step
 from .roofline.model import work
+from .steps import timed_steps
 from .subjects import Subject
 
 
@@ -67,6 +69,7 @@ def _measure(
     found["work"] = _work(case, subject)
     eager = eager_results(subject)
     timed: list[tuple[Peer, Timed]] = []
+    frozen: dict[str, nn.Module] = {}
     for peer in (chosen[-1], *chosen[:-1]):  # ours first: where it is wrong the others need not be compiled
         name = peers.shown_name(peer, case.kind)
         refused = _refuse(peer, subject)
@@ -99,10 +102,16 @@ def _measure(
                 torch.cuda.empty_cache()
             continue
         timed.append((peer, one))
+        if peer.frozen:
+            frozen[name] = module
     timed = [*timed[1:], timed[0]] if timed and timed[0][0].name == OURS else timed
     interleave([one for _, one in timed], rounds, announce)
     variants = found["variants"]
     variants |= {one.name: _result(one, peer, subject) for peer, one in timed}
+    for name, module in frozen.items():
+        if (program := serving(module)) is not None:
+            announce(f"steps of {name}")
+            variants[name]["steps"] = timed_steps(program, *subject.inputs, rounds)
     for peer, one in timed:
         if peer.name == OURS:
             found["ratios"] = spread.ratios(variants, one.name)

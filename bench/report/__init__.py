@@ -29,6 +29,11 @@ _CEILINGS = (
     "products, which on a CPU may be slower than its arithmetic."
 )
 
+_STEPS = (
+    "The steps of one program, timed inside it. Operations are those of a direct convolution, so that Winograd's may "
+    "pass the peak. What a step waits for its slowest thread is in its time."
+)
+
 
 def load_results(folder: Path) -> Results:
     """Read every run of a results folder, by machine and kind.
@@ -121,6 +126,9 @@ def _case_sections(kind: str, run: Run) -> list[Block]:
             blocks += [Heading(3, "Forward and backward"), passes]
         if use.titles:
             blocks += [Heading(3, "Use of the machine"), use]
+        steps = tables.steps(cases, ceilings)
+        if steps.rows:
+            blocks += [Heading(3, "Steps of a frozen network"), _STEPS, steps]
         return blocks
     if tables.with_ours(run):
         blocks.append(tables.compact(kind, tables.with_ours(run)))

@@ -205,6 +205,27 @@ def use(kind: str, cases: Sequence[Case], ceilings: dict[str, Any]) -> Table:
     return found if not found.titles else table(cases, [*_case_columns(kind, cases), *columns])
 
 
+def steps(cases: Sequence[Case], ceilings: dict[str, Any]) -> Table:
+    """Where the time of frozen networks goes, and what the classes of their steps reach of the peak."""
+    rows, peaks = [], ceilings.get("flops_per_s", {})
+    for case in cases:
+        found, peak = case["variants"].get(FROZEN, {}).get("steps", ()), peaks.get(case["dtype"])
+        whole = {key: sum(one[key] for one in found) for key in ("steps", "ms", "flops")}
+        for one in [{"what": "all", **whole}, *found] if found else ():
+            reached = one["flops"] and peak and number(100 * one["flops"] / (1e-3 * one["ms"] * peak), 2)
+            share = number(100 * one["ms"] / whole["ms"], 2)
+            where = (
+                case["name"],
+                str(case["batch"]),
+                _detail(case["size"]),
+                case["dtype"],
+                one["what"],
+                str(one["steps"]),
+            )
+            rows.append((*where, number(one["ms"]), share, reached or ABSENT))
+    return _filled(("model", "batch", "size", "dtype", "steps", "how many", "ms", "% of the time", "% of peak"), rows)
+
+
 def compact(kind: str, cases: Sequence[Case]) -> Table:
     """A short table of blocks or operations: one row for each model or operation and dtype."""
     return overview((_SPLIT[kind][1], "dtype"), groups(kind, cases))

@@ -194,9 +194,9 @@ void wait_for(Done& done, int64_t chunks) {
         syscall(SYS_futex, &done.count, FUTEX_WAIT_PRIVATE, count, nullptr, nullptr, 0);
 }
 
-/// One thread's part of a run; behind `stop` nothing is computed any more.
+/// One thread's part of a run; behind `stop` nothing is computed any more. `ended` is null, or takes when each step ended.
 void run_steps(const Program& program, void* const* buffers, char* memory, int thread, int threads, Begun* begun,
-               Done* done, const std::atomic<bool>& stop) {
+               Done* done, const std::atomic<bool>& stop, double* ended) {
     Scratch scratch{memory + thread * program.scratch};
     for (size_t i = 0; i < program.steps.size(); i++) {
         const Work& work = program.steps[i];
@@ -212,6 +212,7 @@ void run_steps(const Program& program, void* const* buffers, char* memory, int t
             }
         }
         wait_for(done[i], work.chunks);
+        if (ended) ended[i] = now().wall;
     }
 }
 
@@ -269,8 +270,9 @@ void free_program(void* program) { delete static_cast<Program*>(program); }
 int64_t scratch_size(const void* program) { return static_cast<const Program*>(program)->scratch; }
 
 /// Run a program over its buffers, with scratch memory of `scratch_size` bytes for each thread. The thread that calls
-/// asks `check`, unless that is null, whether the result will count, while the others begin. Returns the answer.
-int run_program(const void* given, void* const* buffers, void* scratch, int threads, int (*check)()) {
+/// asks `check`, unless that is null, whether the result will count, while the others begin. Returns the answer. Unless
+/// `seconds` is null, it takes the time of each step.
+int run_program(const void* given, void* const* buffers, void* scratch, int threads, int (*check)(), double* seconds) {
     const Program& program = *static_cast<const Program*>(given);
     const size_t count = program.steps.size();
     std::unique_ptr<Begun[]> begun(new Begun[count * threads]);
@@ -284,7 +286,8 @@ int run_program(const void* given, void* const* buffers, void* scratch, int thre
             if (check) stop = !check();
             before = now();
         }
-        run_steps(program, buffers, static_cast<char*>(scratch), thread, threads, begun.get(), done.get(), stop);
+        run_steps(program, buffers, static_cast<char*>(scratch), thread, threads, begun.get(), done.get(), stop,
+                  thread == 0 ? seconds : nullptr);
     };
     if (threads == 1) {
         work(0);
@@ -300,6 +303,7 @@ int run_program(const void* given, void* const* buffers, void* scratch, int thre
 #endif
     }
     const Times after = now();
+    for (size_t i = seconds ? count : 0; i-- > 0;) seconds[i] -= i > 0 ? seconds[i - 1] : before.wall;
     if (several && !stop) program.pace.add(helped, {after.wall - before.wall, after.cpu - before.cpu});
     return !stop;
 }

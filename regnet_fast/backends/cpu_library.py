@@ -81,7 +81,7 @@ _PROGRAM = {
     "new_program": (POINTER(Step), c_int64),
     "free_program": (c_void_p,),
     "scratch_size": (c_void_p,),
-    "run_program": (c_void_p, POINTER(c_void_p), c_void_p, c_int, CHECK),
+    "run_program": (c_void_p, POINTER(c_void_p), c_void_p, c_int, CHECK, POINTER(c_double)),
 }
 
 

@@ -150,9 +150,12 @@ class Program:
 
     `program(pointers, check)` runs it with torch's number of threads, on what the call gives, and says whether the
     result counts: what `check()` said, which is asked while the other threads begin. Safe to share between threads.
+
+    Attributes: `steps`.
     """
 
     def __init__(self, steps: Sequence[Step], keep: object, places: Sequence[Place], size: int = 0):
+        self.steps = steps
         self._keep, self._lib, self._places, self._size = keep, _library(), places, size
         self._given = [(i, place.given, place.offset) for i, place in enumerate(places) if place.given is not None]
         self._handle = self._lib.new_program((Step * len(steps))(*steps), len(steps))
@@ -162,7 +165,12 @@ class Program:
         self._scratch = self._lib.scratch_size(self._handle)
         self._free: list[tuple[int, Tensor, ctypes.Array]] = []
 
-    def __call__(self, pointers: Sequence[int | None], check: Callable[[], bool] | None = None) -> bool:
+    def __call__(
+        self,
+        pointers: Sequence[int | None],
+        check: Callable[[], bool] | None = None,
+        seconds: ctypes.Array | None = None,
+    ) -> bool:
         threads = torch.get_num_threads()
         try:
             held = self._free.pop()
@@ -187,11 +195,17 @@ class Program:
                 return False
 
         asked = CHECK() if check is None else CHECK(checked)
-        counts = self._lib.run_program(self._handle, array, held[1].data_ptr() + self._size, threads, asked)
+        counts = self._lib.run_program(self._handle, array, held[1].data_ptr() + self._size, threads, asked, seconds)
         self._free.append(held)
         if raised:
             raise raised[0]
         return bool(counts)
+
+    def seconds(self, pointers: Sequence[int | None]) -> list[float]:
+        """The times of the steps of one run."""
+        found = (ctypes.c_double * len(self.steps))()
+        self(pointers, seconds=found)
+        return list(found)
 
 
 def bands_of(step: Step) -> int:

@@ -166,6 +166,12 @@ def _by_program(network: Network, order: Sequence[nn.Module], layers: Sequence[n
     return program(x)  # whose head sums in another order: who listens gets what everybody gets
 
 
+def serving(network: nn.Module) -> Program | None:
+    """The program that was last found to serve calls of a network; None where another way serves."""
+    found = network.__dict__.get(FOUND)
+    return next(reversed(found.serving.values()), None) if found is not None else None
+
+
 def _links(order: Sequence[nn.Module]) -> list[list[nn.Module]] | None:
     """The blocks of each stage, a stem with those of the stage behind it; None where somebody listens to a stage, or it
     may be more than its blocks.
@@ -189,9 +195,7 @@ class _Found:
     `serving`, the program that serves calls of the same facts.
     """
 
-    def __init__(
-        self, network: Network, order: Sequence[nn.Module], links: list[list[Fused]], plans: list[list[Plan]]
-    ):
+    def __init__(self, network: Network, order: Sequence[nn.Module], links: list[list[Fused]], plans: list[list[Plan]]):
         self.of, self.links, self.plans = (network, *order), links, plans
         self.serving: dict[tuple, Program] = {}
         self._each = [*zip(chain.from_iterable(links), chain.from_iterable(plans), strict=True)]

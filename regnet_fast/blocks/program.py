@@ -390,9 +390,18 @@ class Program:
         self._run = native.Program(recorder.steps, recorder.kept, places, size)
 
     def __call__(self, x: Tensor, check: Callable[[], bool] | None = None) -> Tensor | None:
-        x = x.contiguous(memory_format=torch.contiguous_format if self._planar else torch.channels_last)
-        y = torch.empty(self.shape, dtype=self.dtype, device="cpu", memory_format=self._layout)
+        x, y = self._maps(x)
         return y if self._run([x.data_ptr(), y.data_ptr()], check) else None
+
+    def _maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The input as it is read, and room for the result."""
+        x = x.contiguous(memory_format=torch.contiguous_format if self._planar else torch.channels_last)
+        return x, torch.empty(self.shape, dtype=self.dtype, device="cpu", memory_format=self._layout)
+
+    def timed(self, x: Tensor) -> list[tuple[Step, float]]:
+        """The steps of one run with their seconds."""
+        x, y = self._maps(x)
+        return [*zip(self._run.steps, self._run.seconds([x.data_ptr(), y.data_ptr()]), strict=True)]
 
 
 _READ, _WRITTEN = ("x", "residual", "gate", "sums"), ("y", "sums")

@@ -338,6 +338,23 @@ def test_what_does_not_count_is_no_result(count, threads):
     assert torch.equal(program(x), expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_steps_are_timed_inside_the_run(count, threads):
+    threads(count)
+    stage = stages(regnet_fast.rebuild(randomized("regnety_002")).model)[2]
+    x = cases.maps((2, 56, 64, 64), F32)
+    program = Program([[block.read_form() for block in stage.links()]], x.shape, F32)
+    program(x)
+    begin = time.perf_counter()
+    found = program.timed(x)
+    passed = time.perf_counter() - begin
+    seconds = [each for _, each in found]
+    assert all(each > 0 for each in seconds) and 0.5 * passed < sum(seconds) <= passed
+    large = max(found, key=lambda one: one[1])[0]
+    assert large.kind == native.CONV and large.out_height >= 32, "it is a convolution of a large map"
+
+
 def test_a_negated_view_is_read_as_what_it_says():
     model = regnet_fast.rebuild(randomized("regnetx_002")).model
     x = torch._neg_view(torch.randn(1, 56, 8, 8))

@@ -17,6 +17,7 @@ import torch
 from bench import __main__ as command_line
 from bench import cases, measure, peers, record, runner, spread
 from bench.cases import Case
+from regnet_fast.backends import cpu_library
 from regnet_fast.backends.passes import COMPILED, TORCH, compiled
 from regnet_fast.blocks import training
 from regnet_fast.inspect import runtimes
@@ -226,6 +227,31 @@ def test_each_runtime_is_measured(name):
     variant = found["variants"][name]
     assert variant["status"] == "timed" and found["ratios"]["peer"]["peer"] == name, variant
     assert torch.get_num_threads() in variant["settings"].values()
+
+
+FROZEN = "regnet_fast frozen"
+
+
+@pytest.mark.skipif(cpu_library.refuse("program") is not None, reason=str(cpu_library.refuse("program")))
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [
+        ("regnety_002", ["1x1", "3x3 groups of 8", "means, norms, pools", "stem", "vectors (gates, classifier)"]),
+        (
+            "repvgg_a0",
+            ["3x3 dense", "3x3 dense, Winograd", "means, norms, pools", "stem", "vectors (gates, classifier)"],
+        ),
+    ],
+)
+def test_the_steps_of_a_frozen_network_are_timed(name, classes):
+    case = Case("models", name, 2, "float32", 64)
+    found = measure.measure(case, "cpu", peers.choose([FROZEN], "cpu", "models"), 2, lambda text: None)
+    steps = found["variants"][FROZEN]["steps"]
+    assert {one["what"] for one in steps} == {*classes, "stem", "means, norms, pools", "vectors (gates, classifier)"}
+    assert sum(one["flops"] for one in steps) == found["work"]["flops"]
+    assert all(one["ms"] > 0 and one["steps"] > 0 for one in steps)
+    assert [one["ms"] for one in steps] == sorted((one["ms"] for one in steps), reverse=True)
+    assert "steps" not in found["variants"]["regnet_fast"]
 
 
 def test_calls_take_turns_on_copies_of_the_inputs():

@@ -215,6 +215,24 @@ def test_use_of_the_machine_beside_its_ceilings(results):
     assert not any("MiB" in title or title == "eager kernels" for title in rows[0])
 
 
+def test_steps_beside_the_peak():
+    plain, frozen = case("regnetx_002"), case("regnety_002", 8)
+    steps = [
+        {"what": "1x1", "steps": 26, "ms": 6.0, "flops": 900_000_000},
+        {"what": "means", "steps": 13, "ms": 2.0, "flops": 0},
+    ]
+    frozen["variants"]["regnet_fast frozen"] = variant(8.2, steps=steps)
+    assert not tables.steps([plain], {}).rows
+    # 9e8 operations at 2e11 per second are 4.5 ms, of 6 in the class and of 8 in all
+    found = [row[4:] for row in tables.steps([plain, frozen], run("models")["ceilings"]).rows]
+    assert found == [
+        ("all", "39", "8.00", "100", "56"),
+        ("1x1", "26", "6.00", "75", "75"),
+        ("means", "13", "2.00", "25", "-"),
+    ]
+    assert "% of peak" not in tables.steps([frozen], {}).titles
+
+
 def test_no_lower_bound_without_a_ceiling_for_the_dtype():
     ceilings = run("models")["ceilings"]
     # 1e9 bytes at 2e10 per second are 50 ms
