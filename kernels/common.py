@@ -11,6 +11,7 @@ from torch import Tensor
 from triton import knobs
 
 from ..observer import observer
+from ..settings import settings
 from .tables import TooLargeError
 
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -64,7 +65,7 @@ def unit(channels: int) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies: float32 in full, unless torch's own convolutions may use TF32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and settings().conv_tf32 else "ieee"
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:

@@ -5,6 +5,8 @@ At small batches a GPU waits for Python to start the next kernel. A graph starts
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 import warnings
 import weakref
@@ -20,11 +22,16 @@ from .backends import forced_backend
 from .blocks.fused import FallbackWarning, Fused
 from .blocks.watch import Watch, hooked, transformed
 from .observer import observer
+from .recorder import recorder
+from .settings import settings
 from .trials.modes import current_mode
 from .trials.session import session
 
 _KEPT = 8
 """How many recorded calls a model keeps: the last ones used."""
+
+_UNCACHED = ("PYTORCH_NO_CUDA_MEMORY_CACHING", "PYTORCH_NO_HIP_MEMORY_CACHING")
+"""Which variables, where one is 1, make torch ask the driver for each tensor's memory."""
 
 
 class _End:
@@ -48,20 +55,24 @@ class _End:
 class Capture:
     """One recorded call of a model: its input, its results, and the graph that computes them from it.
 
-    Raises what the call itself raises, and RuntimeError where it does something that no graph can hold.
+    Raises what the call itself raises, and RuntimeError where it does something that no graph can hold, or computes
+    nothing on the stream that is recorded: a replay would give the results of the recording.
     """
 
     def __init__(self, call: Callable[[Tensor], Any], x: Tensor, pool: Any):
         self.input = torch.empty_like(x).copy_(x)
         call(self.input)  # packs weights and compiles kernels
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        current, side = torch.cuda.current_stream(), _side()
         side.wait_stream(current)
         with torch.cuda.stream(side):
             call(self.input)  # finds all of it done, as the recording has to
         current.wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        self.graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             self.results = call(self.input)
+        if not _operations(self.graph):
+            raise RuntimeError(f"nothing was recorded: the model computes nothing on {x.device}, or on another stream")
+        self.graph.instantiate()
         self.end = _End(current)
 
     @staticmethod
@@ -69,6 +80,8 @@ class Capture:
         """Why no call on such an input can be recorded, or None."""
         if not x.is_cuda:
             return f"CUDA graphs need a GPU, and the input is on {x.device}"
+        if any(os.environ.get(name) == "1" for name in _UNCACHED):
+            return f"no graph can hold memory without torch's cache of it, which {' or '.join(_UNCACHED)} switches off"
         if torch.cuda.is_current_stream_capturing():
             return "the stream is recorded already"
         return None
@@ -80,8 +93,8 @@ class Capture:
 
     @staticmethod
     def on(device: torch.device) -> Any:
-        """A context in which `device` is the current one."""
-        return torch.cuda.device(device)
+        """A context in which `device` is the current one, with the stream that is now current there."""
+        return torch.cuda.stream(torch.cuda.current_stream(device))
 
     def replay(self, x: Tensor) -> Any:
         """The results for x, in memory of their own. No other capture of the same pool may be running."""
@@ -91,6 +104,27 @@ class Capture:
         results = pytree.tree_map_only(Tensor, torch.clone, self.results)
         self.end.reached()
         return results
+
+
+_SIDES: dict[int, torch.cuda.Stream] = {}
+
+
+def _side() -> torch.cuda.Stream:
+    """The stream on which all calls on the current device are recorded: captures share a pool's memory on one alone."""
+    device = torch.cuda.current_device()
+    if device not in _SIDES:
+        _SIDES[device] = torch.cuda.Stream()
+    return _SIDES[device]
+
+
+def _operations(graph: torch.cuda.CUDAGraph) -> int:
+    """How many operations a graph holds, as the driver says. torch itself only warns of an empty one."""
+    count = ctypes.c_size_t()
+    driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    status = driver.cuGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count))
+    if status:
+        raise RuntimeError(f"the driver does not tell what was recorded: CUDA error {status}")
+    return count.value
 
 
 class _Recorded:
@@ -136,6 +170,7 @@ class Graphs:
             torch.compiler.is_compiling()
             or model.training
             or observer.get() is not None
+            or recorder.is_here
             or torch._C._get_tracing_state() is not None
         ):
             return model._call_impl(*args, **kwargs)
@@ -177,7 +212,8 @@ class Graphs:
             if current_mode() == "on":
                 call(x)  # notes what was never tried
                 session.settle()
-            found = _Recorded(model, Capture(call, x, self._pool))
+            capture = recorder.run(lambda: Capture(call, x, self._pool), x.device.type, Capture.on(x.device))
+            found = _Recorded(model, capture)
         except RuntimeError as error:
             model._call_impl(x)  # the model's own error, if this input has one
             self._refused[key] = f"the call cannot be recorded: {str(error).strip().splitlines()[0]}"
@@ -207,9 +243,10 @@ def _key(x: Tensor) -> tuple:
         x.is_contiguous(memory_format=torch.channels_last) if x.dim() == 4 else None,
         autocast,
         forced_backend(),
-        torch.backends.cudnn.allow_tf32,
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
+        settings(),
+        torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
+        torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
+        torch._C._get_cublas_allow_fp16_accumulation(),
     )
 
 

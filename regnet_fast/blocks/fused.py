@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..backends import BackendError, forced_backend
 from ..observer import observer
 from ..ops.packed import Packed
+from ..recorder import recorded_elsewhere
+from ..settings import settings
 from ..trials import cpu
 from ..trials.session import session, waiting
 from . import training
@@ -38,6 +40,11 @@ FOUND = "_regnet_fast_found"
 """Where a frozen network keeps the plans of its blocks."""
 _PACKED = (STATE, _FROZEN, PIECES, FOUND)
 _DERIVED = (*_PACKED, _TRAINED)
+
+_RECORDED = (
+    "somebody records the stream as a CUDA graph, in which packed weights would not follow the model's; use "
+    "regnet_fast.graphed(model), which records it anew"
+)
 
 _BRIEF = 2
 """After how many plans that were good for one call the weights are taken for ones that change in every call."""
@@ -163,9 +170,9 @@ def unfit(x: Tensor) -> str | None:
     return transformed()
 
 
-def _key(dtype: torch.dtype, casts: bool) -> tuple:
-    """What a block has a plan for."""
-    return dtype, casts, forced_backend(), torch._C._get_mkldnn_enabled()
+def _key(x: Tensor, dtype: torch.dtype, casts: bool) -> tuple:
+    """What a block has a plan for: all that is decided on when weights are packed."""
+    return dtype, casts, forced_backend(), torch._C._get_mkldnn_enabled() if x.is_cpu else settings()
 
 
 def _device_type(x: Tensor) -> str:
@@ -311,11 +318,13 @@ class Fused(Freezable):
         dtype = torch.get_autocast_dtype(device) if casts else x.dtype
         if dtype not in _DTYPES:
             return None, x, f"autocast to {dtype} is left to the host"
-        plan = self._current(dtype, casts)
+        plan = self._current(x, dtype, casts)
         if plan.refusal is not None:
             return plan, x, plan.refusal
         if plan.tensors and plan.tensors[0].device != x.device:
             return plan, x, f"the input is on {x.device}, the weights on {plan.tensors[0].device}"
+        if recorded_elsewhere(x):
+            return plan, x, _RECORDED
         if plan.in_channels is not None and x.shape[1] != plan.in_channels:
             return plan, x, f"an input of {x.shape[1]} channels is left to the host"
         if x.dtype != dtype:
@@ -324,9 +333,9 @@ class Fused(Freezable):
             x = x.to(dtype)
         return plan, x, None
 
-    def _current(self, dtype: torch.dtype, casts: bool) -> Plan:
-        """The plan for a dtype, to which autocast `casts` other weights, made anew where the block has changed."""
-        key = _key(dtype, casts)
+    def _current(self, x: Tensor, dtype: torch.dtype, casts: bool) -> Plan:
+        """The plan for x in a dtype, to which autocast `casts` other weights, made anew where the block has changed."""
+        key = _key(x, dtype, casts)
         plans = self.__dict__.get(STATE)
         plan = plans.get(key) if plans is not None else None
         if plan is None or not plan.of(self) or not plan.current():
@@ -340,8 +349,8 @@ class Fused(Freezable):
         """
         if self.training:
             return None
-        plan = self._current(x.dtype, False)
-        if plan.refusal is not None or (plan.tensors and plan.tensors[0].device != x.device):
+        plan = self._current(x, x.dtype, False)
+        if plan.refusal is not None or recorded_elsewhere(x) or (plan.tensors and plan.tensors[0].device != x.device):
             return None
         if plan.waits():
             plan.calls += not counted
@@ -351,7 +360,7 @@ class Fused(Freezable):
     def follows(self, plan: Plan, x: Tensor) -> bool:
         """Whether a plan that `plan` gave before is what it would give for x; none is made."""
         plans = self.__dict__.get(STATE)
-        if self.training or plans is None or plans.get(_key(x.dtype, False)) is not plan:
+        if self.training or plans is None or plans.get(_key(x, x.dtype, False)) is not plan:
             return False
         return plan.of(self) and plan.current() and not (plan.tensors and plan.tensors[0].device != x.device)
 

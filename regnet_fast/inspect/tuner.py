@@ -25,6 +25,7 @@ from ..backends import BackendError, backend
 from ..kernels import tables
 from ..kernels.tables import HEURISTIC, Choice, words
 from ..observer import observing
+from ..settings import settings
 from ..store.verdicts import Outcome, Verdict
 from ..trials.clock import Timer, timer
 from ..trials.process import descriptors, serve
@@ -178,7 +179,7 @@ def _rounding(dtype: torch.dtype) -> float:
     """
     if dtype != torch.float32:
         return torch.finfo(dtype).eps
-    return 2**-10 if torch.backends.cudnn.allow_tf32 else 2**-16
+    return 2**-10 if settings().conv_tf32 else 2**-16
 
 
 _tuner: Tuner | None = None

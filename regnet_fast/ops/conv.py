@@ -230,7 +230,7 @@ def _packed(
             f"{op}: packed weights are for inference; pass plain weights where a gradient is needed, "
             "or use torch.no_grad()"
         )
-    return _run(packed.here(), x, gate, residual, means)
+    return _run(packed.here(x), x, gate, residual, means)
 
 
 def _run(

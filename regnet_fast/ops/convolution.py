@@ -22,6 +22,7 @@ from ..backends import (
     onednn,
     pixel_means,
 )
+from ..settings import settings
 from ..trials import cpu
 from ..trials.modes import current_mode, watched
 from ..trials.serving import Serving
@@ -49,23 +50,24 @@ class PackedConv(Packed):
         super().__init__()
         self.weight, self.bias, self.geometry, self.activation = weight, bias, geometry, activation
         self._unpacked: dict[tuple, Run] = {}
-        self._forced: dict[str, PackedConv] = {}
+        self._here: dict[tuple, PackedConv] = {}
 
     @property
     def op(self) -> str:
         """The narrowest public operation that serves it."""
         return self.geometry.op(self.weight.shape[2:])
 
-    def here(self) -> PackedConv:
-        """The same weights for the backend that is forced here and now."""
-        forced = forced_backend()
-        if forced is None:
+    def here(self, x: Tensor) -> PackedConv:
+        """The same weights for the backend that is forced and, on a GPU, for torch's settings here and now."""
+        facts = forced_backend(), settings() if _decides(x) else None
+        if facts == (None, None):
             return self
-        if forced not in self._forced:
+        one = self._here.get(facts)
+        if one is None:
             one = copy.copy(self)
             one._runs, one._provisional, one._unpacked = {}, {}, {}
-            self._forced = {**self._forced, forced: one}
-        return self._forced[forced]
+            self._here = {**self._here, facts: one}
+        return one
 
     def key(
         self,

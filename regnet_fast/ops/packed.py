@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..backends import Problem, Run
+from ..recorder import recorded_elsewhere
 from ..trials.serving import Serving, noted, serving
 from ..trials.session import session
 
@@ -36,7 +37,10 @@ class Packed:
         raise NotImplementedError
 
     def run_for(self, *operands: Any) -> Run:
-        """What serves a call: until a trial has decided, what served the last one."""
+        """What serves a call: until a trial has decided, what served the last one.
+
+        What is packed while somebody records the stream is in the graph alone, and is not kept.
+        """
         key = self.key(*operands)
         run = self._runs.get(key)
         if run is not None:
@@ -46,6 +50,8 @@ class Packed:
             return run
         problem = self.problem(*operands)
         by = serving(problem)
+        if recorded_elsewhere(operands[0]):
+            return self.bind(problem, by)
         if by.settled:
             self._provisional = {other: one for other, one in self._provisional.items() if other != key}
             return self._kept(key, self.bind(problem, by))

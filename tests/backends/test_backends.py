@@ -314,7 +314,7 @@ def test_a_force_reaches_weights_that_are_already_packed():
             R.pointwise_conv(x, conv)
             block(x)
             units = [unit for unit in vars(block.plan(x).form).values() if isinstance(unit, Packed)]
-            labels = {label for packed in (conv.here(), *units) for label in runs_of(packed)}
+            labels = {label for packed in (conv.here(x), *units) for label in runs_of(packed)}
         assert len(units) == 5 and (labels == {reference.LABEL}) == (name == "reference")
         assert name == "reference" or reference.LABEL not in labels
     with backend("aten"), torch.backends.mkldnn.flags(enabled=False), pytest.raises(BackendError):
@@ -340,8 +340,9 @@ def test_only_the_last_shapes_are_kept(force, most):
     shapes = [(1, 3, h, w) for h in range(1, 8) for w in range(1, 8)]
     with backend(force):
         for shape in shapes:
-            R.pointwise_conv(torch.randn(shape), packed)
-        assert [tuple(key[0]) for key in packed.here()._runs] == shapes[-most:]
+            x = torch.randn(shape)
+            R.pointwise_conv(x, packed)
+        assert [tuple(key[0]) for key in packed.here(x)._runs] == shapes[-most:]
     x = torch.randn(shapes[0])  # one that was dropped
     with backend("reference"):
         expected = R.pointwise_conv(x, packed.weight)

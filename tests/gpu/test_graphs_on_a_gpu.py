@@ -1,6 +1,8 @@
 """CUDA graphs on a real device: the numbers of the same model without one, streams, two models, and memory."""
 
 import copy
+import gc
+import threading
 
 import pytest
 import torch
@@ -98,3 +100,91 @@ def test_what_no_graph_holds_runs_as_ever():
     with pytest.warns(regnet_fast.FallbackWarning, match="cannot be recorded"):
         torch.testing.assert_close(model(x), x * x.sum())
     torch.testing.assert_close(model(x + 1), (x + 1) * (x + 1).sum())
+
+
+class Elsewhere(torch.nn.Module):
+    """Computes on a stream of its own, beside the one that is recorded."""
+
+    def __init__(self):
+        super().__init__()
+        self.stream = torch.cuda.Stream()
+
+    def forward(self, x):
+        with torch.cuda.stream(self.stream):
+            return x * 2
+
+
+@torch.no_grad()
+def test_a_recording_of_nothing_is_refused():
+    for model in (torch.nn.Identity().eval(), Elsewhere().eval()):
+        regnet_fast.graphed(model)
+        inputs = [torch.randn(4, device="cuda") for _ in range(3)]
+        torch.cuda.synchronize()
+        with pytest.warns(regnet_fast.FallbackWarning, match="cannot be recorded"):
+            found = [model(x) for x in inputs]
+        torch.cuda.synchronize()
+        for one, x in zip(found, inputs, strict=True):
+            torch.testing.assert_close(one, x if isinstance(model, torch.nn.Identity) else 2 * x)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_gpus(order):
+    """torch keeps one stream for all recordings of a process, on whichever GPU came first."""
+    for device in order:
+        with torch.cuda.device(device):
+            model = make("regnety_002").to(f"cuda:{device}")
+        plain = copy.deepcopy(model)
+        regnet_fast.graphed(model)
+        for _ in range(3):
+            x = torch.randn(2, 3, 96, 96, device=f"cuda:{device}")
+            with torch.cuda.device(1 - device):
+                assert_same(model(x), plain(x))
+        assert model._compiled_call_impl.reason is None
+
+
+@torch.no_grad()
+def test_what_was_recorded_for_a_thread_outlives_it():
+    """torch lets cuDNN's plans of a thread go when it ends."""
+    model = make("regnety_002", torch.float16)
+    plain = copy.deepcopy(model)
+    regnet_fast.graphed(model)
+    x = torch.randn(2, 3, 96, 96, device="cuda", dtype=torch.float16)
+    thread = threading.Thread(target=torch.no_grad()(model), args=(x,))
+    thread.start()
+    thread.join()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    for _ in range(3):
+        assert_same(model(x), plain(x))
+        x = x.flip(0)
+    assert len(model._compiled_call_impl) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("graphed", [False, True])
+@pytest.mark.parametrize("called", [False, True])
+def test_recorded_by_the_user(called, graphed):
+    """The graph is of the host's own forward, and follows the weights; calls before and after it are right as well."""
+    model = make("regnety_002")
+    plain = copy.deepcopy(model)
+    if graphed:
+        regnet_fast.graphed(model)
+    x = torch.randn(2, 3, 96, 96, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        (model if called else plain)(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.warns(regnet_fast.FallbackWarning), torch.cuda.graph(graph):
+        y = model(x)
+    for factor in (1, 2):
+        for m in (model, plain):
+            m.s2.b1.conv1.conv.weight.mul_(factor)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.testing.assert_close(y, plain(x), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-2, atol=1e-2)

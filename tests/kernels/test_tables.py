@@ -21,6 +21,7 @@ from regnet_fast.kernels import (
 )
 from regnet_fast.kernels.tables import HEURISTIC
 from regnet_fast.observer import observing
+from regnet_fast.settings import settings
 from regnet_fast.store.environment import environment
 from regnet_fast.store.verdicts import Outcome, Verdict, VerdictError, Verdicts, listing
 
@@ -149,7 +150,7 @@ def launched(count=1000, **options) -> list[dict]:
 
 
 def small_shape(count=1000):
-    return pointwise_conv.Shape(count, 24, 8, 4, False, False, 1, torch.backends.cudnn.allow_tf32, 90, 1)
+    return pointwise_conv.Shape(count, 24, 8, 4, False, False, 1, settings().conv_tf32, 90, 1)
 
 
 FIRST, SECOND = pointwise_conv.Config(64, 16, 32, 4, 2, True), pointwise_conv.Config(256, 16, 32, 8, 2, True)
