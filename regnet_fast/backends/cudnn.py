@@ -1,4 +1,6 @@
-"""cuDNN and cuBLAS on a GPU: convolution with bias, residual and ReLU in one call where the library has one."""
+"""cuDNN and cuBLAS on a GPU: the convolutions that torch itself calls, with what follows in place, or, where a trial
+chose it, convolution, bias, residual and ReLU in one call.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..settings import settings
 from . import reference
 from .activations import ACTIVATIONS
 from .problem import Apart, Call, ConvProblem, NormActProblem, Problem, Run
@@ -20,7 +23,7 @@ def refuse(problem: Problem) -> str | None:
     if not torch.backends.cudnn.is_available() or not torch.backends.cudnn.enabled:
         return "cuDNN is missing or switched off (torch.backends.cudnn)"
     if problem.dtype not in _DTYPES:
-        return f"the fused calls compute in float32, float16 and bfloat16, not in {problem.dtype}"
+        return f"these calls compute in float32, float16 and bfloat16, not in {problem.dtype}"
     return None
 
 
@@ -50,36 +53,31 @@ class PlainConv(Run):
 
 
 class FusedConv(PlainConv):
-    """cuDNN's convolution + bias [+ residual] + ReLU in one call, which raises where it has no engine for that."""
-
-    label = "cuDNN, fused"
-
-    def convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if residual is None:
-            return torch.ops.aten.cudnn_convolution_relu(x, self.weight, self.bias, *self.geometry)
-        return torch.ops.aten.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *self.geometry)
-
-
-class FusedOrPlainConv(FusedConv):
-    """The fused call, or the plain one for good once that has computed what the fused one could not.
+    """cuDNN's convolution + bias [+ residual] + ReLU in one call, or the plain one for good once that has computed what
+    the fused one could not.
 
     torch says of a missing engine no more than a RuntimeError with a text. So whatever is neither memory nor the device
     is taken for one, and an error that is not is the plain call's as well, which raises it.
     """
 
-    fuses = True
+    label = "cuDNN, fused"
 
     def convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if not self.fuses:
-            return PlainConv.convolve(self, x, residual)
-        try:
+        if self.refused:
             return super().convolve(x, residual)
+        try:
+            return self._fused(x, residual)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        except RuntimeError:
-            y = PlainConv.convolve(self, x, residual)
-            self.fuses, self.label = False, PlainConv.label
+        except RuntimeError as error:
+            y = super().convolve(x, residual)
+            self.refused, self.label = str(error)[:300] or type(error).__name__, PlainConv.label
             return y
+
+    def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if residual is None:
+            return torch.ops.aten.cudnn_convolution_relu(x, self.weight, self.bias, *self.geometry)
+        return torch.ops.aten.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *self.geometry)
 
 
 CONVS: dict[str, type[Run]] = {"plain": PlainConv, "fused": FusedConv}
@@ -87,16 +85,21 @@ CONVS: dict[str, type[Run]] = {"plain": PlainConv, "fused": FusedConv}
 
 
 def variants(problem: Problem) -> tuple[str, ...]:
-    """The variants that can compute a problem, first the one that always works."""
+    """The variants that can compute a problem, first the one that serves where none is named.
+
+    torch's fused calls ask for no deterministic kernel, whatever the settings, and with `benchmark` they run another
+    kernel in every process than the one that a trial has seen.
+    """
     if not isinstance(problem, ConvProblem):
         return ("",)
-    return ("plain", "fused") if problem.activation == "relu" else ("plain",)
+    on = settings()
+    fuses = problem.activation == "relu" and not on.deterministic and not on.benchmark
+    return ("plain", "fused") if fuses else ("plain",)
 
 
-def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None, variant: str | None = None) -> Run:
-    """The convolution bound to its weights, fused where cuDNN can unless a variant is named."""
-    untried = FusedOrPlainConv if problem.activation == "relu" else PlainConv
-    return (untried if variant is None else CONVS[variant])(problem, weight, bias)
+def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None, variant: str = "plain") -> Run:
+    """The convolution bound to its weights by a variant."""
+    return CONVS[variant](problem, weight, bias)
 
 
 prepare_pair = Apart.by(PlainConv)

@@ -203,6 +203,7 @@ class Run:
             they are.
         beside: `run.beside(other, x)` is this result and that of another run of the class from one read of x, or None.
         from_parts: `run.from_parts(parts, dtype)` is the gate from (N, T, C) parts whose sum over T are the means.
+        refused: why a library did not compute a call as it was to, and another way was taken for good; None as a rule.
     """
 
     label: str
@@ -212,6 +213,7 @@ class Run:
     with_parts: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     beside: Callable[..., tuple[Tensor, Tensor] | None] | None = None
     from_parts: Callable[[Tensor, torch.dtype], Tensor] | None = None
+    refused: str | None = None
 
     def with_means(
         self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool, into_residual: bool

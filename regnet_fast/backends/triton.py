@@ -26,6 +26,8 @@ from .problem import (
 )
 
 LABEL = "Triton"
+NOT_BY_ITSELF = "the Triton kernels serve where a trial chose them or where they are forced"
+"""Why `auto` leaves a backend aside that could serve."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST = 2**31 - 2**16  # of what kernels count in 32 bits, with room for the last tile
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backends import forced_backend
 from ..observer import observer
+from ..settings import settings
 from ..trials.cpu import words
 from ..trials.modes import current_mode
 from ..trials.serving import told
@@ -67,7 +68,7 @@ class Tried:
         if reason is not None:
             return Chosen(None, reason)
         facts = x.shape, x.dtype, x.device, x.is_contiguous(memory_format=torch.channels_last), x.requires_grad
-        key = *facts, compute_dtype(x), needs, torch.backends.cudnn.benchmark, current_mode()
+        key = *facts, compute_dtype(x), needs, settings(), current_mode()
         found = self._kept.get(key)
         if found is not None and session.waiting and observer.get() is None:
             session.settle()
@@ -91,7 +92,7 @@ class Tried:
         """Why a step is the host's whatever trials found, or None."""
         if not torch.is_grad_enabled() or not (x.requires_grad or any(needs)):
             return "no gradient is asked for"
-        if torch.are_deterministic_algorithms_enabled():
+        if settings().deterministic:
             return "trials choose nothing where deterministic algorithms are asked for"
         if self._training.in_processes():
             return "its norms are those of several processes, which must all take the same way"

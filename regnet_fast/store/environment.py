@@ -34,6 +34,11 @@ def environment(device: str) -> dict[str, str]:
     return {"device": kind, **facts}
 
 
+def card(device: str) -> str:
+    """What tells one GPU from all others; '' of a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.startswith("cuda") else ""
+
+
 @lru_cache(maxsize=1)
 def _cpu() -> str:
     """The processor's name and a digest of the instructions that it has."""
@@ -67,9 +72,16 @@ def _cuda() -> dict[str, str]:
     return {
         "driver": driver,
         "cuda": str(torch.version.cuda),
-        "cudnn": str(torch.backends.cudnn.version()),
+        "cudnn": _cudnn(),
         "triton": compiler,
     }
+
+
+def _cudnn() -> str:
+    try:
+        return str(torch.backends.cudnn.version())
+    except RuntimeError:  # one of the GPUs here is too old for it
+        return "refused"
 
 
 @lru_cache(maxsize=1)

@@ -60,13 +60,15 @@ class Candidate(NamedTuple):
 def candidates(problem: Problem) -> list[Candidate]:
     """Everything that can serve a problem here, the peer first: what serves where nothing was tried.
 
-    A module tells its variants by `variants(problem)`. The kernels for a CPU are tried in this process (trials/cpu.py).
+    A module tells its variants by `variants(problem)`. The peer is the framework's library, or where that refuses the
+    reference. The kernels for a CPU are tried in this process (trials/cpu.py).
     """
+    able = [name for name in BACKENDS if refuse(name, problem) is None]
+    peer = "aten" if "aten" in able else "reference"
     found = []
-    for name in BACKENDS:
-        if name not in ("native", "reference") and refuse(name, problem) is None:
-            variants = getattr(library(name, problem.device), "variants", None)
-            found += [Candidate(name, variant) for variant in (variants(problem) if variants else ("",))]
+    for name in (peer, *(name for name in able if name not in ("aten", "native", "reference"))):
+        variants = getattr(library(name, problem.device), "variants", None)
+        found += [Candidate(name, variant) for variant in (variants(problem) if variants else ("",))]
     return found
 
 

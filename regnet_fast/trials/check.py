@@ -2,8 +2,8 @@
 
 A result, each where there are several, is held to float64's by the rule of `inspect.judging`, eager being the reference
 in the dtype, on the first and last image of the problem, with two seeds, and on a small odd one; all other images to
-the peer's. Inputs lie between guards of NaN, which must stay as they are, and the memory that a result may be put into
-is NaN before.
+the peer's. Inputs lie between guards of NaN, which must stay as they are, and the memory that a result, or what is
+computed on the way to one, may be put into is NaN before.
 """
 
 from __future__ import annotations
@@ -190,9 +190,10 @@ def _judged(
 
 def _twice(run: Bound, case: Case, expected: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The results of a run, which two calls give to the bit."""
-    _poison(expected)
+    like = *expected, *(t for t in case.call if isinstance(t, Tensor))
+    poison(*like)
     first = _inferred(run, case)
-    _poison(expected)
+    poison(*like)
     second = _inferred(run, case)
     fault = case.unchanged()
     if fault:
@@ -218,8 +219,10 @@ def _equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
-def _poison(like: Sequence[Tensor]) -> None:
-    """Memory as large as the results, full of NaN and let go."""
+def poison(*like: Tensor) -> None:
+    """Memory as large as these, full of NaN and then let go, all at once: torch's allocator gives it to whoever asks
+    next for as much, which may be a gated input before the result.
+    """
     _ = [torch.full_like(t, float("nan")) for t in like]
 
 

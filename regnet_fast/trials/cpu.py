@@ -33,6 +33,7 @@ from ..backends import (
     native,
     onednn,
 )
+from ..settings import settings
 from ..store.environment import environment
 from ..store.verdicts import Outcome, Verdict, Verdicts
 from .modes import budget, current_mode, watched
@@ -296,7 +297,7 @@ def words(problem: Any) -> str:
     facts = [problem.activation, *(f for f in ("gate", "residual", "means") if getattr(problem, f, False))]
     if isinstance(problem, SqueezeExciteProblem):
         sizes = f"{problem.batch}x{problem.channels}, {problem.hidden} hidden"
-        return f"{problem.op} {sizes}, {problem.activation}, {problem.gate_activation}, {_name(problem.dtype)}"
+        return ", ".join([f"{problem.op} {sizes}", problem.activation, problem.gate_activation, *arithmetic(problem)])
     text = f"{problem.op} {'x'.join(map(str, problem.input_shape))}"
     if isinstance(problem, PairProblem):
         text += f" -> {problem.out_channels} and {problem.other_channels}, stride {problem.stride}"
@@ -304,12 +305,22 @@ def words(problem: Any) -> str:
         text += f" -> {problem.out_channels}, {'x'.join(map(str, problem.kernel))}"
         g, usual = problem.geometry, Geometry()
         facts = [f"{name} {getattr(g, name)}" for name in g._fields if getattr(g, name) != getattr(usual, name)] + facts
-    return f"{text}, {', '.join(facts)}, {'tf32' if tf32(problem) else _name(problem.dtype)}"
+    return ", ".join([text, *facts, *arithmetic(problem)])
 
 
-def tf32(problem: Any) -> bool:
-    """Whether a problem in float32 may be computed with rounded operands, by the setting for cuDNN."""
-    return problem.dtype == torch.float32 and problem.device.startswith("cuda") and torch.backends.cudnn.allow_tf32
+def arithmetic(problem: Any) -> list[str]:
+    """The dtype of a problem in words, and on a GPU which of torch's settings decide how it is computed in that."""
+    dtype = _name(problem.dtype)
+    if not problem.device.startswith("cuda"):
+        return [dtype]
+    on, single = settings(), problem.dtype == torch.float32
+    facts = {
+        "tf32 convolutions": single and on.conv_tf32,
+        "tf32 products": single and on.matmul_tf32,
+        "benchmark": on.benchmark,
+        "without cuDNN": not on.cudnn,
+    }
+    return [dtype, *(fact for fact, holds in facts.items() if holds)]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -21,14 +21,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import store
 from ..backends import Problem
-from ..store.environment import environment
+from ..settings import settings
+from ..store.environment import card, environment
 from ..store.verdicts import Outcome, Verdict, Verdicts, folder
 from .candidate import Candidate, candidates, to_json
-from .cpu import tf32, words
+from .cpu import words
 from .modes import budget, current_mode, watched
 from .process import PHASES, Child, Fault, StartError
 
@@ -79,7 +78,7 @@ class Session:
 
     def look(self, problem: Problem) -> tuple[Candidate | None, bool]:
         """`chosen`, and whether that stays so in this process."""
-        if not self.applies(problem) or torch.are_deterministic_algorithms_enabled():
+        if not self.applies(problem) or settings().deterministic:
             return None, True
         able = [*map(str, candidates(problem))]
         if len(able) == 1:
@@ -215,7 +214,8 @@ class _Trial:
 
     def _outcome(self, problem: Problem, candidate: Candidate, peer: Candidate) -> Outcome:
         s, start = self._session, self._session.clock()
-        facts = {"problem": to_json(problem), "candidate": str(candidate), "peer": str(peer), "tf32": tf32(problem)}
+        names = {"candidate": str(candidate), "peer": str(peer)}
+        facts = {"problem": to_json(problem), **names, "settings": settings(), "card": card(problem.device)}
         try:
             with _journal(problem, candidate) as suspect:
                 if suspect:

@@ -23,8 +23,8 @@ from ..backends import Problem, Run, backend
 from ..backends.passes import choices
 from ..inspect.judging import judge
 from .candidate import KINDS, Candidate, candidates, prepare
-from .check import Case, Wrong, guarded, make, odd, verify
-from .cpu import tf32, words
+from .check import Case, Wrong, guarded, make, odd, poison, verify
+from .cpu import arithmetic, words
 
 PEER = "reference"
 
@@ -48,8 +48,7 @@ class StepProblem:
 
     Attributes: `block`, in words; `dtype`, in which it computes; `cast_from`, the input's under autocast, otherwise "";
     `channels_last`, whether the input is; `needs_x`, whether its gradient is asked for; `grouped`, whether there is a
-    grouped convolution; `benchmark`, whether cuDNN looks for its fastest kernels; `pickled`, the block on the device
-    meta.
+    grouped convolution; `pickled`, the block on the device meta.
     """
 
     block: str
@@ -59,7 +58,6 @@ class StepProblem:
     channels_last: bool
     needs_x: bool
     grouped: bool
-    benchmark: bool
     device: str
     pickled: str = field(compare=False, repr=False)
     op: str = "training step"
@@ -88,7 +86,6 @@ def pose(block: nn.Module, x: Tensor, dtype: torch.dtype) -> StepProblem:
         x.is_contiguous(memory_format=torch.channels_last),
         x.requires_grad,
         any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in block.modules()),
-        torch.backends.cudnn.benchmark,
         str(x.device),
         base64.b64encode(pickle.dumps(_without_weights(block))).decode(),
     )
@@ -138,9 +135,9 @@ def _without_weights(block: nn.Module) -> nn.Module:
 @words.register(StepProblem)
 def _(problem: StepProblem) -> str:
     facts = [f"autocast from {problem.cast_from}"] if problem.cast_from else []
-    facts += [name for name in ("channels_last", "needs_x", "benchmark") if getattr(problem, name)]
+    facts += [name for name in ("channels_last", "needs_x") if getattr(problem, name)]
     text = f"{problem.op} {'x'.join(map(str, problem.input_shape))}, {problem.block}"
-    return ", ".join([text, *facts, "tf32" if tf32(problem) else _name(problem.dtype)])
+    return ", ".join([text, *facts, *arithmetic(problem)])
 
 
 @candidates.register(StepProblem)
@@ -163,7 +160,6 @@ class Step(Run):
 
     def forward(self, x: Tensor) -> Tensor:
         problem, device = self.problem, self.problem.device.partition(":")[0]
-        torch.backends.cudnn.benchmark = problem.benchmark
         with torch.autocast(device, problem.dtype, enabled=bool(problem.cast_from)):
             if self.name == PEER:
                 return self.block.host.forward(self.block, x)
@@ -184,7 +180,7 @@ class Step(Run):
         for name, t in self.block.named_buffers():
             t.copy_(self._kept[name])
         torch.manual_seed(0)
-        torch.full_like(dy, math.nan)  # let go at once, for a result to lie in
+        poison(x, dy)
         y, *gradients = self(x, dy)
         names = [*(f"the gradient of {name}" for name in self.wanted), *([_INPUT] if self.problem.needs_x else [])]
         found = {_OUTPUT: y, **dict(zip(names, gradients, strict=True))}

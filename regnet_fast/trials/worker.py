@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from ..backends import Problem
+from ..settings import Settings
+from ..store.environment import card
 from . import step  # noqa: F401, as a kind of problem
 from .candidate import Candidate, from_json, prepare
 from .check import Wrong, make, verify
@@ -27,7 +29,8 @@ def answer(question: dict[str, Any], say: Callable[[str], object]) -> dict[str, 
     for module in question.get("modules", ()):
         importlib.import_module(module)
     problem = from_json(question["problem"])
-    unable = _unable(problem, question["tf32"])
+    Settings(*question["settings"]).apply()
+    unable = _unable(problem, question["card"])
     if unable:
         return {"status": "unable", "reason": unable}
     candidate, peer = (partial(prepare, candidate=Candidate.named(question[name])) for name in ("candidate", "peer"))
@@ -45,6 +48,9 @@ def answer(question: dict[str, Any], say: Callable[[str], object]) -> dict[str, 
             run = candidate(problem, case.weights)
             run(*case.call)
             synchronize(problem)
+            refused = getattr(run, "__self__", run).refused
+            if refused:
+                return {"status": "refused", "reason": refused}
             say("verify")
             error = verify(problem, candidate, peer)
             synchronize(problem)
@@ -64,20 +70,22 @@ def answer(question: dict[str, Any], say: Callable[[str], object]) -> dict[str, 
     return {"status": "verified", "us": times, "peer_us": peers, "error": error}
 
 
-def _unable(problem: Problem, tf32: bool) -> str:
+def _unable(problem: Problem, asked: str) -> str:
     """Why nothing can be tried on the device of a problem, or ''. Half of the memory that is free may be used.
 
-    Another process may have the GPU for itself, or all of its memory.
+    Another process may have the GPU for itself, or all of its memory. Under its name there may be another GPU here than
+    where it was asked, after CUDA_VISIBLE_DEVICES was changed there.
     """
-    if not problem.device.startswith("cuda"):
-        return ""
     try:
+        if card(problem.device) != asked:
+            return f"{problem.device} is another GPU in a second process than in this one"
+        if not problem.device.startswith("cuda"):
+            return ""
         free, total = torch.cuda.mem_get_info(problem.device)
         torch.cuda.set_per_process_memory_fraction(free / total / 2, problem.device)
         torch.ones(1, dtype=torch.float32, device=problem.device).sum().item()
     except RuntimeError as error:
         return f"{problem.device} cannot be used by a second process: {str(error).splitlines()[0]}"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     return ""
 
 

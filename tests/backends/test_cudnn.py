@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 from regnet_fast import backends
 from regnet_fast.backends import ConvProblem, Geometry, NormActProblem, SqueezeExciteProblem, cudnn, reference
-from regnet_fast.trials.candidate import Candidate, candidates, prepare
+from regnet_fast.settings import settings
+from regnet_fast.trials import worker
+from regnet_fast.trials.candidate import Candidate, candidates, prepare, to_json
 
 RELU = ConvProblem(
     (2, 8, 6, 5), 12, (3, 3), Geometry((2, 1), (1, 1), groups=2), "relu", True, True, torch.float32, "cpu"
@@ -60,7 +62,7 @@ def check(problem, bound, w, consume=False):
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("gate", [False, True])
-@pytest.mark.parametrize("variant", ["plain", "fused", None])
+@pytest.mark.parametrize("variant", ["plain", "fused"])
 def test_every_variant_computes_the_same(library, variant, gate, residual):
     problem = dataclasses.replace(RELU, gate=gate, residual=residual)
     w = weights(problem)
@@ -75,8 +77,7 @@ def test_other_activations_have_the_plain_way_alone(library, activation):
     problem = dataclasses.replace(RELU, activation=activation)
     w = weights(problem)
     assert cudnn.variants(problem) == ("plain",)
-    for variant in ("plain", None):
-        check(problem, cudnn.prepare_conv(problem, *w, variant=variant), w)
+    check(problem, cudnn.prepare_conv(problem, *w), w)
     assert not library.calls
 
 
@@ -84,11 +85,11 @@ def test_other_activations_have_the_plain_way_alone(library, activation):
 def test_where_cudnn_has_no_engine_the_plain_call_serves_for_good(library, residual):
     problem, library.error = dataclasses.replace(RELU, residual=residual), NO_ENGINE
     w = weights(problem)
-    bound = cudnn.prepare_conv(problem, *w)
+    bound = cudnn.prepare_conv(problem, *w, variant="fused")
     for consume in (True, False, True):
         check(problem, bound, w, consume)
-    assert len(library.calls) == 1 and bound.label == "cuDNN"
-    other = cudnn.prepare_conv(problem, *w)
+    assert len(library.calls) == 1 and bound.label == "cuDNN" and "find an engine" in bound.refused
+    other = cudnn.prepare_conv(problem, *w, variant="fused")
     check(problem, other, w)
     assert len(library.calls) == 2, "another problem asks again"
 
@@ -96,7 +97,7 @@ def test_where_cudnn_has_no_engine_the_plain_call_serves_for_good(library, resid
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("2 TiB"), torch.AcceleratorError("an illegal memory access")])
 def test_what_is_no_missing_engine_is_raised(library, error):
     w, library.error = weights(RELU), error
-    bound = cudnn.prepare_conv(RELU, *w)
+    bound = cudnn.prepare_conv(RELU, *w, variant="fused")
     for _ in range(2):
         with pytest.raises(type(error)):
             check(RELU, bound, w)
@@ -107,7 +108,7 @@ def test_what_is_no_missing_engine_is_raised(library, error):
 
 def test_where_the_plain_call_fails_as_well_its_error_is_raised_and_nothing_decided(library, monkeypatch):
     w, library.error = weights(RELU), NO_ENGINE
-    bound = cudnn.prepare_conv(RELU, *w)
+    bound = cudnn.prepare_conv(RELU, *w, variant="fused")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="dead"):
         patch.setattr(F, "conv2d", lambda *_: (_ for _ in ()).throw(RuntimeError("the device is dead")))
         bound(*operands(RELU), False, False)
@@ -116,11 +117,26 @@ def test_where_the_plain_call_fails_as_well_its_error_is_raised_and_nothing_deci
     assert library.calls == ["add_relu"] * 2
 
 
-def test_a_candidate_that_has_no_engine_raises(library):
-    library.error = NO_ENGINE
-    bound = cudnn.prepare_conv(RELU, *weights(RELU), variant="fused")
-    with pytest.raises(RuntimeError, match="engine"):
-        bound(*operands(RELU), False, False)
+def test_nothing_is_fused_before_a_trial_chose_it(library):
+    w = weights(RELU)
+    check(RELU, cudnn.prepare_conv(RELU, *w), w)
+    assert not library.calls
+
+
+@pytest.mark.parametrize("means", [False, True])
+def test_a_trial_refuses_what_has_no_engine_and_says_so(library, monkeypatch, means):
+    monkeypatch.setitem(backends._ATEN, "cpu", cudnn)
+    problem, library.error = dataclasses.replace(RELU, means=means), NO_ENGINE
+    facts = {"problem": to_json(problem), "candidate": "aten:fused", "peer": "aten:plain", "rounds": 1, "card": ""}
+    found = worker.answer({**facts, "settings": settings()}, lambda phase: None)
+    assert found["status"] == "refused" and "find an engine" in found["reason"]
+
+
+@pytest.mark.parametrize("name", ["deterministic", "benchmark"])
+def test_settings_that_the_fused_call_does_not_obey_leave_it_aside(monkeypatch, name):
+    assert cudnn.variants(RELU) == ("plain", "fused")
+    monkeypatch.setattr(torch.backends.cudnn, name, True)
+    assert cudnn.variants(RELU) == ("plain",)
 
 
 def test_the_plain_way_is_the_peer_under_a_name_that_stays(monkeypatch):

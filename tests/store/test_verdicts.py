@@ -6,8 +6,10 @@ import sys
 import warnings
 
 import pytest
+import torch
 
 from regnet_fast import store
+from regnet_fast.store import environment as module
 from regnet_fast.store import verdicts
 from regnet_fast.store.environment import environment, kernels_digest
 from regnet_fast.store.verdicts import Outcome, Verdict, VerdictError, Verdicts
@@ -46,8 +48,6 @@ def test_the_environment_of_a_cpu_has_what_a_verdict_rests_on(fact):
 
 
 def test_the_digest_is_of_the_text_of_the_kernels(tmp_path, monkeypatch):
-    from regnet_fast.store import environment as module
-
     (tmp_path / "kernels").mkdir()
     source = tmp_path / "kernels" / "a.py"
     seen = []
@@ -146,6 +146,20 @@ def test_again_removes_what_is_looked_for_and_nothing_else():
         assert here.find("a problem").outcomes == {"safe": Outcome("verified", 3.0)}
     assert [verdict.problem for verdict in Verdicts(HERE)] in (["a problem", "other"], ["other", "a problem"])
     assert Verdicts(HERE).find("a problem").chosen == "safe" and Verdicts(HERE).find("other") == other
+
+
+def test_a_gpu_that_is_too_old_for_cudnn_has_an_environment(monkeypatch):
+    """torch raises where its cuDNN does not serve the oldest GPU of a machine."""
+
+    def raises():
+        raise RuntimeError("cuDNN version 91900 is not compatible with devices with SM < 7.5.")
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", raises)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old one")
+    module._cuda.cache_clear()
+    facts = environment("cuda:0")
+    module._cuda.cache_clear()
+    assert facts["cudnn"] == "refused" and facts["device"] == "an old one"
 
 
 def test_an_environment_knows_its_own_verdicts_alone(tmp_path):

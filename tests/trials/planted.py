@@ -17,6 +17,7 @@ import torch
 from regnet_fast import backends
 from regnet_fast.backends import reference
 from regnet_fast.backends.problem import Run
+from regnet_fast.settings import settings
 from regnet_fast.trials import process
 
 LABEL = "planted"
@@ -185,6 +186,11 @@ class Garbage(Plain):
 class CompileError(Plain):
     def changed(self, y, x):
         raise RuntimeError("ptxas fatal: out of registers")
+
+
+class TellsSettings(Plain):
+    def changed(self, y, x):
+        raise RuntimeError(str(settings()))
 
 
 class Slow(Plain):

@@ -115,6 +115,50 @@ def test_a_pair_whose_second_result_is_wrong(variant, message):
         verified(PAIR, variant)
 
 
+class Recycling:
+    """Memory that was let go and is handed out again as it is, by its size, as torch's allocator does on a GPU."""
+
+    def __init__(self, monkeypatch):
+        self.blocks, self.full_like = [], torch.full_like
+        monkeypatch.setattr(torch, "full_like", self.filled)
+
+    def filled(self, t, value, **options):
+        made = self.full_like(t, value, **options)
+        self.blocks.append(made.flatten().clone())
+        return made
+
+    def empty(self, like):
+        for i, block in enumerate(self.blocks):
+            if block.numel() == like.numel():
+                return self.blocks.pop(i).view(like.shape)
+        return torch.zeros_like(like)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_nothing_times_what_lay_there_before_is_seen(monkeypatch, gate):
+    """As of cudnn_convolution_relu, which hands its own unwritten result to cuDNN as what to add, times zero; a gated
+    input is made before that.
+    """
+    memory = Recycling(monkeypatch)
+
+    class Fused(planted.Plain):
+        adds = False
+
+        def __call__(self, x, gate, *rest):
+            if gate is not None:
+                memory.empty(x)
+            y = super().__call__(x, gate, *rest)
+            stale = memory.empty(y)
+            return y + 0 * stale if self.adds else y
+
+    monkeypatch.setitem(planted.FAULTS, "Fused", Fused)
+    problem = dataclasses.replace(PROBLEM, gate=gate)
+    assert verified(problem, "Fused") < 3
+    monkeypatch.setattr(Fused, "adds", True)
+    with pytest.raises(Wrong, match="leaves values unwritten, or makes them NaN"):
+        verified(problem, "Fused")
+
+
 def test_one_result_is_no_pair():
     with pytest.raises(Wrong, match="1 result where there are 2"):
         verified(PAIR, "OneAlone")

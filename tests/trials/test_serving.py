@@ -195,14 +195,17 @@ def test_a_forced_backend_is_not_tried(model, no_children):
     assert not session.waiting
 
 
-def test_deterministic_runs_try_nothing(model, no_children):
-    torch.use_deterministic_algorithms(True)
+@pytest.mark.parametrize("how", ["algorithms", "cuDNN"])
+def test_deterministic_runs_try_nothing(model, no_children, how):
+    torch.use_deterministic_algorithms(how == "algorithms")
+    torch.backends.cudnn.deterministic = how == "cuDNN"
     try:
         call(model)
         call(model)
         assert not session.waiting and backends_of(model) == {"aten"}
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
 
 
 def test_so_many_sizes_are_tried_and_no_more(model):

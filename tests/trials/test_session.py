@@ -13,6 +13,7 @@ from helpers import own_cache
 
 from regnet_fast import backends, store
 from regnet_fast.backends import ConvProblem, Geometry, PairProblem
+from regnet_fast.settings import Settings, settings
 from regnet_fast.store.verdicts import entries
 from regnet_fast.trials import process, session
 from regnet_fast.trials.candidate import Candidate, candidates, from_json, to_json
@@ -162,6 +163,40 @@ def test_problems_and_names_survive_the_way_to_the_child():
 def test_the_peer_is_first(planted):
     planted("Fast", "Slow")
     assert [*map(str, candidates(PROBLEM))] == [PEER, "cuda:Fast", "cuda:Slow"]
+
+
+def test_the_process_that_tries_has_the_settings_of_the_caller(planted):
+    planted("TellsSettings")
+    before = settings()
+    given = Settings(False, True, False, True, True)
+    try:
+        torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision = "ieee", "tf32"
+        torch.backends.cudnn.benchmark = True
+        verdict = settled()
+    finally:
+        before.apply()
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    assert verdict.outcomes["cuda:TellsSettings"].reason == f"RuntimeError: {given}"
+
+
+def test_nothing_is_tried_on_another_gpu_of_the_same_name(planted, monkeypatch):
+    """Another of two different cards, to a process that sees other ones."""
+    planted("Fast")
+    one = new()
+    assert one.chosen(PROBLEM) is None
+    monkeypatch.setattr(session, "card", lambda device: "GPU-1")
+    with pytest.warns(TrialWarning, match="another GPU in a second process"):
+        one.settle(limit=1e9)
+    assert not [*entries()]
+
+
+def test_where_the_library_refuses_the_reference_is_the_peer(planted):
+    planted("Fast", "OneValue")
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert [*map(str, candidates(PROBLEM))] == ["reference", "cuda:Fast", "cuda:OneValue"]
+        verdict = settled()
+    assert verdict.chosen == "cuda:Fast" and verdict.outcomes["cuda:OneValue"].status == "wrong"
+    assert verdict.outcomes["reference"].us is None
 
 
 # What is kept, and when nothing is tried
