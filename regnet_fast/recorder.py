@@ -86,6 +86,6 @@ recorder = Recorder()
 
 def recorded_elsewhere(x: torch.Tensor) -> bool:
     """Whether somebody else records the current stream as a CUDA graph, while x is computed with."""
-    if x.device.type == "cpu" or not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized() or x.device.type == "cpu":
         return False
     return torch.cuda.is_current_stream_capturing() and not recorder.is_here

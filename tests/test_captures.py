@@ -223,6 +223,11 @@ def test_without_torchs_cache_of_memory_nothing_is_recorded(monkeypatch, name):
 # Somebody else records
 
 
+def test_inside_of_a_recording_nothing_is_recorded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert graphs.Capture.refuse(SimpleNamespace(is_cuda=True)) == "the stream is recorded already"
+
+
 @pytest.fixture
 def recorded(monkeypatch):
     """Whether somebody records the stream; on a CPU nobody can, and networks run as programs, which no GPU has."""
