@@ -93,8 +93,13 @@ class Capture:
 
     @staticmethod
     def on(device: torch.device) -> Any:
-        """A context in which `device` is the current one, with the stream that is now current there."""
-        return torch.cuda.stream(torch.cuda.current_stream(device))
+        """A context in which `device` is the current one."""
+        return torch.cuda.device(device)
+
+    @staticmethod
+    def here() -> Any:
+        """A context for another thread in which the device and the stream are current that are current in this one."""
+        return torch.cuda.stream(torch.cuda.current_stream())
 
     def replay(self, x: Tensor) -> Any:
         """The results for x, in memory of their own. No other capture of the same pool may be running."""
@@ -212,7 +217,7 @@ class Graphs:
             if current_mode() == "on":
                 call(x)  # notes what was never tried
                 session.settle()
-            capture = recorder.run(lambda: Capture(call, x, self._pool), x.device.type, Capture.on(x.device))
+            capture = recorder.run(lambda: Capture(call, x, self._pool), x.device.type, Capture.here())
             found = _Recorded(model, capture)
         except RuntimeError as error:
             model._call_impl(x)  # the model's own error, if this input has one

@@ -65,10 +65,18 @@ class Cards:
         return self._here
 
     def current_stream(self, device=None):
-        return self.here.streams[self.here.card if device is None else self.of_inputs]
+        assert device is None
+        return self.here.streams[self.here.card]
 
     def current_device(self):
         return self.here.card
+
+    @contextmanager
+    def device(self, device):
+        here = self.here
+        here.card, before = self.of_inputs, here.card
+        yield
+        here.card = before
 
     def Stream(self):
         return Stream(self.here.card)
@@ -130,7 +138,7 @@ class Cards:
 def cards(monkeypatch):
     made = Cards()
     names = ("current_stream", "Stream", "stream", "CUDAGraph", "graph", "is_current_stream_capturing", "Event")
-    for name in (*names, "graph_pool_handle", "current_device"):
+    for name in (*names, "graph_pool_handle", "current_device", "device"):
         monkeypatch.setattr(torch.cuda, name, getattr(made, name))
     monkeypatch.setattr(graphs, "_SIDES", {})
     monkeypatch.setattr(graphs.ctypes, "CDLL", made.CDLL)
@@ -177,6 +185,17 @@ def test_each_gpu_records_on_a_stream_of_its_own(cards, order):
         doubles(cards, model)
         assert model._compiled_call_impl.reason is None and len(model._compiled_call_impl) == 1
         assert cards.here.card == 0 and cards.here.streams == cards.usual
+
+
+@torch.no_grad()
+def test_a_recording_waits_for_the_callers_stream(cards):
+    """On the caller's stream, not on the one that the recording thread would have by itself."""
+    waited, usual = [], Stream(0)
+    with torch.cuda.stream(usual), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stream, "wait_stream", lambda self, other: waited.append((self, other)))
+        regnet_fast.graphed(Doubles(cards, 0).eval())(torch.ones(2))
+    (_, side), *_ = cards.recorded_on
+    assert waited == [(side, usual), (usual, side)]
 
 
 @torch.no_grad()

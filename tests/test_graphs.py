@@ -52,6 +52,10 @@ class StandIn:
     def on(device):
         return torch.no_grad()
 
+    @staticmethod
+    def here():
+        return torch.no_grad()
+
     def replay(self, x):
         assert not self.busy, "two replays at the same time"
         self.busy = True
