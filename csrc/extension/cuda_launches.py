@@ -97,6 +97,11 @@ def of_depthwise(dtypes: Sequence[str]) -> Iterator[Launch]:
                     yield from plans.depthwise_conv_backward(problem, activation=activation, **TRAINING)
 
 
+def all_batches(arch: int) -> tuple[int, ...]:
+    """Some batches that take between them every kernel that any batch takes, of an image size."""
+    return plans.FEW, plans.MANY, 2 * PROCESSORS[arch], 4 * PROCESSORS[arch]  # the last two of squeeze-excite
+
+
 def of_models(
     models: Iterable[str] | None, arch: int, dtypes: Sequence[str], batches: Sequence[int]
 ) -> Iterator[Launch]:

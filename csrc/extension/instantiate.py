@@ -2,8 +2,8 @@
 
 The kernels are those of cuda_launches.py: all that the default plans take for some models, in inference and in
 training, and every depthwise one. Kernels of one source, dtype and group width share a translation unit; `kernels.cpp`
-is the table of all. REGNET_FAST_CUDA_MODELS and REGNET_FAST_CUDA_BATCHES name other models and batches than shapes.py
-does. Needs the standard library alone.
+is the table of all. They serve every batch at the models' own image sizes. REGNET_FAST_CUDA_MODELS names other models
+than shapes.py does. Needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def launches_module() -> ModuleType:
     return importlib.import_module("csrc.extension.cuda_launches")
 
 
-def units(arches: list[int], models: list[str], batches: list[int]) -> dict[str, tuple[str, list[str]]]:
+def units(arches: list[int], models: list[str]) -> dict[str, tuple[str, list[str]]]:
     """The source and the kernels, each once, of every translation unit by name.
 
     Raises ValueError for an unknown architecture or model, and for models without such convolutions.
@@ -60,7 +60,8 @@ def units(arches: list[int], models: list[str], batches: list[int]) -> dict[str,
         raise ValueError(f"none of {', '.join(models)} has a convolution that csrc/ has a kernel for")
     found: dict[str, dict[str, str]] = {}
     for arch in arches:
-        for launch in (*launches.of_models(models, arch, dtypes, batches), *launches.of_depthwise(dtypes)):
+        of_models = launches.of_models(models, arch, dtypes, launches.all_batches(arch))
+        for launch in (*of_models, *launches.of_depthwise(dtypes)):
             name = "_".join(re.findall(r"\w+", launch.kernel)[:3])
             found.setdefault(name, {})[launch.kernel] = launch.source
     return {name: (next(iter(kernels.values())), list(kernels)) for name, kernels in found.items()}
@@ -86,10 +87,8 @@ def write_sources(out: Path, found: dict[str, tuple[str, list[str]]]) -> None:
 
 def main(folder: str, *arches: str) -> None:
     """Write the sources that the environment asks for."""
-    shapes = launches_module().shapes
-    models = os.environ.get("REGNET_FAST_CUDA_MODELS", "").split() or list(shapes.MODELS)
-    batches = os.environ.get("REGNET_FAST_CUDA_BATCHES", "").split() or shapes.BATCHES
-    write_sources(Path(folder), units([int(arch) for arch in arches], models, [int(batch) for batch in batches]))
+    models = os.environ.get("REGNET_FAST_CUDA_MODELS", "").split() or list(launches_module().shapes.MODELS)
+    write_sources(Path(folder), units([int(arch) for arch in arches], models))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ MODELS = (
     "resnetv2_50",
 )
 BATCHES = (1, 32, 256)
-"""The models and batches that are measured on a GPU, and compiled for, unless others are named."""
+"""The models and batches that are measured on a GPU; the models are compiled for as well, unless others are named."""
 
 
 def _convolutions() -> list[dict[str, str]]:

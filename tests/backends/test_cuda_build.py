@@ -144,15 +144,15 @@ def entries(folder):
 
 
 def test_what_is_compiled_is_what_the_plans_launch(tmp_path):
-    """Every source, both directions, both dtypes, each batch; what has not changed is left as it is."""
-    environment = {"REGNET_FAST_CUDA_MODELS": "regnety_016", "REGNET_FAST_CUDA_BATCHES": "1 32"}
+    """Every source, both directions, both dtypes, any batch; what has not changed is left as it is."""
+    environment = {"REGNET_FAST_CUDA_MODELS": "regnety_016"}
     assert instantiate(tmp_path, "90", "86", **environment).returncode == 0
     found, planned = entries(tmp_path), {}
     for arch in (86, 90):
         target = Target(arch, PROCESSORS[arch])
         for groups, size, stride in ((2, 112, 2), (2, 56, 1), (5, 56, 2), (5, 28, 1), (14, 28, 2), (14, 14, 1)):
             for dtype in TYPES:
-                for batch in (1, 32):
+                for batch in (1, 3, 32, 300, 1024):
                     problem = plans.GroupedConv(batch, size, size, groups, 24, stride, dtype)
                     training = {"affine": 2, "norm": True, "sums": True, "activation": "relu", "target": target}
                     launches = [*plans.grouped_conv_backward(problem, **training)]
@@ -187,7 +187,7 @@ def test_depthwise_kernels_of_any_size_are_compiled(channels):
 @pytest.mark.parametrize("model", ["regnetx_002", "regnety_002"])
 def test_what_a_model_launches_is_compiled(tmp_path, model, training):
     """Both ways have the same kernels: what the backend asks for, of whichever way, is in the module."""
-    done = instantiate(tmp_path, "90", REGNET_FAST_CUDA_MODELS=model, REGNET_FAST_CUDA_BATCHES="1")
+    done = instantiate(tmp_path, "90", REGNET_FAST_CUDA_MODELS=model)
     assert done.returncode == 0
     asked = {}
     network = regnet_fast.create_model(model).train(training).bfloat16()
@@ -394,7 +394,6 @@ def test_from_a_source_distribution_to_an_installed_package(checkout, tmp_path):
         "REGNET_FAST_BUILD_CUDA": "1",
         "REGNET_FAST_CUDA_ARCHITECTURES": "90",
         "REGNET_FAST_CUDA_MODELS": "regnety_032",
-        "REGNET_FAST_CUDA_BATCHES": "1",
     }
     code, said = backend_hook(unpacked, "build_wheel", wheel_environment)
     assert code == 0, said[-3000:]
@@ -417,7 +416,8 @@ def test_from_a_source_distribution_to_an_installed_package(checkout, tmp_path):
         command = [python, "-c", f"from regnet_fast.backends.cuda import extension; print({expression})"]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
 
-    launches = [*cuda_launches.of_models(["regnety_032"], 90, TYPES, (1,)), *cuda_launches.of_depthwise(TYPES)]
+    facts = 90, TYPES, cuda_launches.all_batches(90)
+    launches = [*cuda_launches.of_models(["regnety_032"], *facts), *cuda_launches.of_depthwise(TYPES)]
     assert ast.literal_eval(says("extension.kernels()")) == {launch.kernel: letters(launch) for launch in launches}
 
     (packages / "regnet_fast" / "csrc" / "elements.cuh").open("a").write("// changed\n")

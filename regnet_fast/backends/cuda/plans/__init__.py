@@ -18,14 +18,16 @@ attribute for it. Choices are made once for each problem and are never a matter 
 
 from .depthwise import DepthwiseConv, depthwise_conv_backward, depthwise_conv_forward, refuse_depthwise
 from .gate import GATES, refuse_squeeze_excite, squeeze_excite
-from .grouped import WIDEST, GroupedConv, refuse
+from .grouped import FEW, MANY, WIDEST, GroupedConv, refuse
 from .grouped_backward import BackwardConfig, BackwardWork, backward_config, grouped_conv_backward
 from .grouped_forward import ForwardConfig, forward_config, grouped_conv_forward, merged_moments
 from .launch import ACTIVATIONS, PROCESSORS, SHARED_BYTES, TYPES, Launch, Target
 
 __all__ = [
     "ACTIVATIONS",
+    "FEW",
     "GATES",
+    "MANY",
     "PROCESSORS",
     "SHARED_BYTES",
     "TYPES",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .launch import MOST, MOST_SLABS, SHARED_BYTES, TYPES, cdiv
+from .launch import MOST, MOST_SLABS, RESERVED_BYTES, SHARED_BYTES, TYPES, cdiv
 
 WIDEST = 264
 
@@ -96,10 +96,14 @@ def pitch(chunks: int) -> int:
 
 BYTES_PER_CLOCK, PRODUCTS_PER_CLOCK, TILE_CLOCKS = 19, 1320, 400  # of one H200 processor, roughly
 
+FEW, MANY = 1, 256
+"""The batches that kernels are made for; the faster of the two serves every other one."""
+
 
 def resident_blocks(shared: int, threads: int, arch: int) -> int:
     """Blocks of a processor at once, by shared memory and, with 168 registers a thread, by registers."""
-    return max(1, min(SHARED_BYTES[arch] // shared, 65536 // (168 * threads)))
+    held = (SHARED_BYTES[arch] + RESERVED_BYTES) // (shared + RESERVED_BYTES)
+    return max(1, min(held, 65536 // (168 * threads)))
 
 
 def sectors(channels: int) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .grouped import (
     BYTES_PER_CLOCK,
+    FEW,
+    MANY,
     PRODUCTS_PER_CLOCK,
     TILE_CLOCKS,
     Config,
@@ -110,8 +112,7 @@ def _slabs(config: BackwardConfig, work: BackwardWork) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def backward_config(work: BackwardWork, target: Target) -> BackwardConfig | None:
-    """As `forward_config`; None where nothing fits, which only a single pass can meet."""
+def _best(work: BackwardWork, target: Target) -> BackwardConfig | None:
     fits = [
         config
         for config in _configs(work)
@@ -120,6 +121,13 @@ def backward_config(work: BackwardWork, target: Target) -> BackwardConfig | None
         and config.shared_bytes(work) <= SHARED_BYTES[target.arch]
     ]
     return min(fits, key=lambda config: _cost(config, work, target), default=None)
+
+
+@functools.lru_cache(maxsize=4096)
+def backward_config(work: BackwardWork, target: Target) -> BackwardConfig | None:
+    """As `forward_config`; None where nothing fits, which only a single pass can meet."""
+    ends = [_best(replace(work, problem=replace(work.problem, images=images)), target) for images in (FEW, MANY)]
+    return min(filter(None, ends), key=lambda config: _cost(config, work, target), default=None)
 
 
 def grouped_conv_backward(

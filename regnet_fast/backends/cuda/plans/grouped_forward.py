@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from .grouped import (
     BYTES_PER_CLOCK,
+    FEW,
+    MANY,
     PRODUCTS_PER_CLOCK,
     TILE_CLOCKS,
     Config,
@@ -86,16 +88,31 @@ def _cost(config: ForwardConfig, problem: GroupedConv, arch: int, processors: in
     return count * (busy / warps + TILE_CLOCKS / min(together, 2)), shared
 
 
-@functools.lru_cache(maxsize=4096)
-def forward_config(problem: GroupedConv, target: Target, moments: bool = False) -> ForwardConfig:
-    """The configuration that a rough model of the machine takes for the fastest; no measurement stands behind it."""
-    fits = [
+def _fitting(problem: GroupedConv, target: Target, moments: bool) -> list[ForwardConfig]:
+    return [
         config
         for config in _configs(problem.width, problem.groups)
         if config.shared_bytes(problem.width, problem.stride, moments) <= SHARED_BYTES[target.arch]
         and 4 <= config.warps_m * config.warps_n <= 12
     ]
-    return min(fits, key=lambda config: _cost(config, problem, target.arch, target.processors))
+
+
+def _cheapest(configs: Iterable[ForwardConfig], problem: GroupedConv, target: Target) -> ForwardConfig:
+    return min(configs, key=lambda config: _cost(config, problem, target.arch, target.processors))
+
+
+@functools.lru_cache(maxsize=4096)
+def _best(problem: GroupedConv, target: Target, moments: bool) -> ForwardConfig:
+    return _cheapest(_fitting(problem, target, moments), problem, target)
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_config(problem: GroupedConv, target: Target, moments: bool = False) -> ForwardConfig:
+    """The configuration that a rough model of the machine takes for the fastest, of the best one for few images and the
+    best one for many: two kernels serve all batches. No measurement stands behind it.
+    """
+    ends = [_best(replace(problem, images=images), target, moments) for images in (FEW, MANY)]
+    return _cheapest(ends, problem, target)
 
 
 def grouped_conv_forward(

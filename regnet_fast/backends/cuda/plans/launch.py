@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Dynamic shared memory that one block may have."""
 
+RESERVED_BYTES = 1024
+"""What CUDA takes of a processor's shared memory for each block, beside the block's own: the largest one fills it."""
+
 PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 TYPES = {"bfloat16": "BFloat16", "float16": "Float16"}
