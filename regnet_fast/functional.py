@@ -1,6 +1,10 @@
 """The public operations, on plain tensors: `regnet_fast.functional`.
 
 Importing this module registers them as `torch.ops.regnet_fast.*`.
+
+Arrays of other libraries, such as CuPy's, are given through DLPack, in the memory that they have:
+`torch.from_dlpack(array)` and, of a result, `cupy.from_dlpack(y)`. Each lets the reader's current stream wait for the
+writer's.
 """
 
 from .ops.conv import dense_conv, grouped_conv, pack_conv, pointwise_conv

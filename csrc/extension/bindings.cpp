@@ -24,10 +24,15 @@ namespace {
 constexpr std::size_t SLOT = 8;
 constexpr int ORDINARY_SHARED = 48 << 10;  // a kernel has to ask for more
 
-const std::unordered_map<std::string, Kernel>& table() {
-    static const auto found = [] {
-        std::unordered_map<std::string, Kernel> made;
-        for (const Kernel& kernel : all_kernels()) made.emplace(kernel.name, kernel);
+struct Known {
+    Kernel kernel;
+    std::vector<int> allowed;  // bytes of shared memory, on each device that was asked for more; guarded by the GIL
+};
+
+std::unordered_map<std::string, Known>& table() {
+    static auto found = [] {
+        std::unordered_map<std::string, Known> made;
+        for (const Kernel& kernel : all_kernels()) made.emplace(kernel.name, Known{kernel, {}});
         return made;
     }();
     return found;
@@ -41,15 +46,24 @@ void check(cudaError_t error, const std::string& name) {
 
 std::unordered_map<std::string, std::string> kernels() {
     std::unordered_map<std::string, std::string> found;
-    for (const auto& [name, kernel] : table()) found.emplace(name, kernel.arguments);
+    for (const auto& [name, known] : table()) found.emplace(name, known.kernel.arguments);
     return found;
+}
+
+// Asks once for as much shared memory as any launch of a kernel takes: a later question for less would count.
+void allow(Known& known, int device, int shared) {
+    if (std::size_t(device) >= known.allowed.size()) known.allowed.resize(device + 1, ORDINARY_SHARED);
+    if (shared <= known.allowed[device]) return;
+    check(cudaFuncSetAttribute(known.kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+          known.kernel.name);
+    known.allowed[device] = shared;
 }
 
 void launch(const std::string& name, int device, std::array<unsigned, 3> grid, unsigned threads, int shared,
             std::uintptr_t stream, const py::bytes& arguments) {
     const auto found = table().find(name);
     if (found == table().end()) throw py::key_error(name);
-    const Kernel& kernel = found->second;
+    const Kernel& kernel = found->second.kernel;
     const std::string_view given = arguments;
     const std::size_t count = kernel.arguments.size();
     if (given.size() != count * SLOT)
@@ -62,8 +76,7 @@ void launch(const std::string& name, int device, std::array<unsigned, 3> grid, u
     for (std::size_t i = 0; i < count; ++i) places[i] = slots + i * SLOT;
 
     check(cudaSetDevice(device), name);
-    if (shared > ORDINARY_SHARED)
-        check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
+    allow(found->second, device, shared);
     check(cudaLaunchKernel(kernel.function, dim3(grid[0], grid[1], grid[2]), dim3(threads), places, shared,
                            reinterpret_cast<cudaStream_t>(stream)),
           name);

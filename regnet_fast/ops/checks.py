@@ -19,8 +19,17 @@ def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
     return tuple(value)
 
 
+def check_tensor(op: str, value: object) -> None:
+    """Raise TypeError for what is no tensor, such as an array of another library."""
+    if not isinstance(value, Tensor):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        hint = "; torch.from_dlpack(array) is a tensor in its memory" if hasattr(value, "__dlpack__") else ""
+        raise TypeError(f"{op}: expected a torch.Tensor, got {kind}{hint}")
+
+
 def check_input(op: str, x: Tensor, channels: int, *others: Tensor | None) -> None:
     """Raise TypeError or ValueError unless x is a floating (N, C, H, W) tensor that matches the other tensors."""
+    check_tensor(op, x)
     if x.dim() != 4:
         raise ValueError(f"{op}: the input must be (N, C, H, W), got {x.dim()} dimensions: {tuple(x.shape)}")
     if x.dtype not in FLOATS:
@@ -40,6 +49,7 @@ def check_operand(op: str, x: Tensor, operand: Tensor | None) -> None:
     """Raise TypeError or ValueError unless a weight or operand is floating-point and on x's device, or None."""
     if operand is None:
         return
+    check_tensor(op, operand)
     if operand.device != x.device:
         raise ValueError(
             f"{op}: all tensors must be on one device: a weight or operand is on {operand.device}, one on {x.device}"
@@ -73,6 +83,7 @@ def check_not_given(op: str, **given: bool) -> None:
 
 def check_weight(op: str, weight: Tensor, groups: int) -> None:
     """Raise ValueError unless weight is (K, C / groups, R, S) with K a multiple of the groups."""
+    check_tensor(op, weight)
     if weight.dim() != 4:
         raise ValueError(f"{op}: the weight must be (K, C / groups, R, S), got {tuple(weight.shape)}")
     if groups < 1 or weight.shape[0] % groups:

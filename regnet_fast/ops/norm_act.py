@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends import Deferred, NormActProblem, Run, onednn
 from ..trials import cpu
 from ..trials.serving import Serving
-from .checks import check_activation, check_input, check_vectors
+from .checks import check_activation, check_input, check_tensor, check_vectors
 from .convolution import activation_gradient, channels_last, needs_input, without_autocast
 from .fold import BatchNorm
 from .packed import Packed
@@ -34,6 +34,7 @@ def norm_act(
     arguments that do not fit together, and BackendError where a forced backend cannot serve.
     """
     check_activation("norm_act", activation)
+    check_tensor("norm_act", x)
     check_input("norm_act", x, x.shape[min(1, x.dim() - 1)], gate)
     vectors = norm.vectors() if isinstance(norm, BatchNorm) else norm
     check_vectors("norm_act", x, x.shape[1], *vectors)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends import Run, SqueezeExciteProblem
 from ..backends.reference import activate
 from ..trials.serving import Serving
-from .checks import FLOATS, check_activation, check_operand
+from .checks import FLOATS, check_activation, check_operand, check_tensor
 from .convolution import activation_gradient, without_autocast
 from .packed import Packed
 
@@ -46,6 +46,7 @@ def squeeze_excite(
     """
     check_activation("squeeze_excite", activation)
     check_activation("squeeze_excite", gate_activation)
+    check_tensor("squeeze_excite", means)
     if means.dtype not in FLOATS:
         raise TypeError(f"squeeze_excite: the means must be a floating-point tensor, got {means.dtype}; convert it")
     for weight in (fc1_weight, fc1_bias, fc2_weight, fc2_bias):

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 import struct
-import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from types import SimpleNamespace
 
@@ -31,7 +30,7 @@ from regnet_fast.backends import (
     reference,
     select,
 )
-from regnet_fast.backends.cuda import extension, launcher, nvrtc, plans, sources
+from regnet_fast.backends.cuda import driver, extension, launcher, nvrtc, plans, sources
 from regnet_fast.backends.cuda.plans import Target
 from regnet_fast.inspect import info
 from regnet_fast.observer import observing
@@ -338,12 +337,19 @@ def test_no_way_at_all(gpu, no_extension, monkeypatch):
     assert chosen.name == "reference" and "no way" in chosen.refused["cuda"]
 
 
-def test_no_cupy(gpu, no_extension, monkeypatch):
+def test_no_driver(gpu, no_extension, monkeypatch):
+    """None at all, and one of an older CUDA than the machine code."""
     compiler_without(monkeypatch, None)
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    launcher._cupy.cache_clear()
-    assert "pip install cupy-cuda13x" in cuda.refuse(PROBLEM)
-    launcher._cupy.cache_clear()
+    monkeypatch.setattr(driver, "library", lambda: None)
+    assert "NVRTC: the CUDA driver, libcuda.so.1, was not found" in cuda.refuse(PROBLEM)
+    monkeypatch.setattr(driver, "library", object)
+    monkeypatch.setattr(driver, "version", lambda: "12.8")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "NVRTC: the driver is of CUDA 12.8 and loads no machine code of CUDA 13, torch's: update the driver" in (
+        cuda.refuse(PROBLEM)
+    )
+    monkeypatch.setattr(driver, "version", lambda: "13.2")
+    assert cuda.refuse(PROBLEM) is None
 
 
 def test_a_cpu_build_of_torch_has_no_compiler(monkeypatch):
@@ -426,7 +432,7 @@ def test_architectures(monkeypatch, have, fits):
 def test_what_is_not_in_the_module_goes_to_the_compiler(gpu, monkeypatch):
     launch = cuda._launch(PROBLEM, False)
     compiler_without(monkeypatch, None)
-    monkeypatch.setattr(launcher, "_cupy", lambda: (object(), None))
+    monkeypatch.setattr(driver, "refuse", lambda: None)
     stand_for_the_module(monkeypatch, [launch.kernel])
     assert launcher.way(launch, "cuda:0") == "extension" and launcher.refuse(launch, "cuda:0") is None
     stand_for_the_module(monkeypatch, [])
@@ -441,66 +447,18 @@ def tensors_for(launch, **changes):
 
 
 def test_what_the_module_is_given(gpu, monkeypatch):
-    launch = dataclasses.replace(cuda._launch(PROBLEM, False), arguments=("x", -7, "bias", 2.5))
+    launch = dataclasses.replace(cuda._launch(PROBLEM, False), arguments=("x", "bias", -7, 2.5))
     launched = stand_for_the_module(monkeypatch, [launch.kernel])
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1234))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 1233 + index, raising=False)
     kernel, given = launcher.Kernel(launch, torch.device("cuda", 1)), tensors_for(launch, bias=None)
     kernel(**given)
     (facts,) = launched
     assert facts[:-1] == (launch.kernel, 1, launch.grid, launch.threads, launch.shared, 1234)
-    assert struct.unpack("<QixxxxQfxxxx", facts[-1]) == (given["x"].data_ptr(), -7, 0, 2.5)
+    assert struct.unpack("<QQixxxxfxxxx", facts[-1]) == (given["x"].data_ptr(), 0, -7, 2.5)
     with pytest.raises(ValueError, match="the tensor 'x' is not 16-byte aligned"):
         kernel(**tensors_for(launch, x=torch.zeros(64)[1:], bias=None))
     assert len(launched) == 1
-
-
-def test_what_cupy_is_given(gpu, no_extension, monkeypatch):
-    """By a stand-in with the few names of cupy that are called."""
-    calls = []
-
-    class Function:
-        ptr = 77
-
-        def __call__(self, *facts):
-            calls.append(facts)
-
-    class Module:
-        def load(self, cubin):
-            calls.append(cubin)
-
-        def get_function(self, name):
-            calls.append(name)
-            return Function()
-
-    driver = SimpleNamespace(
-        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8, funcSetAttribute=lambda *facts: calls.append(facts)
-    )
-
-    class Device:
-        def __init__(self, index):
-            calls.append(("device", index))
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            return None
-
-    around = SimpleNamespace(Device=Device, Module=Module, driver=driver, ExternalStream=lambda *facts: facts)
-    monkeypatch.setattr(launcher, "_cupy", lambda: (SimpleNamespace(cuda=around), None))
-    compiler_without(monkeypatch, None)
-    monkeypatch.setattr(nvrtc, "compiled", lambda source, kernel, arch: nvrtc.Compiled("_Z1k", b"cubin"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1234))
-    launcher._loaded.cache_clear()
-    launch = dataclasses.replace(cuda._launch(PROBLEM, False), arguments=("x", -7, "bias", 2.5), shared=60000)
-    kernel, given = launcher.Kernel(launch, torch.device("cuda", 1)), tensors_for(launch, bias=None)
-    kernel(**given)
-    kernel(**given)
-    assert calls[:4] == [("device", 1), b"cubin", "_Z1k", (77, 8, 60000)]
-    expected = (given["x"].data_ptr(), -7, 0, 2.5)
-    assert calls[4] == calls[5] == (launch.grid, (launch.threads, 1, 1), expected, 60000, (1234, 1))
-    assert [value.dtype.str for value in calls[4][2]] == ["<u8", "<i4", "<u8", "<f4"]
-    launcher._loaded.cache_clear()
 
 
 # NVRTC

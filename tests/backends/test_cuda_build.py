@@ -1,12 +1,14 @@
 """The CUDA kernels compiled when the package is built: what is asked for, what is compiled, and a module by nvcc."""
 
 import ast
+import ctypes
 import importlib.util
 import json
 import os
 import re
 import runpy
 import shutil
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -377,6 +379,50 @@ def test_wrong_calls_of_the_module_are_errors(small_module):
 def test_a_cuda_error_is_an_exception(small_module):
     with pytest.raises(RuntimeError, match=r"ordered_sum<256>: cudaError"):
         extension.module().launch("ordered_sum<256>", 0, (1, 1, 1), 256, 60000, 0, bytes(32))
+
+
+KERNELS = """
+#include "cuda_runtime.h"
+#include "entry.h"
+
+void first(float*, int) {}
+void second(float*, int) {}
+extern "C" const char* calls() { return noted_calls(); }
+Kernels all_kernels() { return {entry("first", first), entry("second", second)}; }
+"""
+
+
+@pytest.mark.long
+@needs("g++", "pybind11")
+def test_what_the_module_asks_of_cuda(tmp_path):
+    """Shared memory once for each kernel and device, and never less than before; the rest in every launch."""
+    import pybind11
+
+    (tmp_path / "kernels.cpp").write_text(KERNELS)
+    path = tmp_path / f"_cuda{EXTENSION_SUFFIXES[0]}"
+    includes = ROOT / "tests" / "simulator", EXTENSION, pybind11.get_include(), sysconfig.get_path("include")
+    command = ["g++", "-std=c++17", "-shared", "-fPIC", "-o", path, *(f"-I{folder}" for folder in includes)]
+    subprocess.run([*command, EXTENSION / "bindings.cpp", tmp_path / "kernels.cpp"], check=True, capture_output=True)
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, device, shared in (
+        *(("first", 0, 1000), ("first", 0, 60000), ("first", 0, 60000), ("first", 0, 50000), ("first", 0, 70000)),
+        *(("second", 0, 60000), ("first", 1, 60000), ("first", 1, 60000), ("second", 0, 60000)),
+    ):
+        module.launch(name, device, (3, 2, 1), 128, shared, 77, struct.pack("<Qi4x", 64, -5))
+    library = ctypes.CDLL(str(path))
+    library.calls.restype = ctypes.c_char_p
+    calls = library.calls().decode().splitlines()
+    assert [call for call in calls if call.startswith("shared")] == [
+        "shared 60000",
+        "shared 70000",
+        *["shared 60000"] * 2,
+    ]
+    launches = [call for call in calls if call.startswith("launch")]
+    assert len(launches) == 9 and launches[1] == launches[2] == "launch 3 2 128 60000 77 -5"
+    with pytest.raises(RuntimeError, match="first: cudaErrorInvalidDevice: invalid device ordinal"):
+        module.launch("first", 2, (1, 1, 1), 32, 0, 0, struct.pack("<Qi4x", 64, 0))
 
 
 @pytest.mark.slow

@@ -1,10 +1,13 @@
 """The CUDA C++ kernels on a real GPU, by each way that leads to them: the same bits by both."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from backends.test_cuda_training import GRADIENTS, Conv, check_forward, check_gradients, check_step, network
 from helpers import assert_close_to_reference
 
+import regnet_fast.functional as R
 from regnet_fast.backends import ConvProblem, Geometry, cuda
 from regnet_fast.backends.cuda import extension, launcher, nvrtc
 
@@ -76,6 +79,33 @@ def test_on_another_stream_and_in_a_graph(way):
     x.mul_(2)
     graph.replay()
     assert torch.equal(y, run(x, None, None, False, False)) and not torch.equal(y, expected)
+
+
+def test_in_a_thread_that_has_no_context(way):
+    problem, x, weight, bias = prepared((3, 14, 14, 5, 24), 1, torch.bfloat16)
+    if cuda.refuse(problem):
+        pytest.skip(cuda.refuse(problem))
+    run = cuda.prepare_conv(problem, weight, bias)
+    expected = run(x, None, None, False, False)
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(2) as pool:
+        for y in pool.map(lambda _: run(x, None, None, False, False), range(8)):
+            torch.cuda.synchronize()
+            assert torch.equal(y, expected)
+
+
+def test_arrays_of_cupy():
+    """Written on a stream of CuPy's and read on torch's, and the other way round."""
+    cupy = pytest.importorskip("cupy")
+    problem, x, weight, _ = prepared((3, 14, 14, 5, 24), 1, torch.float16)
+    expected = R.grouped_conv(x, weight, groups=5)
+    with cupy.cuda.Stream(non_blocking=True):
+        array = cupy.from_dlpack(x) * 1
+        given = torch.from_dlpack(array)
+    y = R.grouped_conv(given, weight, groups=5)
+    assert given.data_ptr() == array.data.ptr and torch.equal(y, expected)
+    with cupy.cuda.Stream(non_blocking=True):
+        assert bool((cupy.from_dlpack(y) == cupy.from_dlpack(expected)).all())
 
 
 @pytest.mark.parametrize("facts", GRADIENTS, ids=str)

@@ -147,6 +147,21 @@ def test_other_dtypes_are_refused(op, dtype):
         call_op(op, *(t.to(dtype) for t in operands))
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_arrays_of_other_libraries(op):
+    """Are refused with the way that takes them: DLPack, in the memory that they have."""
+    operands = small_operands(op)
+    arrays = [t.numpy() for t in operands]
+    for i in range(len(operands)):
+        with pytest.raises(TypeError, match=rf"{op}: .* got numpy\.ndarray; torch\.from_dlpack\(array\) is a tensor"):
+            call_op(op, *operands[:i], arrays[i], *operands[i + 1 :])
+    with pytest.raises(TypeError, match=f"{op}: expected a torch.Tensor, got builtins.int"):
+        call_op(op, 3, *operands[1:])
+    tensors = [torch.from_dlpack(array) for array in arrays]
+    assert all(t.data_ptr() == array.ctypes.data for t, array in zip(tensors, arrays, strict=True))
+    assert torch.equal(call_op(op, *tensors), call_op(op, *operands))
+
+
 @pytest.mark.parametrize("op", ["pointwise_conv", "grouped_conv", "dense_conv"])
 def test_a_mixture_of_dtypes_is_refused(op):
     x, weight, bias = small_operands(op)

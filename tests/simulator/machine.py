@@ -32,7 +32,9 @@ class SimulationError(Exception):
     """What a GPU would have done wrong, or silently."""
 
 
-class _Buffer(ctypes.Structure):
+class Buffer(ctypes.Structure):
+    """Memory that a launch may reach."""
+
     _fields_ = (
         ("base", ctypes.c_void_p),
         ("size", ctypes.c_int64),
@@ -49,13 +51,13 @@ class _Launch(ctypes.Structure):
         ("threads", ctypes.c_int),
         ("shared", ctypes.c_int),
         ("seed", ctypes.c_int),
-        ("buffers", ctypes.POINTER(_Buffer)),
+        ("buffers", ctypes.POINTER(Buffer)),
         ("buffer_count", ctypes.c_int),
         ("kernel", ctypes.c_char_p),
     )
 
 
-def _built(suffix: str, key: str, command: Callable[[str], list[str]]) -> Path:
+def built(suffix: str, key: str, command: Callable[[str], list[str]]) -> Path:
     """A file made by a command, made once for each key."""
     CACHE.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256("\0".join((key, COMPILER, _version(), *FLAGS)).encode()).hexdigest()[:32]
@@ -78,7 +80,7 @@ def _version() -> str:
 @functools.cache
 def _engine() -> Path:
     text = (HERE / "fiber.h").read_text() + (HERE / "engine.cpp").read_text()
-    return _built(".o", text, lambda out: [COMPILER, *FLAGS, "-c", str(HERE / "engine.cpp"), "-o", out])
+    return built(".o", text, lambda out: [COMPILER, *FLAGS, "-c", str(HERE / "engine.cpp"), "-o", out])
 
 
 def flattened(source: str) -> str:
@@ -104,19 +106,24 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 @functools.cache
-def _library(text: str, kernel: str) -> ctypes.CDLL:
+def library_path(text: str, kernel: str) -> Path:
+    """A kernel of a source's text, built for the CPU with the engine."""
     entry = '\n#include "entry.h"\nextern "C" void simulated_kernel(void** arguments) { enter(&%s, arguments); }\n'
     entry += 'extern "C" int simulated_sizes(int* sizes) { return sizes_of(&%s, sizes); }\n'
     unit = text + entry.replace("%s", kernel)
     paths = (HERE / "primitives.cuh", HERE / "entry.h", SOURCES / "elements.cuh")
     headers = "".join(path.read_text() for path in paths)
     includes = ("-I", str(HERE), "-I", str(SOURCES))
-    path = _built(
+    return built(
         ".so",
         unit + "\n//" + hashlib.sha256((headers + _engine().name).encode()).hexdigest(),
         lambda out: [COMPILER, *FLAGS, "-shared", *includes, "-x", "c++", "-", "-x", "none", str(_engine()), "-o", out],
     )
-    library = ctypes.CDLL(str(path))
+
+
+@functools.cache
+def _library(text: str, kernel: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(library_path(text, kernel)))
     library.simulator_run.restype = ctypes.c_char_p
     return library
 
@@ -140,7 +147,7 @@ def run(
         place += -(arena.data_ptr() + place) % 32 + 16  # aligned to 16 bytes and not to 32
         arena[place : place + len(bits)] = bits
         addresses[name] = arena.data_ptr() + place
-        buffers.append(_Buffer(addresses[name], len(bits), name in outputs, name.encode()))
+        buffers.append(Buffer(addresses[name], len(bits), name in outputs, name.encode()))
         place += len(bits) + GAP - 64
     for argument in launch.arguments:
         if isinstance(argument, str):
@@ -160,7 +167,7 @@ def run(
         launch.threads,
         launch.shared,
         ORDERS.get(order, order),
-        (_Buffer * len(buffers))(*buffers),
+        (Buffer * len(buffers))(*buffers),
         len(buffers),
         launch.kernel.encode(),
     )

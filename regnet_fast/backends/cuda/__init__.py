@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .. import activations
 from ..problem import ConvProblem, Problem, Run, SqueezeExciteProblem
-from ..triton import current
 from . import launcher, plans
 from .plans import DepthwiseConv, Launch
 from .plans import GroupedConv as Groups
@@ -94,6 +93,8 @@ class GroupedConv(Run):
     def __init__(self, problem: ConvProblem, weight: Tensor, bias: Tensor | None):
         self.problem, self.weight = problem, aligned(packed_weight(problem, weight))
         self.bias = None if bias is None else aligned(bias.float().contiguous())
+        _, k, h, w = self._shape = problem.output_shape
+        self._strides = (k * h * w, 1, k * w, k)  # channels_last
         self._kernels: dict[bool, launcher.Kernel] = {}
         self.label = f"{LABEL}, {launcher.way(_launch(problem, False), problem.device)}"
 
@@ -115,11 +116,9 @@ class GroupedConv(Run):
 
     def _run(self, x: Tensor, means: bool) -> tuple[Tensor, Tensor | None]:
         kernel = self._kernel(means)
-        y = torch.empty(self.problem.output_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        y = x.new_empty_strided(self._shape, self._strides)
         parts = x.new_empty(kernel.launch.buffers["parts"], dtype=torch.float32) if means else None
-        unused = dict.fromkeys(("scale", "shift", "moments"))
-        with current(x):
-            kernel(x=aligned(x), weight=self.weight, bias=self.bias, y=y, parts=parts, **unused)
+        kernel(x=aligned(x), weight=self.weight, bias=self.bias, y=y, parts=parts, scale=None, shift=None, moments=None)
         return y, parts
 
 
@@ -170,9 +169,8 @@ class SqueezeExcite(Run):
             self._kernels = {**self._kernels, key: kernel}
         gate = torch.empty((parts.shape[0], parts.shape[2]), dtype=dtype, device=parts.device)
         names = ("fc1", "bias1", "fc2", "bias2")
-        with current(parts):
-            weights = dict(zip(names, self.weights, strict=True))
-            kernel(parts=aligned(parts.float().contiguous()), **weights, gate=gate)
+        weights = dict(zip(names, self.weights, strict=True))
+        kernel(parts=aligned(parts.float().contiguous()), **weights, gate=gate)
         return gate
 
 

@@ -1,4 +1,4 @@
-"""How a plan of plans gets to a GPU: by the extension module where it has the kernel, else by NVRTC and cupy.
+"""How a plan of plans gets to a GPU: by the extension module where it has the kernel, else by NVRTC and the driver.
 
 Both launch the same kernel of the same sources on torch's current stream. `standing_in` puts a machine in the place of
 both, such as the simulator of the tests.
@@ -7,22 +7,24 @@ both, such as the simulator of the tests.
 from __future__ import annotations
 
 import functools
+import operator
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...observer import observer
-from . import extension, nvrtc
+from . import driver, extension, nvrtc
 from .plans import SHARED_BYTES, Launch, Target
 
 Run = Callable[[Launch, dict[str, Tensor | None]], object]
 ALIGNMENT = 16
-_ORDINARY_SHARED = 48 << 10  # a kernel has to ask for more
+
+_SLOTS = {str: "Q", int: "i4x", float: "f4x"}
+"""Eight bytes for each argument, by its type in a plan."""
 
 _stand_in: ContextVar[tuple[Run, Target] | None] = ContextVar("regnet_fast_cuda_machine", default=None)
 
@@ -77,7 +79,7 @@ def target(device: str) -> Target:
 
 def ways(arch: int | None = None) -> dict[str, str | None]:
     """Both ways in the order in which they are tried, each with the reason why it cannot be taken, or None."""
-    return {"extension": extension.refuse(arch), "NVRTC": nvrtc.refuse(arch) or _cupy()[1]}
+    return {"extension": extension.refuse(arch), "NVRTC": nvrtc.refuse(arch) or driver.refuse()}
 
 
 def way(launch: Launch, device: str) -> str:
@@ -101,16 +103,6 @@ def _way(launch: Launch, arch: int) -> tuple[str, str | None]:
     return "NVRTC", refused["NVRTC"] and f"there is no way to the kernel: {reason}"
 
 
-@functools.lru_cache(maxsize=1)
-def _cupy() -> tuple[Any, str | None]:
-    """cupy, or why it is not there."""
-    try:
-        import cupy
-    except ImportError as error:
-        return None, f"cupy, which loads what NVRTC compiles, cannot be imported ({error}): pip install cupy-cuda13x"
-    return cupy, None
-
-
 class Kernel:
     """A plan bound to a device: `kernel(x=..., y=..., ...)` launches it on the current stream.
 
@@ -122,8 +114,10 @@ class Kernel:
     """
 
     def __init__(self, launch: Launch, device: torch.device):
-        self.launch, self.device = launch, device
-        self._start: Callable[[list[int | float], int], None] | None = None
+        self.launch, self._index = launch, device.index or 0  # what stands in for a GPU has none: it is the first
+        self._names = [argument for argument in launch.arguments if isinstance(argument, str)]
+        self._numbers = list(launch.arguments[len(self._names) :])
+        self._start: driver.Start | None = None
 
     def __call__(self, **tensors: Tensor | None) -> None:
         told = observer.get()
@@ -134,17 +128,20 @@ class Kernel:
         stand_in = _stand_in.get()
         if stand_in is not None:
             stand_in[0](self.launch, tensors)
-            return
-        if self._start is None:
-            self._start = self._loaded()
-        self._start(values(self.launch, tensors), torch.cuda.current_stream(self.device).cuda_stream)
+        elif torch.cuda.current_device() == self._index:
+            self._launched(tensors)
+        else:
+            with torch.cuda.device(self._index):
+                self._launched(tensors)
 
-    def _loaded(self) -> Callable[[list[int | float], int], None]:
-        arch, index = architecture(str(self.device)), self.device.index
-        way, reason = _way(self.launch, arch)
-        if reason is not None:
-            raise RuntimeError(f"{self.launch.kernel}: {reason}")
-        return _by_extension(self.launch, index) if way == "extension" else _by_cupy(self.launch, index, arch)
+    def _launched(self, tensors: dict[str, Tensor | None]) -> None:
+        if self._start is None:
+            self._start = _started(self.launch, self._index)
+        addresses = [0 if (tensor := tensors[name]) is None else tensor.data_ptr() for name in self._names]
+        if functools.reduce(operator.or_, addresses) % ALIGNMENT:
+            name = next(name for name, at in zip(self._names, addresses, strict=True) if at % ALIGNMENT)
+            raise ValueError(f"{self.launch.kernel}: the tensor {name!r} is not {ALIGNMENT}-byte aligned")
+        self._start(addresses + self._numbers, torch._C._cuda_getCurrentRawStream(self._index))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -153,53 +150,26 @@ def kernel(launch: Launch, device: torch.device) -> Kernel:
     return Kernel(launch, device)
 
 
-def values(launch: Launch, tensors: dict[str, Tensor | None]) -> list[int | float]:
-    """The arguments of a launch, tensors as their addresses. Raises ValueError for one that is not aligned."""
-    found: list[int | float] = []
-    for argument in launch.arguments:
-        if isinstance(argument, str):
-            tensor = tensors[argument]
-            argument = 0 if tensor is None else tensor.data_ptr()
-            if argument % ALIGNMENT:
-                raise ValueError(f"{launch.kernel}: the tensor {launch.arguments[len(found)]!r} is not 16-byte aligned")
-        found.append(argument)
-    return found
-
-
-def _formats(launch: Launch, address: Any, integer: Any, number: Any) -> list[Any]:
-    """One of three for each argument, by its type."""
-    return [address if isinstance(a, str) else number if isinstance(a, float) else integer for a in launch.arguments]
-
-
-def _by_extension(launch: Launch, index: int) -> Callable[[list[int | float], int], None]:
-    start, slots = extension.module().launch, struct.Struct("=" + "".join(_formats(launch, "Q", "i4x", "f4x")))
-    facts = (launch.kernel, index, launch.grid, launch.threads, launch.shared)
-    return lambda arguments, stream: start(*facts, stream, slots.pack(*arguments))
-
-
-def _by_cupy(launch: Launch, index: int, arch: int) -> Callable[[list[int | float], int], None]:
-    import numpy
-
-    function, cupy = _loaded(launch.source, launch.kernel, launch.shared, index, arch), _cupy()[0]
-    types = _formats(launch, numpy.uint64, numpy.int32, numpy.float32)
-    block = (launch.threads, 1, 1)
-
-    def start(arguments: list[int | float], stream: int) -> None:
-        given = tuple(kind(argument) for kind, argument in zip(types, arguments, strict=True))
-        function(launch.grid, block, given, launch.shared, cupy.cuda.ExternalStream(stream, index))
-
-    return start
+def _started(launch: Launch, index: int) -> driver.Start:
+    """How a plan is launched on a device, the current one."""
+    arch = architecture(f"cuda:{index}")
+    way, reason = _way(launch, arch)
+    if reason is not None:
+        raise RuntimeError(f"{launch.kernel}: {reason}")
+    slots = struct.Struct("=" + "".join(_SLOTS[type(argument)] for argument in launch.arguments))
+    if way == "extension":
+        start, facts = extension.module().launch, (launch.kernel, index, launch.grid, launch.threads, launch.shared)
+        return lambda arguments, stream: start(*facts, stream, slots.pack(*arguments))
+    return _function(launch.source, launch.kernel, index, arch).bound(launch.grid, launch.threads, launch.shared, slots)
 
 
 @functools.lru_cache(maxsize=1024)
-def _loaded(source: str, kernel: str, shared: int, index: int, arch: int) -> Any:
-    """A kernel's function on a device; cupy's function keeps its module."""
-    compiled, cupy = nvrtc.compiled(source, kernel, arch), _cupy()[0]
-    with cupy.cuda.Device(index):
-        loaded = cupy.cuda.Module()
-        loaded.load(compiled.cubin)
-        function = loaded.get_function(compiled.name)
-        if shared > _ORDINARY_SHARED:
-            limit = cupy.cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            cupy.cuda.driver.funcSetAttribute(function.ptr, limit, shared)
-    return function
+def _function(source: str, kernel: str, index: int, arch: int) -> driver.Function:
+    compiled = nvrtc.compiled(source, kernel, arch)
+    try:
+        return driver.Function(kernel, compiled.cubin, compiled.name, index)
+    except RuntimeError as error:
+        made = f"what NVRTC {nvrtc.version()} made for sm_{arch}"
+        raise RuntimeError(
+            f"{kernel}: the driver, of CUDA {driver.version()}, does not load {made}: {error}"
+        ) from error

@@ -17,7 +17,6 @@ from .. import cuda
 from ..cuda import launcher, plans
 from ..cuda.plans import Launch, Target
 from ..problem import ConvProblem, Geometry
-from ..triton import current
 from .operands import Conv, ConvGradients, Excite, Norm, OutputGrad, Sums
 from .torch import Passes
 
@@ -94,10 +93,9 @@ def _launched(launches: Sequence[Launch], x: Tensor, given: dict[str, Tensor | N
     tensors = {name: None if t is None else cuda.aligned(t) for name, t in given.items()}
     for launch in launches:
         tensors |= {name: x.new_empty(shape, dtype=torch.float32) for name, shape in launch.buffers.items()}
-    with current(x):
-        for launch in launches:
-            names = (name for name in launch.arguments if isinstance(name, str))
-            launcher.kernel(launch, x.device)(**{name: tensors.get(name) for name in names})
+    for launch in launches:
+        names = (name for name in launch.arguments if isinstance(name, str))
+        launcher.kernel(launch, x.device)(**{name: tensors.get(name) for name in names})
     return tensors
 
 

@@ -1,9 +1,10 @@
 """What the CUDA C++ kernels of csrc/ are launched with: pure Python, for the extension module, NVRTC and the simulator.
 
 A `Launch` names a source file of csrc/ and a template instantiation in it, and holds grid, threads of a block, bytes of
-dynamic shared memory and arguments. An argument that is a string names a tensor, whose address is passed as 64 bits (a
-null pointer where the option that would use it is off); an int is passed as int32, a float as float32. All tensors are
-dense and 16-byte aligned; feature maps are NHWC. `buffers` are the float32 tensors whose shapes the plan decides.
+dynamic shared memory and arguments. The first of them are strings, which name tensors: the address is passed as 64 bits
+(a null pointer where the option that would use it is off). Behind these an int is passed as int32, a float as float32.
+All tensors are dense and 16-byte aligned; feature maps are NHWC. `buffers` are float32, and the plan decides their
+shapes.
 
     problem = GroupedConv(images, height, columns, groups, width, stride, "bfloat16")
     reason = refuse(problem)                                         why there is no kernel, or None
