@@ -2,6 +2,7 @@
 
 import contextvars
 import dataclasses
+import functools
 import shutil
 import struct
 import sys
@@ -156,13 +157,15 @@ def test_two_devices(stand_in, monkeypatch):
         before, current[0] = current[0], index
         yield
         current[0] = before
+        stand_in.library.cuCtxSetCurrent(driver._context(before))  # as torch's guard does
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", on)
     kernels = [sums(index) for index in (0, 1, 0, 1)]
+    assert stand_in.library.stand_in_device() == -1
     for kernel, parts, dweight in (*kernels, *kernels):
         kernel(parts=parts, dweight=dweight)
-        assert torch.equal(dweight, parts[0] + parts[1]) and current == [0]
+        assert torch.equal(dweight, parts[0] + parts[1]) and stand_in.library.stand_in_device() == 0
     at = [call.split()[1:3] for call in stand_in.calls if call.startswith("cuLaunch")]
     assert at == [["0", str(STREAM)], ["1", str(STREAM + 1)]] * 4
 
@@ -232,7 +235,7 @@ def idle(monkeypatch):
     monkeypatch.setattr(driver.Function, "bound", lambda self, *facts: lambda arguments, stream: None)
     x, weight, bias = operands(ON_CPU)
     run = cuda.prepare_conv(ON_CPU, weight, bias)
-    return lambda: run(x, None, None, False, False)
+    return functools.partial(run, x, None, None, False, False)
 
 
 def test_a_launch_is_a_few_calls_of_python(stand_in, monkeypatch):

@@ -97,7 +97,7 @@ def test_in_a_thread_that_has_no_context(way):
 def test_arrays_of_cupy():
     """Written on a stream of CuPy's and read on torch's, and the other way round."""
     cupy = pytest.importorskip("cupy")
-    problem, x, weight, _ = prepared((3, 14, 14, 5, 24), 1, torch.float16)
+    _, x, weight, _ = prepared((3, 14, 14, 5, 24), 1, torch.float16)
     expected = R.grouped_conv(x, weight, groups=5)
     with cupy.cuda.Stream(non_blocking=True):
         array = cupy.from_dlpack(x) * 1

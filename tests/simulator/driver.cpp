@@ -91,10 +91,11 @@ F symbol(void* library, const char* name) {
 
 extern "C" {
 
-// For tests: a machine with so much shared memory for a block; the memory of the next launches; an error of the next call
-// of a name; and the calls so far, one in a line.
+// For tests: a machine with so much shared memory for a block; the memory of the next launches; the device of this thread's
+// context; an error of the next call of a name; and the calls so far, one in a line.
 void stand_in_reset(int shared) {
     largest = shared;
+    context = nullptr;
     refused.clear();
     calls.clear();
 }
@@ -104,6 +105,8 @@ void stand_in_watch(const Buffer* buffers, int count) {
     names.clear();
     for (Buffer& buffer : watched) buffer.name = names.emplace_back(buffer.name).c_str();
 }
+
+int stand_in_device() { return context ? context->index : -1; }
 
 void stand_in_refuse(const char* call, int code) {
     refused = call;
@@ -190,6 +193,7 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
         return code;
     if (context != f->module->context) return INVALID_CONTEXT;
     if (threads > 1024 || threads_y != 1 || threads_z != 1 || extra || int(shared) > f->allowed) return INVALID_VALUE;
+    std::lock_guard<std::mutex> lock(running);  // before arguments are read: who shares them finds those of others
     int sizes[64];
     int count = symbol<int (*)(int*)>(f->module->library, "simulated_sizes")(sizes);
     std::vector<uint64_t> values(count);
@@ -198,7 +202,6 @@ int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned 
     Launch launch{symbol<void (*)(void**)>(f->module->library, "simulated_kernel"), places.data(),
                   {int(x), int(y), int(z)}, int(threads), int(shared), 2, watched.data(), int(watched.size()),
                   f->name.c_str()};
-    std::lock_guard<std::mutex> lock(running);
     if (auto message = symbol<const char* (*)(const Launch*)>(f->module->library, "simulator_run")(&launch))
         return words = message, LAUNCH_FAILED;
     return SUCCESS;
