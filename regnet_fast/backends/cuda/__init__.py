@@ -153,7 +153,8 @@ class SqueezeExcite(Run):
     """The gate bound to its weights."""
 
     def __init__(self, problem: SqueezeExciteProblem, *weights: Tensor):
-        self.problem, self.weights = problem, [aligned(t.float().contiguous()) for t in weights]
+        named = zip(("fc1", "bias1", "fc2", "bias2"), weights, strict=True)
+        self.problem, self.weights = problem, {name: aligned(t.float().contiguous()) for name, t in named}
         self._kernels: dict[tuple, launcher.Kernel] = {}
         self.label = f"{LABEL}, {launcher.way(_gate_launch(problem, 1, problem.dtype), problem.device)}"
 
@@ -168,9 +169,7 @@ class SqueezeExcite(Run):
             kernel = launcher.Kernel(_gate_launch(self.problem, *key), parts.device)
             self._kernels = {**self._kernels, key: kernel}
         gate = torch.empty((parts.shape[0], parts.shape[2]), dtype=dtype, device=parts.device)
-        names = ("fc1", "bias1", "fc2", "bias2")
-        weights = dict(zip(names, self.weights, strict=True))
-        kernel(parts=aligned(parts.float().contiguous()), **weights, gate=gate)
+        kernel(parts=aligned(parts.float().contiguous()), **self.weights, gate=gate)
         return gate
 
 
