@@ -400,7 +400,7 @@ def test_what_the_module_asks_of_cuda(tmp_path):
 
     (tmp_path / "kernels.cpp").write_text(KERNELS)
     path = tmp_path / f"_cuda{EXTENSION_SUFFIXES[0]}"
-    includes = ROOT / "tests" / "simulator", EXTENSION, pybind11.get_include(), sysconfig.get_path("include")
+    includes = EXTENSION, ROOT / "tests" / "simulator", pybind11.get_include(), sysconfig.get_path("include")
     command = ["g++", "-std=c++17", "-shared", "-fPIC", "-o", path, *(f"-I{folder}" for folder in includes)]
     subprocess.run([*command, EXTENSION / "bindings.cpp", tmp_path / "kernels.cpp"], check=True, capture_output=True)
     spec = importlib.util.spec_from_file_location("_cuda", path)
