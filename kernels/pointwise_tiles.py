@@ -144,7 +144,7 @@ def heuristic(shape: Shape, resident: bool = True) -> Config:
     block_k, rest = _whole(shape.channels)
     kept = []
     if resident and block_k + rest <= 9 * row:
-        block_m, warps = (64, 4) if block_k <= 2 * row else (64, 8) if block_k <= 4 * row else (32, 8)
+        block_m, warps = 64 if block_k <= 4 * row else 32, 4 if block_k <= 2 * row and shape.itemsize == 2 else 8
         kept = [Config(block_m, block_n, block_k, warps, stages, True, rest) for stages in (3, 2)]
     early = kept if block_k <= 4 * row else []
     tiles = [(128, block_n)]
