@@ -15,13 +15,13 @@ from torch import Tensor
 
 from . import channel_tiles
 from .channel_tiles import Config, launch_tiles, new_sums, shape_of, tiles
-from .common import launch
+from .common import SIZES, launch, unit
 from .tables import choose, fitting
 
 BLOCKS = {"BLOCK_T": 64, "BLOCK_M": 16}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def statistics_kernel(
     x, parts, pixels, channel_units,
     UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
@@ -68,11 +68,13 @@ def _about(parts, start, pivot, tiles, pixels, tile_pixels, channels, cs, BLOCK_
     return tl.where(inside, plain, 0.0), count, part, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
-    parts, mean, var, tiles, pixels, tile_pixels, channels, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr
+    parts, mean, var, tiles, pixels, tile_pixels, channel_units,
+    UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance of some channels."""
+    channels = channel_units * UNIT
     cs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     pivot = tl.load(parts + cs, mask=cs < channels, other=0.0)
     plain, square = tl.zeros((BLOCK_T, BLOCK_M), tl.float32), tl.zeros((BLOCK_T, BLOCK_M), tl.float32)
@@ -107,6 +109,7 @@ def statistics(x: Tensor, config: Config | None = None) -> tuple[Tensor, Tensor]
     config = choose(channel_tiles.__name__, shape, x.device, config, run)
     parts, mean, var = (new_sums(size, x) for size in ((tiles(config, shape), 3, channels), (channels,), (channels,)))
     launch_tiles(statistics_kernel, config, shape, x=x, parts=parts, pixels=shape.pixels)
-    sizes = (len(parts), shape.pixels, config.block_p * config.steps, channels)
-    launch(merge_kernel, (triton.cdiv(channels, BLOCKS["BLOCK_M"]),), parts, mean, var, *sizes, **BLOCKS, num_warps=4)
+    sizes = (len(parts), shape.pixels, config.block_p * config.steps, channels // unit(channels))
+    grid = (triton.cdiv(channels, BLOCKS["BLOCK_M"]),)
+    launch(merge_kernel, grid, parts, mean, var, *sizes, UNIT=unit(channels), **BLOCKS, num_warps=4)
     return mean, var

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LIMITS, launch, machine, narrow, unit
+from .common import LIMITS, SIZES, launch, machine, narrow, unit
 
 
 @dataclass(frozen=True)
@@ -186,9 +186,12 @@ def store(pointer, value, place, UPCAST: tl.constexpr):
     return tl.where(inside, rounded.to(tl.float32), 0.0)
 
 
-@triton.jit
-def total_kernel(parts, sums, tiles, columns, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr):
+@triton.jit(do_not_specialize=SIZES)
+def total_kernel(
+    parts, sums, tiles, column_units, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
     """Program (b, j): some columns of matrix b."""
+    columns = column_units * UNIT
     ms = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     batch = tl.program_id(0).to(tl.int64)
     parts += batch * tiles * columns
@@ -207,5 +210,6 @@ def total(parts: Tensor) -> Tensor:
         return parts[:, 0]
     sums = new_sums((batch, columns), parts)
     grid = (batch, triton.cdiv(columns, BLOCKS["BLOCK_M"]))
-    launch(total_kernel, grid, parts, sums, tiles, columns, **BLOCKS, num_warps=4)
+    units = columns // unit(columns)
+    launch(total_kernel, grid, parts, sums, tiles, units, UNIT=unit(columns), **BLOCKS, num_warps=4)
     return sums

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.compiler import CompiledKernel
 
 from ..observer import observer
 from ..settings import settings
@@ -68,8 +69,8 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and settings().conv_tf32 else "ieee"
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """`kernel[grid](*arguments, **options)`, the one way in which kernels start.
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> Any:
+    """`kernel[grid](*arguments, **options)`, the one way in which kernels start first. What Triton compiled, or None.
 
     Raises TooLargeError, before anything runs, where the compiled kernel takes more shared memory, tensor memory or
     threads than the device has.
@@ -78,12 +79,51 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if told is not None:
         title = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
         if not told.launch(title, {**dict(zip(kernel.arg_names, arguments, strict=False)), **options}):
-            return
+            return None
     try:
-        kernel[grid](*arguments, **options)
+        return kernel[grid](*arguments, **options)
     except triton.OutOfResources as error:
         text = f"it needs {error.required} of {error.name}, the device has {error.limit}"
         raise TooLargeError(text) from None
+
+
+class Launch:
+    """`launch(kernel, grid, *tensors, *sizes, **constants)` for tensors of the same shapes, dtypes and device.
+
+    Triton finds a binary by all its arguments, which takes longer than many a kernel. That happens once: from then on
+    what it compiled is launched as it is (`CompiledKernel.__getitem__`). A binary depends on types, on constants and on
+    which tensors are aligned to 16 bytes, as torch allocates them (`SIZES`); for tensors that are not, or where a
+    version of Triton does not return what it compiled, Triton looks again.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], sizes: tuple[int, ...], warps: int, **constants: Any):
+        self.kernel, self.grid, self.sizes = kernel, (*grid, 1, 1)[:3], sizes
+        self.options = {**constants, "num_warps": warps, **LIMITS}
+        self.behind = (*sizes, *(constants[name] for name in kernel.arg_names if name in constants))
+        self.compiled: Any = None
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Start it. Raises TooLargeError as `launch` does."""
+        address = 0
+        for t in tensors:
+            if t is not None:
+                address |= t.data_ptr()
+        if self.compiled is not None and not address & 15 and observer.get() is None:
+            self.compiled(*tensors, *self.behind)
+            return
+        found = launch(self.kernel, self.grid, *tensors, *self.sizes, **self.options)
+        if not address & 15 and isinstance(found, CompiledKernel):
+            self.compiled = found[self.grid]
+
+
+SIZES = (
+    *("pixels", "other_pixels", "image_pixels", "tile_pixels", "images", "tiles", "all_tiles", "share"),
+    *("out_area", "out_width", "out_columns", "out_height", "in_area", "in_width", "height", "columns"),
+    *("channel_units", "out_units", "other_units", "hidden_units", "column_units"),
+)
+"""What kernels are not compiled anew for: `@triton.jit(do_not_specialize=SIZES)`. Triton otherwise makes one binary for
+numbers divisible by 16, one for 1, and one for the rest; what an alignment rests on is a compile-time `UNIT`.
+"""
 
 
 @triton.jit

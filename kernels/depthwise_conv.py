@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import activate, interpreting, launch, narrow, new_output, unit
-from .tables import choose, fitting
+from .common import SIZES, Launch, activate, interpreting, narrow, new_output, unit
+from .tables import Chosen, announce, chosen, fitting, planned
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def heuristic(shape: Shape) -> Config:
     return Config(2048 // block_c, block_c, 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def kernel(
     x, weight, bias, y, partial, tiles, image_pixels, out_columns, height, columns, channel_units,
     UNIT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
@@ -97,6 +97,30 @@ def packed_weight(weight: Tensor) -> Tensor:
     return weight.flatten(1).t().contiguous()
 
 
+@planned
+def _plan(
+    input_size: torch.Size, dtype: torch.dtype, device: torch.device, bias: bool, kernel_size: tuple[int, int],
+    stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], activation: str, means: bool,
+    config: Config | None,
+) -> tuple[Chosen, tuple[int, ...], tuple[int, ...] | None, Launch]:  # fmt: skip
+    """The choice, the sizes of y and of the parts, and what launches it."""
+    n, channels, *extents = input_size
+    size = [(extents[i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    pixels, taps, steps = size[0] * size[1], kernel_size[0] * kernel_size[1], stride[0] * stride[1]
+    choice = chosen(__name__, Shape(n * pixels, pixels, channels, taps, steps, dtype.itemsize, means), device, config)
+    config = choice.config
+    tiles = triton.cdiv(pixels, config.block_p)
+    launch = Launch(
+        kernel, (n * tiles, triton.cdiv(channels, config.block_c)),
+        (tiles, pixels, size[1], *extents, channels // unit(channels)), config.warps,
+        UNIT=unit(channels), KH=kernel_size[0], KW=kernel_size[1], STRIDE_H=stride[0], STRIDE_W=stride[1],
+        PAD_H=padding[0], PAD_W=padding[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
+        ACTIVATION=activation, HAS_BIAS=bias, HAS_PARTIAL=means, UPCAST=interpreting(),
+        BLOCK_P=config.block_p, BLOCK_C=config.block_c,
+    )  # fmt: skip
+    return choice, (n, channels, *size), (n, tiles, channels) if means else None, launch
+
+
 @fitting
 def depthwise_conv(
     x: Tensor,
@@ -114,27 +138,16 @@ def depthwise_conv(
 
     Arguments and results are those of `implicit_gemm.convolution`, with the weight as `packed_weight` makes it.
     """
-    n, channels, height, width = x.shape
-    size = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
-    ]
-    pixels = size[0] * size[1]
-    y = new_output((n, channels, *size), x)
-    taps, steps = kernel_size[0] * kernel_size[1], stride[0] * stride[1]
-    shape = Shape(n * pixels, pixels, channels, taps, steps, x.element_size(), means)
+    geometry = (kernel_size, stride, padding, dilation)
+    choice, size, parts_size, launch = _plan(
+        x.shape, x.dtype, x.device, bias is not None, *geometry, activation, means, config
+    )
 
     def run(config: Config) -> tuple[Tensor, Tensor | None]:
-        return depthwise_conv(x, weight, bias, kernel_size, stride, padding, dilation, activation, means, config)
+        return depthwise_conv(x, weight, bias, *geometry, activation, means, config)
 
-    config = choose(__name__, shape, x.device, config, run)
-    tiles = triton.cdiv(pixels, config.block_p)
-    parts = torch.empty((n, tiles, channels), dtype=torch.float32, device=x.device) if means else None
-    launch(
-        kernel, (n * tiles, triton.cdiv(channels, config.block_c)),
-        x, weight, bias, y, parts, tiles, pixels, size[1], height, width, channels // unit(channels),
-        UNIT=unit(channels), KH=kernel_size[0], KW=kernel_size[1], STRIDE_H=stride[0], STRIDE_W=stride[1],
-        PAD_H=padding[0], PAD_W=padding[1], DILATION_H=dilation[0], DILATION_W=dilation[1],
-        ACTIVATION=activation, HAS_BIAS=bias is not None, HAS_PARTIAL=means, UPCAST=interpreting(),
-        BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
-    )  # fmt: skip
+    announce(choice, run)
+    y = new_output(size, x)
+    parts = None if parts_size is None else torch.empty(parts_size, dtype=torch.float32, device=x.device)
+    launch(x, weight, bias, y, parts)
     return y, parts

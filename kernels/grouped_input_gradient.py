@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LIMITS, dot, interpreting, launch, machine, narrow, new_output, precision, too_large, unit
+from .common import LIMITS, SIZES, dot, interpreting, launch, machine, narrow, new_output, precision, too_large, unit
 from .tables import choose, fitting
 
 Affine = tuple[Tensor, Tensor | None, Tensor | None]
@@ -95,7 +95,7 @@ def heuristic(shape: Shape) -> Config:
     return Config(block_m // 2, block_n // 2, block_k, warps, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def kernel(
     dz, y, a, q, b, weight, dx,
     tiles, out_height, out_columns, height, columns, channel_units, out_units,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .channel_tiles import new_sums, total
-from .common import LIMITS, activate, dot, interpreting, launch, machine, narrow, precision, too_large, unit
+from .common import LIMITS, SIZES, activate, dot, interpreting, launch, machine, narrow, precision, too_large, unit
 from .grouped_input_gradient import Affine, geometry_constants
 from .tables import choose, fitting
 
@@ -96,7 +96,7 @@ def splits(config: Config, shape: Shape) -> int:
     return min(wanted, shape.images * triton.cdiv(shape.image_pixels, config.block_k))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def kernel(
     x, scale, shift, dz, y, a, q, b, parts,
     share, all_tiles, tiles, image_pixels, out_columns, height, columns, channel_units, out_units,

@@ -9,6 +9,7 @@ instead of padding. `grouped_conv` and `dense_conv` are its users.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
-    LIMITS,
     SHARED_BYTES,
+    SIZES,
+    Launch,
     activate,
     dot,
     interpreting,
-    launch,
     machine,
     narrow,
     new_output,
@@ -30,7 +31,7 @@ from .common import (
     too_large,
     unit,
 )
-from .tables import choose, fitting
+from .tables import Chosen, announce, chosen, fitting, planned
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def heuristic(shape: Shape) -> Config:
     return Config(block_m // 2, block_n // 2, block_k, 4, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def kernel(
     x, weight, bias, residual, y, partial,
     tiles, image_pixels, out_columns, height, columns, channel_units, out_units,
@@ -203,6 +204,37 @@ def constants(
     }
 
 
+@planned
+def _plan(
+    input_size: torch.Size, out_channels: int, dtype: torch.dtype, device: torch.device, channels_first: bool,
+    bias: bool, residual: bool, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+    dilation: tuple[int, int], groups: int, activation: str, means: bool, product: str, config: Config | None,
+) -> tuple[Chosen, tuple[int, ...], tuple[int, ...] | None, Launch]:  # fmt: skip
+    """The choice, the sizes of y and of the parts, and what launches it."""
+    n, channels, *extents = input_size
+    size = [(extents[i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    pixels, geometry = size[0] * size[1], (kernel_size, stride, padding, dilation)
+    widths, taps, steps = (
+        (channels // groups, out_channels // groups),
+        kernel_size[0] * kernel_size[1],
+        math.prod(stride),
+    )
+    operands = (dtype.itemsize, residual, means, product == "tf32")
+    shape = Shape(n * pixels, pixels, groups, *widths, taps, steps, *operands, *machine(device))
+    choice = chosen(__name__, shape, device, config)
+    config = choice.config
+    tiles = triton.cdiv(pixels, config.block_m)
+    launch = Launch(
+        kernel,
+        (n * tiles, groups * triton.cdiv(shape.out_width, config.block_n)),
+        (tiles, pixels, size[1], *extents, channels // unit(channels), out_channels // unit(out_channels)),
+        config.warps,
+        **constants(config, shape, *geometry, activation, dtype),
+        **{"CHANNELS_FIRST": channels_first, "HAS_BIAS": bias, "HAS_RESIDUAL": residual, "HAS_PARTIAL": means},
+    )
+    return choice, (n, out_channels, *size), (n, tiles, out_channels) if means else None, launch
+
+
 @fitting
 def convolution(
     x: Tensor,
@@ -231,32 +263,17 @@ def convolution(
     Returns a new (N, K, OH, OW) tensor in channels_last, and the parts or None. Sums in float32; the parts are sums of
     rounded results.
     """
-    n, channels, height, width = x.shape
-    out_channels, taps = weight.shape[0], kernel_size[0] * kernel_size[1]
-    size = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
-    ]
-    pixels = size[0] * size[1]
-    y = new_output((n, out_channels, *size), x)
-    widths, steps = (channels // groups, out_channels // groups), stride[0] * stride[1]
-    operands = (x.element_size(), residual is not None, means, precision(x.dtype) == "tf32")
-    shape = Shape(n * pixels, pixels, groups, *widths, taps, steps, *operands, *machine(x.device))
     geometry = (kernel_size, stride, padding, dilation)
+    choice, size, parts_size, launch = _plan(
+        x.shape, weight.shape[0], x.dtype, x.device, not x.is_contiguous(memory_format=torch.channels_last),
+        bias is not None, residual is not None, *geometry, groups, activation, means, precision(x.dtype), config,
+    )  # fmt: skip
 
     def run(config: Config) -> tuple[Tensor, Tensor | None]:
         return convolution(x, weight, bias, residual, *geometry, groups, activation, means, config)
 
-    config = choose(__name__, shape, x.device, config, run)
-    tiles = triton.cdiv(pixels, config.block_m)
-    parts = torch.empty((n, tiles, out_channels), dtype=torch.float32, device=x.device) if means else None
-    launch(
-        kernel,
-        (n * tiles, groups * triton.cdiv(shape.out_width, config.block_n)),
-        x, weight, bias, residual, y, parts,
-        tiles, pixels, size[1], height, width, channels // unit(channels), out_channels // unit(out_channels),
-        CHANNELS_FIRST=not x.is_contiguous(memory_format=torch.channels_last),
-        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, HAS_PARTIAL=means,
-        **constants(config, shape, *geometry, activation, x.dtype),
-        num_warps=config.warps, **LIMITS,
-    )  # fmt: skip
+    announce(choice, run)
+    y = new_output(size, x)
+    parts = None if parts_size is None else torch.empty(parts_size, dtype=torch.float32, device=x.device)
+    launch(x, weight, bias, residual, y, parts)
     return y, parts

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import activate, interpreting, launch, narrow, new_output, unit
-from .tables import choose, fitting
+from .common import SIZES, Launch, activate, interpreting, narrow, new_output, unit
+from .tables import Chosen, announce, chosen, fitting, planned
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def heuristic(shape: Shape) -> Config:
     return Config(4096 // block_c, block_c, 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def kernel(
     x, scale, shift, gate, y, pixels, image_pixels, channel_units,
     UNIT: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr, UPCAST: tl.constexpr,
@@ -70,6 +71,29 @@ def kernel(
         s = s * tl.load(gate + image[:, None] * channels + cs[None, :], mask=inside, other=0.0).to(tl.float32)
     z = z * s + tl.load(shift + cs, mask=cs < channels, other=0.0)[None, :]
     tl.store(y + offsets, narrow(activate(z, ACTIVATION), y.dtype.element_ty, UPCAST), mask=inside)
+
+
+@planned
+def _plan(
+    size: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    gate: torch.dtype | None,
+    activation: str,
+    config: Config | None,
+) -> tuple[Chosen, Launch]:
+    """The choice, and what launches it, by the dtypes of x and of the gate."""
+    n, channels, height, width = size
+    pixels = n * height * width
+    choice = chosen(__name__, Shape(pixels, channels, dtype.itemsize, gate is not None), device, config)
+    config = choice.config
+    launch = Launch(
+        kernel, (triton.cdiv(pixels, config.block_p), triton.cdiv(channels, config.block_c)),
+        (pixels, height * width, channels // unit(channels)), config.warps,
+        UNIT=unit(channels), ACTIVATION=activation, HAS_GATE=gate is not None, UPCAST=interpreting(),
+        BLOCK_P=config.block_p, BLOCK_C=config.block_c,
+    )  # fmt: skip
+    return choice, launch
 
 
 @fitting
@@ -92,18 +116,12 @@ def norm_act(
 
     Returns a new tensor of x's dtype in channels_last. Computes in float32.
     """
-    n, channels, height, width = x.shape
-    y = new_output((n, channels, height, width), x)
-    pixels = n * height * width
+    choice, launch = _plan(x.shape, x.dtype, x.device, None if gate is None else gate.dtype, activation, config)
 
     def run(config: Config) -> Tensor:
         return norm_act(x, scale, shift, gate, activation=activation, config=config)
 
-    config = choose(__name__, Shape(pixels, channels, x.element_size(), gate is not None), x.device, config, run)
-    launch(
-        kernel, (triton.cdiv(pixels, config.block_p), triton.cdiv(channels, config.block_c)),
-        x, scale, shift, gate, y, pixels, height * width, channels // unit(channels),
-        UNIT=unit(channels), ACTIVATION=activation, HAS_GATE=gate is not None, UPCAST=interpreting(),
-        BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.warps,
-    )  # fmt: skip
+    announce(choice, run)
+    y = new_output(x.shape, x)
+    launch(x, scale, shift, gate, y)
     return y

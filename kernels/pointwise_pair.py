@@ -8,7 +8,7 @@ from then on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import pointwise_conv
-from .common import LIMITS, interpreting, launch, machine, new_output, precision, unit
+from .common import SIZES, Launch, interpreting, machine, new_output, precision, unit
 from .pointwise_conv import Affine, Config, streamed_tile
-from .tables import choose, fitting
+from .tables import Chosen, announce, chosen, fitting, planned
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Shape:
     def first(self) -> pointwise_conv.Shape:
         """The shape of the first product alone."""
         return pointwise_conv.Shape(
-            self.pixels, self.channels, self.out_channels, self.itemsize, False, False, 1, self.tf32, self.arch,
+            self.pixels, self.channels, self.out_channels, self.itemsize, 0, False, 1, self.tf32, self.arch,
             self.processors, self.norm,
         )  # fmt: skip
 
@@ -62,11 +62,10 @@ def config_supports(config: Config, shape: Shape) -> str | None:
 
 def heuristic(shape: Shape) -> Config:
     """A configuration that needs no measurement: that of the first convolution, streamed."""
-    config = pointwise_conv.heuristic(shape.first)
-    return replace(config, resident=False, block_k=min(config.block_k, 128 // shape.itemsize))
+    return pointwise_conv.heuristic(shape.first, resident=False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def kernel(
     x, scale, shift, weight, bias, y, other_weight, other_bias, other,
     pixels, other_pixels, out_area, out_width, in_area, in_width, channel_units, out_units, other_units,
@@ -85,14 +84,14 @@ def kernel(
         streamed_tile(
             x, weight, bias, None, scale, shift, None, None, None, y, row, column,
             pixels, in_area, in_width, in_area, in_width, channels, out_channels, 1, ACTIVATION,
-            HAS_BIAS, False, NORM, False, None, EVEN_K, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+            HAS_BIAS, False, 0, NORM, False, None, EVEN_K, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
     else:
         streamed_tile(
             x, other_weight, other_bias, None, scale, shift, None, None, None, other,
             share * BLOCK_M, (place - first) * BLOCK_N,
             other_pixels, out_area, out_width, in_area, in_width, channels, other_channels, STRIDE, "none",
-            OTHER_BIAS, False, NORM, False, None, EVEN_K, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+            OTHER_BIAS, False, 0, NORM, False, None, EVEN_K, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
 
 
@@ -112,6 +111,35 @@ def constants(config: Config, shape: Shape, activation: str, dtype: torch.dtype)
         "BLOCK_K": config.block_k,
         "STAGES": config.stages,
     }
+
+
+@planned
+def _plan(
+    size: torch.Size, out_channels: int, other_channels: int, dtype: torch.dtype, device: torch.device,
+    bias: bool, other_bias: bool, norm: str | None, stride: int, activation: str, product: str, config: Config | None,
+) -> tuple[Chosen, tuple[tuple[int, ...], ...], Launch]:  # fmt: skip
+    """The choice, the sizes of the results, and what launches both."""
+    n, channels, height, width = size
+    other_height, other_width = (height - 1) // stride + 1, (width - 1) // stride + 1
+    pixels, other_pixels = n * height * width, n * other_height * other_width
+    widths, operands = (channels, out_channels, other_channels), (dtype.itemsize, stride, product == "tf32")
+    shape = Shape(pixels, *widths, *operands, norm is not None, *machine(device))
+    choice = chosen(__name__, shape, device, config)
+    config = choice.config
+    shares = max(triton.cdiv(pixels, stride * stride * config.block_m), triton.cdiv(other_pixels, config.block_m))
+    across, other_across = triton.cdiv(out_channels, config.block_n), triton.cdiv(other_channels, config.block_n)
+    launch = Launch(
+        kernel,
+        (shares * (stride * stride * across + other_across),),
+        (
+            *(pixels, other_pixels, other_height * other_width, other_width, height * width, width),
+            *(one // unit(one) for one in widths),
+        ),
+        config.warps,
+        **constants(config, shape, activation, dtype),
+        **{"HAS_BIAS": bias, "OTHER_BIAS": other_bias, "NORM": norm},
+    )
+    return choice, ((n, out_channels, height, width), (n, other_channels, other_height, other_width)), launch
 
 
 @fitting
@@ -139,31 +167,17 @@ def pointwise_pair(
 
     Returns two new tensors in channels_last. Sums in float32.
     """
-    n, channels, height, width = x.shape
-    out_channels, other_channels = weight.shape[0], other_weight.shape[0]
-    other_height, other_width = (height - 1) // stride + 1, (width - 1) // stride + 1
-    pixels, other_pixels = n * height * width, n * other_height * other_width
-    y = new_output((n, out_channels, height, width), x)
-    other = new_output((n, other_channels, other_height, other_width), x)
-    tf32 = precision(x.dtype) == "tf32"
-    widths = (channels, out_channels, other_channels)
-    shape = Shape(pixels, *widths, x.element_size(), stride, tf32, norm is not None, *machine(x.device))
+    scale, shift, after = norm or (None, None, None)
+    choice, sizes, launch = _plan(
+        x.shape, weight.shape[0], other_weight.shape[0], x.dtype, x.device, bias is not None, other_bias is not None,
+        after, stride, activation, precision(x.dtype), config,
+    )  # fmt: skip
 
     def run(config: Config) -> tuple[Tensor, Tensor]:
         options = {"norm": norm, "stride": stride, "activation": activation, "config": config}
         return pointwise_pair(x, weight, bias, other_weight, other_bias, **options)
 
-    config = choose(__name__, shape, x.device, config, run)
-    shares = max(triton.cdiv(pixels, stride * stride * config.block_m), triton.cdiv(other_pixels, config.block_m))
-    across, other_across = triton.cdiv(out_channels, config.block_n), triton.cdiv(other_channels, config.block_n)
-    scale, shift, after = norm or (None, None, None)
-    launch(
-        kernel, (shares * (stride * stride * across + other_across),),
-        x, scale, shift, weight, bias, y, other_weight, other_bias, other,
-        pixels, other_pixels, other_height * other_width, other_width, height * width, width,
-        channels // unit(channels), out_channels // unit(out_channels), other_channels // unit(other_channels),
-        HAS_BIAS=bias is not None, OTHER_BIAS=other_bias is not None, NORM=after,
-        **constants(config, shape, activation, x.dtype),
-        num_warps=config.warps, **LIMITS,
-    )  # fmt: skip
+    announce(choice, run)
+    y, other = (new_output(size, x) for size in sizes)
+    launch(x, scale, shift, weight, bias, y, other_weight, other_bias, other)
     return y, other

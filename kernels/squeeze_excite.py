@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LIMITS, activate, interpreting, launch, machine, narrow, too_large
-from .tables import choose, fitting
+from .common import SIZES, Launch, activate, interpreting, machine, narrow, too_large, unit
+from .tables import Chosen, announce, chosen, fitting, planned
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,15 @@ def _hidden(
     return activate(sums + tl.load(bias1 + rs, mask=rs < hidden, other=0.0)[None, :], ACTIVATION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def whole_kernel(
-    parts, fc1, bias1, fc2, bias2, gate, images, tiles, channels, hidden,
+    parts, fc1, bias1, fc2, bias2, gate, images, tiles, channel_units, hidden_units,
+    UNIT: tl.constexpr, HIDDEN_UNIT: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program i: the gates of some images."""
+    channels, hidden = channel_units * UNIT, hidden_units * HIDDEN_UNIT
     image, rs = (tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64), tl.arange(0, BLOCK_R)
     h = _hidden(
         parts, fc1, bias1, image, rs, images, tiles, channels, hidden, ACTIVATION, PRECISION, BLOCK_I, BLOCK_C, BLOCK_R
@@ -120,13 +122,15 @@ def whole_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def hidden_kernel(
-    parts, fc1, bias1, result, images, tiles, channels, hidden,
+    parts, fc1, bias1, result, images, tiles, channel_units, hidden_units,
+    UNIT: tl.constexpr, HIDDEN_UNIT: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): some hidden channels of some images."""
+    channels, hidden = channel_units * UNIT, hidden_units * HIDDEN_UNIT
     image = (tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64)
     rs = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     h = _hidden(
@@ -135,13 +139,15 @@ def hidden_kernel(
     tl.store(result + image[:, None] * hidden + rs[None, :], h, mask=(image < images)[:, None] & (rs < hidden)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gate_kernel(
-    values, fc2, bias2, gate, images, channels, hidden,
+    values, fc2, bias2, gate, images, channel_units, hidden_units,
+    UNIT: tl.constexpr, HIDDEN_UNIT: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): the gates of some images and channels."""
+    channels, hidden = channel_units * UNIT, hidden_units * HIDDEN_UNIT
     image = (tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64)
     cs = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     z = tl.zeros((BLOCK_I, BLOCK_C), tl.float32)
@@ -159,6 +165,26 @@ def gate_kernel(
         narrow(1 / (1 + tl.exp(-z)), gate.dtype.element_ty, UPCAST),
         mask=known,
     )
+
+
+@planned
+def _plan(
+    size: torch.Size, hidden: int, activation: str, dtype: torch.dtype, device: torch.device, config: Config | None
+) -> tuple[Chosen, tuple[Launch, ...]]:
+    """The choice, and what launches it for gates of a dtype: one kernel or two."""
+    images, tiles, channels = size
+    choice = chosen(__name__, Shape(images, tiles, channels, hidden, machine(device)[0]), device, config)
+    config = choice.config
+    units, rows = (channels // unit(channels), hidden // unit(hidden)), triton.cdiv(images, config.block_i)
+    blocks = {"BLOCK_I": config.block_i, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r}
+    blocks |= {"UNIT": unit(channels), "HIDDEN_UNIT": unit(hidden), "PRECISION": "ieee" if interpreting() else "tf32x3"}
+    first, last = {**blocks, "ACTIVATION": activation}, {**blocks, "UPCAST": interpreting()}
+    counts, warps = (images, tiles, *units), config.warps
+    if config.whole:
+        return choice, (Launch(whole_kernel, (rows,), counts, warps, **first, **{"UPCAST": interpreting()}),)
+    down, across = ((rows, triton.cdiv(*sizes)) for sizes in ((hidden, config.block_r), (channels, config.block_c)))
+    products = Launch(hidden_kernel, down, counts, warps, **first)
+    return choice, (products, Launch(gate_kernel, across, (images, *units), warps, **last))
 
 
 @fitting
@@ -183,34 +209,18 @@ def squeeze_excite(
 
     Returns a new (N, C) tensor. Products in three TF32 steps, which keep float32's precision.
     """
-    images, tiles, channels = parts.shape
-    hidden = fc1.shape[0]
+    choice, launches = _plan(parts.shape, fc1.shape[0], activation, dtype, parts.device, config)
 
     def run(config: Config) -> Tensor:
         return squeeze_excite(parts, fc1, bias1, fc2, bias2, activation=activation, dtype=dtype, config=config)
 
-    shape = Shape(images, tiles, channels, hidden, machine(parts.device)[0])
-    config = choose(__name__, shape, parts.device, config, run)
+    announce(choice, run)
+    images, channels = parts.shape[0], parts.shape[2]
     gate = torch.empty((images, channels), dtype=dtype, device=parts.device)
-    precision = {"PRECISION": "ieee" if interpreting() else "tf32x3"}
-    blocks = {"BLOCK_I": config.block_i, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r}
-    options = {"num_warps": config.warps, **LIMITS}
-    rows = triton.cdiv(images, config.block_i)
-    if config.whole:
-        launch(
-            whole_kernel, (rows,), parts, fc1, bias1, fc2, bias2, gate, images, tiles, channels, hidden,
-            ACTIVATION=activation, UPCAST=interpreting(), **precision, **blocks, **options,
-        )  # fmt: skip
+    if choice.config.whole:
+        launches[0](parts, fc1, bias1, fc2, bias2, gate)
         return gate
-    values = torch.empty((images, hidden), dtype=torch.float32, device=parts.device)
-    launch(
-        hidden_kernel, (rows, triton.cdiv(hidden, config.block_r)),
-        parts, fc1, bias1, values, images, tiles, channels, hidden,
-        ACTIVATION=activation, **precision, **blocks, **options,
-    )  # fmt: skip
-    launch(
-        gate_kernel, (rows, triton.cdiv(channels, config.block_c)),
-        values, fc2, bias2, gate, images, channels, hidden,
-        UPCAST=interpreting(), **precision, **blocks, **options,
-    )  # fmt: skip
+    values = torch.empty((images, fc1.shape[0]), dtype=torch.float32, device=parts.device)
+    launches[0](parts, fc1, bias1, values)
+    launches[1](values, fc2, bias2, gate)
     return gate

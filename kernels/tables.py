@@ -64,7 +64,19 @@ class Choice:
     run: Callable[[Any], Any]
 
 
-def choose(kernel: str, shape: Any, device: torch.device, config: Any, run: Callable[[Any], Any]) -> Any:
+@dataclass(frozen=True)
+class Chosen:
+    """The configuration of a kernel, by its module's name, for a shape on a device; it may be given, or measured."""
+
+    kernel: str
+    shape: Any
+    device: torch.device
+    config: Any
+    given: bool
+    tuned: bool
+
+
+def chosen(kernel: str, shape: Any, device: torch.device, config: Any) -> Chosen:
     """The configuration for a launch.
 
     Args:
@@ -72,31 +84,53 @@ def choose(kernel: str, shape: Any, device: torch.device, config: Any, run: Call
         shape: its `Shape`.
         device: where it is launched.
         config: the given configuration, or None.
-        run: launches the same with a given configuration, for an observer.
 
-    Raises ValueError where the configuration cannot serve. The caller is decorated with `fitting`.
+    Raises ValueError where the configuration cannot serve.
     """
     if config is not None:
         _check(sys.modules[kernel], config, shape)
-        _choice.set(None)
-        return config
+        return Chosen(kernel, shape, device, config, True, False)
     config, tuned = _chosen(kernel, shape, device)
+    return Chosen(kernel, shape, device, config, False, tuned)
+
+
+def announce(one: Chosen, run: Callable[[Any], Any]) -> None:
+    """Say what is launched next; `run` launches the same with a given configuration, for an observer. The caller is
+    decorated with `fitting`.
+    """
+    _choice.set(one)
     told = observer.get()
-    if told is not None:
-        told.choice(Choice(sys.modules[kernel], shape, config, tuned, run))
-    _choice.set((kernel, shape, device, config))
-    return config
+    if told is not None and not one.given:
+        told.choice(Choice(sys.modules[one.kernel], one.shape, one.config, one.tuned, run))
 
 
-_choice: ContextVar[tuple[str, Any, torch.device, Any] | None] = ContextVar("regnet_fast_choice", default=None)
-"""What was chosen last: the kernel, its shape, the device and the configuration; None where that was given."""
+def choose(kernel: str, shape: Any, device: torch.device, config: Any, run: Callable[[Any], Any]) -> Any:
+    """`chosen`, announced: the configuration itself."""
+    one = chosen(kernel, shape, device, config)
+    announce(one, run)
+    return one.config
+
+
+_choice: ContextVar[Chosen] = ContextVar("regnet_fast_choice")
+"""What was announced last."""
+
+_kept: list[Any] = []
+"""The caches of what rests on choices."""
+
+
+def planned(plan: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of hashable facts, whose results are kept until a choice may be another."""
+    kept = functools.lru_cache(maxsize=1 << 12)(plan)
+    _kept.append(kept)
+    return kept
+
 
 _too_large: dict[tuple[str, Any, torch.device], dict[Any, str]] = {}
 """Configurations of a kernel for a shape that the compiler makes too large for a device, and what it said."""
 
 
 def fitting(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """A launcher that calls `choose` once, and again with a smaller configuration where the compiler makes the chosen
+    """A launcher that chooses once, and again with a smaller configuration where the compiler makes the chosen
     one too large, with a warning. A configuration that was given has no other, and raises TooLargeError.
     """
 
@@ -106,20 +140,27 @@ def fitting(launcher: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 return launcher(*arguments, **options)
             except TooLargeError as error:
-                if _choice.get() is None:
+                one = _choice.get()
+                if one.given:
                     raise
-                _replace(*_choice.get(), str(error))
+                _replace(one, str(error))
 
     return launch
 
 
-def _replace(kernel: str, shape: Any, device: torch.device, config: Any, reason: str) -> None:
+def _replace(one: Chosen, reason: str) -> None:
     """Never choose a configuration for a shape again. Raises TooLargeError where there is no smaller one."""
-    _too_large.setdefault((kernel, shape, device), {})[config] = reason
-    _chosen.cache_clear()
-    smaller = _chosen(kernel, shape, device)[0]
-    text = f"{name(sys.modules[kernel])}: {config} is too large as it was compiled: {reason}. {smaller} runs instead"
+    what, kernel = (one.kernel, one.shape, one.device), name(sys.modules[one.kernel])
+    _too_large.setdefault(what, {})[one.config] = reason
+    _choose_again()
+    smaller = _chosen(*what)[0]
+    text = f"{kernel}: {one.config} is too large as it was compiled: {reason}. {smaller} runs instead"
     warnings.warn(text, SmallerWarning, stacklevel=2)
+
+
+def _choose_again() -> None:
+    for kept in (_chosen, *_kept):
+        kept.cache_clear()
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -237,7 +278,7 @@ def shipped_file(gpu: str) -> Path:
 def forget() -> None:
     """Read what was measured again when it is next needed, and ask the compiler again."""
     _too_large.clear()
-    _chosen.cache_clear()
+    _choose_again()
     known.cache_clear()
 
 

@@ -30,7 +30,7 @@ from .channel_tiles import (
     tiles,
     total,
 )
-from .common import activate, interpreting, new_output
+from .common import SIZES, activate, interpreting, new_output
 from .tables import choose, fitting
 
 MOST_TERMS = 3
@@ -73,7 +73,7 @@ def _read(x, factor, norm, place, ACTIVATION: tl.constexpr, FACTOR: tl.constexpr
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def join_kernel(
     x0, mean0, var0, weight0, bias0, factor0, x1, mean1, var1, weight1, bias1, factor1,
     x2, mean2, var2, weight2, bias2, factor2, y, eps0, eps1, eps2, pixels, image_pixels, channel_units,
@@ -126,7 +126,7 @@ def _store_sums(parts, slot, sums, norm, cs, channels, SUMS: tl.constexpr):
         tl.store(parts + channels, tl.sum(plain, 0)[None, :], mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     grad, y, extra, out, x0, mean0, var0, weight0, bias0, factor0, out0,
     x1, mean1, var1, weight1, bias1, factor1, out1, x2, mean2, var2, weight2, bias2, factor2, out2,

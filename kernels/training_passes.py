@@ -26,12 +26,12 @@ from .channel_tiles import (
     store,
     tiles,
 )
-from .common import activate, interpreting, new_output
+from .common import SIZES, activate, interpreting, new_output
 from .tables import choose, fitting
 from .training_join import ReadMap
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def affine_kernel(
     dz, y, identity, out, a, q, k, pixels, channel_units, UPCAST: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
@@ -54,7 +54,7 @@ def affine_kernel(
         store(out, found, place, UPCAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def image_kernel(
     x, mean, var, weight, bias, times, parts, eps, share, tiles, image_pixels, channel_units,
     ACTIVATION: tl.constexpr, UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,

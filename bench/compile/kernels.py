@@ -133,23 +133,28 @@ def _pointwise(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> 
     from regnet_fast.kernels import pointwise_conv as kernels
 
     integers = ("pixels", "out_area", "out_width", "in_area", "in_width", "channel_units", "out_units")
-    forms = [(False, False, None, None), (False, True, None, None), (True, True, None, None)]
+    after = operation["activation"]
+    forms = [(gate, residual, None, None, True, after) for gate in (False, True) for residual in (False, True)]
+    if any(model.startswith("regnetz") for model in operation["models"]):
+        forms += [(gate, residual, None, None, True, "none") for gate in (False, True) for residual in (False, True)]
     if any(model.startswith(("regnetv", "resnetv2")) for model in operation["models"]):
-        forms += [(False, False, "relu", None), (False, True, None, "relu"), (True, True, "relu", "relu")]
-    for gate, residual, norm, residual_norm in forms:
-        if operation["stride"] > 1 and residual:
+        forms += [(False, True, None, None, False, "none"), (False, False, "relu", None, True, after)]
+        forms += [(False, True, None, "relu", True, after), (True, True, "relu", "relu", True, after)]
+    for gate, residual, norm, residual_norm, bias, activation in forms:
+        if operation["stride"] > 1 and (gate or residual):
             continue  # only shortcuts have a stride
         pixels = batch * operation["hw"] ** 2
         size = DTYPES[dtype].itemsize
-        operands = (size, gate, residual, operation["stride"], dtype == "float32")
+        area = operation["hw"] ** 2 if gate else 0
+        operands = (size, area, residual, operation["stride"], dtype == "float32")
         norms = (norm is not None, residual_norm is not None)
         shape = kernels.Shape(pixels, operation["in"], operation["out"], *operands, arch, PROCESSORS[arch], *norms)
         config = kernels.heuristic(shape)
         refusal = kernels.config_supports(config, shape)
         assert refusal is None, f"{shape}: {config}: {refusal}"
-        constants = kernels.constants(config, shape, operation["stride"], operation["activation"], DTYPES[dtype])
-        constants |= {"HAS_BIAS": True, "UPCAST": False, "NORM": norm, "RESIDUAL_NORM": residual_norm}
-        pointers = {"x": dtype, "weight": dtype, "bias": "float32", "y": dtype}
+        constants = kernels.constants(config, shape, operation["stride"], activation, DTYPES[dtype])
+        constants |= {"HAS_BIAS": bias, "UPCAST": False, "NORM": norm, "RESIDUAL_NORM": residual_norm}
+        pointers = {"x": dtype, "weight": dtype, "y": dtype} | ({"bias": "float32"} if bias else {})
         pointers |= {name: dtype for name, there in (("gate", gate), ("residual", residual)) if there}
         pointers |= dict.fromkeys(("scale", "shift"), "float32") if norm else {}
         pointers |= dict.fromkeys(("residual_scale", "residual_shift"), "float32") if residual_norm else {}
@@ -178,11 +183,16 @@ def _convolution(operation: dict[str, Any], batch: int, arch: int, dtype: str) -
     refusal = kernels.config_supports(config, shape)
     assert refusal is None, f"{shape}: {config}: {refusal}"
     image = operation["in"] == 3
-    for more, channels_first in ((False, False), (True, False), *([(False, True)] if image else [])):
-        constants = kernels.constants(config, shape, *geometry, operation["activation"], DTYPES[dtype])
-        constants |= {"HAS_BIAS": True, "UPCAST": False, "CHANNELS_FIRST": channels_first}
+    forms = [(False, False, True), (True, False, True), *([(False, True, True)] if image else [])]
+    if image and any(model.startswith("resnetv2") for model in operation["models"]):
+        forms += [(False, False, False), (False, True, False)]  # its norm comes later
+    for more, channels_first, bias in forms:
+        constants = kernels.constants(
+            config, shape, *geometry, operation["activation"] if bias else "none", DTYPES[dtype]
+        )
+        constants |= {"HAS_BIAS": bias, "UPCAST": False, "CHANNELS_FIRST": channels_first}
         constants |= {"HAS_PARTIAL": more and groups > 1, "HAS_RESIDUAL": more and groups == 1}
-        pointers = {"x": dtype, "weight": dtype, "bias": "float32", "y": dtype}
+        pointers = {"x": dtype, "weight": dtype, "y": dtype} | ({"bias": "float32"} if bias else {})
         pointers |= {"partial": "float32"} if constants["HAS_PARTIAL"] else {}
         pointers |= {"residual": dtype} if constants["HAS_RESIDUAL"] else {}
         yield make_job("implicit_gemm.kernel", config, arch, dtype, pointers, integers, constants)
@@ -221,22 +231,26 @@ def _depthwise(channels: int, size: int, batch: int, arch: int, dtype: str) -> I
 
 
 def _squeeze_excite(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:
+    from regnet_fast.kernels import common
     from regnet_fast.kernels import squeeze_excite as kernels
 
     config = kernels.heuristic(kernels.Shape(batch, 1, operation["in"], operation["out"], arch))
     blocks = {"BLOCK_I": config.block_i, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r, "PRECISION": "tf32x3"}
-    act, narrow = {"ACTIVATION": operation["activation"]}, {"UPCAST": False}
+    blocks |= {"UNIT": common.unit(operation["in"]), "HIDDEN_UNIT": common.unit(operation["out"])}
+    narrow = {"UPCAST": False}
     first = dict.fromkeys(("parts", "fc1", "bias1"), "float32")
     second = {**dict.fromkeys(("fc2", "bias2"), "float32"), "gate": dtype}
-    counts = ("images", "channels", "hidden")
+    counts = ("images", "channel_units", "hidden_units")
+    acts = [{"ACTIVATION": name} for name in ("relu", "silu")]
     if config.whole:
         name, pointers = "squeeze_excite.whole_kernel", {**first, **second}
-        yield make_job(name, config, arch, dtype, pointers, (*counts, "tiles"), {**blocks, **act, **narrow})
+        for act in acts:
+            yield make_job(name, config, arch, dtype, pointers, (*counts, "tiles"), {**blocks, **act, **narrow})
         return
     pointers = {**first, "result": "float32"}
-    yield make_job(
-        "squeeze_excite.hidden_kernel", config, arch, "float32", pointers, (*counts, "tiles"), {**blocks, **act}
-    )
+    for act in acts:
+        name = "squeeze_excite.hidden_kernel"
+        yield make_job(name, config, arch, "float32", pointers, (*counts, "tiles"), {**blocks, **act})
     pointers = {"values": "float32", **second}
     yield make_job("squeeze_excite.gate_kernel", config, arch, dtype, pointers, counts, {**blocks, **narrow})
 
@@ -249,12 +263,10 @@ _KINDS = {
 }
 
 
-def compile_job(job: Job) -> Compiled:
-    """Compile ahead of time and read what came out."""
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what it is anyway, without a warning
-    import triton
+def source(job: Job) -> tuple[Any, dict[str, Any]]:
+    """A job as `triton.compile` takes it, source and options: the same as of a launch, and so the same in its cache."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
 
     from regnet_fast import kernels
 
@@ -262,19 +274,26 @@ def compile_job(job: Job) -> Compiled:
     for needed in (module, "common"):
         importlib.import_module(f"{kernels.__name__}.{needed}")
     kernel = getattr(getattr(kernels, module), name)
-    arguments, names = dict(job.arguments), kernel.arg_names
-    signature = {name: arguments.get(name, "constexpr") for name in names}
-    constants = {(names.index(name),): value for name, value in job.constants}
-    constants |= {
-        (i,): None for i, name in enumerate(names) if signature[name] == "constexpr" and (i,) not in constants
-    }
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    kinds, values = dict(job.arguments), dict.fromkeys(kernel.arg_names) | dict(job.constants)
+    facts = [
+        (kinds[name], "D" if kinds[name].startswith("*") else None) if name in kinds else ("constexpr", value)
+        for name, value in values.items()
+    ]
+    options = {"num_warps": job.warps, **kernels.common.LIMITS, "debug": False, "instrumentation_mode": ""}
+    backend = make_backend(GPUTarget("cuda", job.arch, 32))
+    made, signature, constants, attributes = kernel._pack_args(backend, options, values, facts, options)
+    return ASTSource(kernel, signature, constants, attributes), made.__dict__
+
+
+def compile_job(job: Job) -> Compiled:
+    """Compile ahead of time and read what came out."""
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what it is anyway, without a warning
+    import triton
+    from triton.backends.compiler import GPUTarget
+
     try:
-        made = triton.compile(
-            ASTSource(kernel, signature, constants, aligned),
-            target=GPUTarget("cuda", job.arch, 32),
-            options={"num_warps": job.warps, **kernels.common.LIMITS},
-        )
+        code, options = source(job)
+        made = triton.compile(code, target=GPUTarget("cuda", job.arch, 32), options=options)
     except Exception as error:
         return Compiled(job, error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}")
     registers, spilled = _usage(made.asm["cubin"])

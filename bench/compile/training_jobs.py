@@ -81,11 +81,14 @@ def _merging(arch: int) -> Iterator[Job]:
     """What adds the parts."""
     from regnet_fast.kernels import channel_statistics, channel_tiles
 
-    sizes = ("tiles", "pixels", "tile_pixels", "channels")
-    pointers = dict.fromkeys(("parts", "mean", "var"), F32)
-    yield make_job("channel_statistics.merge_kernel", MERGING, arch, F32, pointers, sizes, channel_statistics.BLOCKS)
-    pointers, sizes = dict.fromkeys(("parts", "sums"), F32), ("tiles", "columns")
-    yield make_job("channel_tiles.total_kernel", MERGING, arch, F32, pointers, sizes, channel_tiles.BLOCKS)
+    for unit in (1, 2, 4, 8):
+        sizes = ("tiles", "pixels", "tile_pixels", "channel_units")
+        pointers = dict.fromkeys(("parts", "mean", "var"), F32)
+        constants = channel_statistics.BLOCKS | {"UNIT": unit}
+        yield make_job("channel_statistics.merge_kernel", MERGING, arch, F32, pointers, sizes, constants)
+        pointers, sizes = dict.fromkeys(("parts", "sums"), F32), ("tiles", "column_units")
+        constants = channel_tiles.BLOCKS | {"UNIT": unit}
+        yield make_job("channel_tiles.total_kernel", MERGING, arch, F32, pointers, sizes, constants)
 
 
 MERGING = SimpleNamespace(warps=4)

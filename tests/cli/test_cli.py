@@ -122,7 +122,7 @@ def test_info_says_where_tuning_would_help(monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "here", lambda device: {"device": "Test GPU"})
     tables.forget()
     assert "Triton kernels on cuda:0: heuristics only; `regnet-fast tune MODEL` measures" in run("info").output
-    shape, config = pointwise_conv.Shape(9, 8, 8, 2, False, False, 1, False, 90, 132), pointwise_conv.CONFIGS[0]
+    shape, config = pointwise_conv.Shape(9, 8, 8, 2, 0, False, 1, False, 90, 132), pointwise_conv.CONFIGS[0]
     outcomes = {tables.words(config): Outcome("verified", 1.0)}
     Verdicts({"device": "Test GPU"}).keep(Verdict(tables.problem(pointwise_conv, shape), *outcomes, outcomes))
     tables.forget()

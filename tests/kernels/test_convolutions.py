@@ -100,6 +100,38 @@ def test_pointwise_conv_of_maps_that_it_normalises(guarded, c, k, stride, norm, 
     pointwise(guarded, 2, c, 5, 4, k, dtype, stride, gate=gate, norm=norm, residual_norm=residual_norm)
 
 
+FORMS = {
+    "streamed": lambda m: pointwise_conv.Config(m, 32, 32, 4, 2, False),
+    "resident": lambda m: pointwise_conv.Config(m, 32, 128, 4, 2, True),
+    "resident in two": lambda m: pointwise_conv.Config(m, 32, 64, 4, 2, True, 16),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("n", "h", "w", "block_m", "images"),
+    [
+        *((2, 8, 8, 64, 1), (3, 16, 8, 64, 1), (2, 14, 14, 64, 2), (3, 7, 9, 64, 2), (5, 7, 7, 128, 4)),
+        *((9, 4, 4, 64, 4), (7, 7, 7, 64, 3), (1, 7, 9, 128, 4), (9, 3, 3, 64, 8), (70, 1, 1, 32, 32)),
+    ],
+)
+def test_gates_of_tiles_that_reach_over_images(guarded, n, h, w, block_m, images, form, dtype):
+    """One, two, a few and many; the last tile is not full."""
+    config = FORMS[form](block_m)
+    assert config.images(h * w) == images
+    pointwise(guarded, n, 72, h, w, 40, dtype, norm="relu" if n == 5 else None, config=config)
+
+
+@pytest.mark.parametrize("block_m", [16, 64, 128])
+def test_a_tile_knows_how_many_images_it_reaches(block_m):
+    config = pointwise_conv.Config(block_m, 32, 32, 4, 2, False)
+    assert config.images(0) == 0
+    for area in range(1, 300):
+        starts = range(0, area * block_m, block_m)
+        assert config.images(area) == max((at + block_m - 1) // area - at // area + 1 for at in starts), area
+
+
 def pair(guarded, n, c, h, w, k, k2, dtype, stride=2, activation="relu", bias=True, norm=None, **more):
     x = nhwc(n, c, h, w, dtype=dtype)
     weights = [(torch.randn(k, c) / c**0.5).to(dtype) for k in (k, k2)]
@@ -154,13 +186,13 @@ def test_a_pair_has_no_resident_weights():
 
 def pointwise_shape(config, dtype) -> dict:
     """More pixels than a tile, channels that fill no tile; two images, so that tiles cross from one to the next."""
-    c = config.block_k - 3 if config.resident else config.block_k + 13
+    c = config.kept - 3 if config.resident else config.block_k + 13
     return {"n": 2, "c": c, "h": config.block_m // 2 + 15, "w": 1, "k": min(config.block_n + 5, 70), "dtype": dtype}
 
 
 def pointwise_fits(config, dtype) -> bool:
     facts = pointwise_shape(config, dtype)
-    operands = (dtype.itemsize, True, True, 1, dtype == torch.float32)
+    operands = (dtype.itemsize, facts["h"], True, 1, dtype == torch.float32)
     shape = Shape(facts["n"] * facts["h"], facts["c"], facts["k"], *operands, 90, 1)
     return config_supports(config, shape) is None
 
@@ -176,7 +208,7 @@ def test_every_configuration_of_pointwise_conv(guarded, config, dtype):
 
 
 def test_a_configuration_that_does_not_fit_is_refused():
-    shape = Shape(100, 200, 64, 4, False, False, 1, True, 86, 84)
+    shape = Shape(100, 200, 64, 4, 0, False, 1, True, 86, 84)
     too_large = pointwise_conv.Config(128, 64, 256, 4, 3, True)
     assert "shared memory, sm_86 has" in config_supports(too_large, shape)
     assert "128 channels of weights stay" in config_supports(pointwise_conv.Config(64, 64, 128, 4, 2, True), shape)
@@ -184,7 +216,7 @@ def test_a_configuration_that_does_not_fit_is_refused():
         for size in (2, 4):
             for channels in (3, 24, 232, 1512, 7392):
                 for pixels in (49, 50000):
-                    shape = Shape(pixels, channels, channels, size, True, True, 1, size == 4, arch, 132)
+                    shape = Shape(pixels, channels, channels, size, 49, True, 1, size == 4, arch, 132)
                     assert config_supports(pointwise_conv.heuristic(shape), shape) is None
 
 

@@ -27,7 +27,7 @@ from regnet_fast.store.verdicts import Outcome, Verdict, VerdictError, Verdicts,
 
 HERE = {"device": "NVIDIA Test-GPU 80GB", "driver": "1"}
 SHAPES = {
-    pointwise_conv: pointwise_conv.Shape(1000, 24, 56, 2, False, True, 1, False, 90, 132),
+    pointwise_conv: pointwise_conv.Shape(1000, 24, 56, 2, 0, True, 1, False, 90, 132),
     pointwise_pair: pointwise_pair.Shape(1000, 24, 56, 80, 2, 2, False, False, 90, 132),
     implicit_gemm: implicit_gemm.Shape(1568, 196, 3, 24, 24, 9, 1, 2, False, True, False, 90, 132),
     depthwise_conv: depthwise_conv.Shape(1568, 196, 64, 9, 1, 2, True),
@@ -121,8 +121,8 @@ def test_both_extents_count():
 
 
 def test_a_configuration_that_cannot_serve_the_shape_is_passed_over():
-    large = pointwise_conv.Config(256, 64, 32, 8, 2, True)
-    small = pointwise_conv.Config(64, 16, 32, 4, 2, True)
+    large = pointwise_conv.Config(128, 128, 64, 8, 3, True)
+    small = pointwise_conv.Config(64, 32, 32, 4, 2, True)
     shape = pixels(1000, itemsize=4, residual=False)
     table = known((shape, large), (dataclasses.replace(shape, pixels=2000), small))
     assert tables.find(pointwise_conv, table, shape) == tables.words(large)
@@ -150,10 +150,10 @@ def launched(count=1000, **options) -> list[dict]:
 
 
 def small_shape(count=1000):
-    return pointwise_conv.Shape(count, 24, 8, 4, False, False, 1, settings().conv_tf32, 90, 1)
+    return pointwise_conv.Shape(count, 24, 8, 4, 0, False, 1, settings().conv_tf32, 90, 1)
 
 
-FIRST, SECOND = pointwise_conv.Config(64, 16, 32, 4, 2, True), pointwise_conv.Config(256, 16, 32, 8, 2, True)
+FIRST, SECOND = pointwise_conv.Config(64, 32, 32, 4, 2, True), pointwise_conv.Config(128, 32, 32, 8, 2, True)
 
 
 def test_what_was_found_here_wins_over_what_is_shipped():
@@ -162,7 +162,7 @@ def test_what_was_found_here_wins_over_what_is_shipped():
     Verdicts(HERE).keep(verdict(pointwise_conv, small_shape(), SECOND))
     assert launched()[0]["BLOCK_M"] == 64
     tables.forget()
-    assert launched()[0]["BLOCK_M"] == 256
+    assert launched()[0]["BLOCK_M"] == 128
     assert launched(config=FIRST)[0]["BLOCK_M"] == 64
 
 
@@ -183,7 +183,7 @@ def test_the_store_is_read_once(monkeypatch):
     reads, shipped = [], tables.shipped
     monkeypatch.setattr(tables, "shipped", lambda gpu: reads.append(gpu) or shipped(gpu))
     for count in (1000, 1000, 900):
-        assert launched(count)[0]["BLOCK_M"] == 256
+        assert launched(count)[0]["BLOCK_M"] == 128
     assert reads == [HERE["device"]]
 
 
