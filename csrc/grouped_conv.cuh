@@ -19,6 +19,13 @@ DEVICE float activate(float x) {
     return x;
 }
 
+// activation(low) and activation(high), rounded.
+template <class T, int ACTIVATION>
+DEVICE unsigned narrow_activated(float low, float high) {
+    if constexpr (ACTIVATION == RELU) return narrow_relu<T>(low, high);
+    return narrow<T>(activate<ACTIVATION>(low), activate<ACTIVATION>(high));
+}
+
 template <int N>
 struct Constant {
     static constexpr int value = N;
@@ -78,37 +85,120 @@ struct Tile {
         return (row * COLUMNS + place) * PITCH;
     }
 
-    // Visits the chunks that are this thread's: (row, column, chunk, address).
-    template <int THREADS, class Visit>
-    static DEVICE void visit(unsigned address, Visit visit) {
-#pragma unroll 1
-        for (int i = thread_x(); i < ROWS * COLUMNS * CHUNKS; i += THREADS) {
-            int pixel = i / CHUNKS, chunk = i % CHUNKS, row = pixel / COLUMNS, column = pixel % COLUMNS;
-            visit(row, column, chunk, address + offset(row, column) + chunk * 16);
-        }
-    }
-
-    // Copies the pixels from (top, left) of an image on, `known` chunks of each; the rest, and what lies outside the
-    // image, is zero. `map` points to the first of these channels in the image's first pixel.
-    template <int THREADS, class T>
-    static DEVICE void copy(
-        unsigned address, const T* map, int top, int left, int height, int columns, int channels, int known) {
-        visit<THREADS>(address, [&](int row, int column, int chunk, unsigned to) {
-            int h = top + row, w = left + column;
-            bool inside = h >= 0 && h < height && w >= 0 && w < columns && chunk < known;
-            copy_async(to, inside ? map + (h * columns + w) * channels + chunk * 8 : map, inside);
-        });
+    static constexpr DEVICE int row(int place) { return place / COLUMNS; }
+    static constexpr DEVICE int column(int place) {
+        int at = place % COLUMNS, even = (COLUMNS + 1) / 2;
+        return !ALTERNATE ? at : at < even ? 2 * at : 2 * (at - even) + 1;
     }
 };
 
-// A tile's place: the image, and its first row and column.
-struct Place {
-    int image, top, left;
+// A block's walk over the tiles block_x() + i grid_x(): the image, and row and column of tiles. Only its first step
+// divides.
+struct Walk {
+    int down, across, image, row, column, images_on, rows_on, columns_on;
 
-    DEVICE Place(int tile, int down, int across, int rows, int columns)
-        : image(tile / (down * across)),
-          top(tile / across % down * rows),
-          left(tile % across * columns) {}
+    DEVICE Walk(int down, int across)
+        : down(down),
+          across(across),
+          image(block_x() / (down * across)),
+          row(block_x() / across % down),
+          column(block_x() % across),
+          images_on(grid_x() / (down * across)),
+          rows_on(grid_x() / across % down),
+          columns_on(grid_x() % across) {}
+
+    DEVICE void advance() {
+        image += images_on, row += rows_on, column += columns_on;
+        if (column >= across) column -= across, ++row;
+        if (row >= down) row -= down, ++image;
+    }
+};
+
+// Which of up to 32 pixels of a tile are in the image, as bits: what the first and last row and column of tiles have of
+// those that are known. It is the same for all tiles between. AROUND: pixels before a tile's first belong to it.
+template <bool AROUND>
+struct Edges {
+    unsigned known = 0, top = 0, left = 0, bottom = 0, right = 0;
+
+    // Of the pixel at (row, column) from a tile's first one; the last tiles have `rows` and `columns` of the image.
+    DEVICE void add(int i, bool is_known, int row, int column, int rows, int columns) {
+        unsigned bit = unsigned(is_known) << i;
+        known |= bit;
+        if (row >= 0) top |= bit;
+        if (column >= 0) left |= bit;
+        if (row < rows) bottom |= bit;
+        if (column < columns) right |= bit;
+    }
+
+    DEVICE unsigned inside(const Walk& at) const {
+        unsigned bits = known;
+        if (AROUND && at.row == 0) bits &= top;
+        if (AROUND && at.column == 0) bits &= left;
+        if (at.row == at.down - 1) bits &= bottom;
+        if (at.column == at.across - 1) bits &= right;
+        return bits;
+    }
+};
+
+// A thread's share of the copies of each tile: chunks thread_x() + i THREADS in the order of shared memory, with those
+// that lie between pixels. The tile begins BEFORE rows and columns before its first own pixel.
+template <class Tile, int BEFORE, int THREADS>
+struct Share {
+    static constexpr int CHUNKS = Tile::BYTES / 16, OF_PIXEL = Tile::PITCH / 16, COUNT = ceil_div(CHUNKS, THREADS);
+    static_assert(COUNT <= 32, "bits of a word");
+    unsigned from[COUNT];  // bytes from the tile's first pixel on, which may lie outside
+    Edges<BEFORE != 0> edges;
+
+    // Of `columns` x any pixels of so many channels, `known` chunks of each; the last tiles have last_rows, last_columns.
+    DEVICE Share(int columns, int channels, int known, int last_rows, int last_columns) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            int at = thread_x() + i * THREADS, place = at / OF_PIXEL, chunk = at % OF_PIXEL;
+            int row = Tile::row(place), column = Tile::column(place);
+            from[i] = ((row * columns + column) * channels + chunk * 8) * 2u;
+            edges.add(i, at < CHUNKS && chunk < known, row - BEFORE, column - BEFORE, last_rows, last_columns);
+        }
+    }
+
+    // Which are of the first `count` chunks of a pixel.
+    static DEVICE unsigned chunks(int count) {
+        unsigned bits = 0;
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) bits |= unsigned((thread_x() + i * THREADS) % OF_PIXEL < count) << i;
+        return bits;
+    }
+
+    // Copies what is inside of a tile whose first pixel is at `map`, and zeros for what is not.
+    template <class T>
+    DEVICE void copy(unsigned address, const T* map, unsigned inside) const {
+        const char* first = reinterpret_cast<const char*>(map);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            if ((i + 1) * THREADS <= CHUNKS || thread_x() + i * THREADS < CHUNKS)
+                copy_async(address + (thread_x() + i * THREADS) * 16, first + from[i], inside & 1u << i);
+    }
+
+    // Visits what this thread has copied of a tile: (chunk of the pixel, address).
+    template <class Visit>
+    static DEVICE void visit(unsigned address, unsigned inside, Visit visit) {
+#pragma unroll 1
+        for (int i = 0; i < COUNT; ++i) {
+            int at = thread_x() + i * THREADS;
+            if (inside >> i & 1) visit(at % OF_PIXEL, address + at * 16);
+        }
+    }
+};
+
+// The order of a sum's terms, 9 taps of CHUNKS chunks: two of one product are a row of taps apart, or a tap, or a chunk.
+// So few different distances need few registers.
+template <int CHUNKS>
+struct Terms {
+    static constexpr DEVICE int tap(int k) {
+        return k < 6 * CHUNKS ? k % 2 * 3 + k / 2 / CHUNKS : k < 8 * CHUNKS ? 6 + k % 2 : 8;
+    }
+    static constexpr DEVICE int chunk(int k) {
+        return k < 6 * CHUNKS ? k / 2 % CHUNKS : k < 8 * CHUNKS ? k / 2 - 3 * CHUNKS : k - 8 * CHUNKS;
+    }
 };
 
 // sums[j][n] += rows of pixels x columns of weights, over DEPTH chunks.
@@ -126,7 +216,7 @@ DEVICE void multiply(
 #pragma unroll
     for (int k = 0; k + 1 < DEPTH; k += 2) {
         if (k % 16 == 14) hold_loads();
-        int further = second ? taps(k + 1) - taps(k) : 0;  // few different ones: few registers
+        int further = second ? taps(k + 1) - taps(k) : 0;
         unsigned b[EIGHTS][2];
 #pragma unroll
         for (int n = 0; n + 1 < EIGHTS; n += 2) {
