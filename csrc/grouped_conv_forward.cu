@@ -145,6 +145,15 @@ grouped_conv_forward(
             start[n] = bias && n < eights ? load_two(bias, out + n * 8 + lane % 4 * 2) : Floats2{0.0f, 0.0f};
     };
 
+    float sums[SIXTEENS][UNIT][4];
+    auto begin = [&] {
+#pragma unroll
+        for (int i = 0; i < SIXTEENS * UNIT * 4; ++i) {
+            const Floats2 of = start[i / 4 % UNIT];
+            sums[i / 4 / UNIT][i / 4 % UNIT][i % 4] = i % 2 ? of.y : of.x;
+        }
+    };
+
     if constexpr (RESIDENT) copy_weights(weights, 0);
 #pragma unroll
     for (int step = 0; step < STAGES - 1; ++step) {
@@ -152,7 +161,7 @@ grouped_conv_forward(
         copy_step(step < steps);
     }
     if constexpr (ONE_UNIT) load_bias(first_channel + own_row);
-    float sums[SIXTEENS][UNIT][4];
+    if constexpr (!RESIDENT) begin();
     Moments found[ROWS_OF_THREAD] = {};
     const float pixel_share = 1.0f / (out_height * out_columns);
     float* to_parts = parts + (long long)block_x() * channels + first_channel;
@@ -182,16 +191,7 @@ grouped_conv_forward(
             const int which = unit / UNITS_IN_GROUP, row = which * OUT_TILE + unit % UNITS_IN_GROUP * UNIT * 8;
             const int out = first_channel + row;
             if constexpr (!ONE_UNIT) load_bias(out);
-            if (now.channel == 0) {
-#pragma unroll
-                for (int n = 0; n < UNIT; ++n) {
-#pragma unroll
-                    for (int j = 0; j < SIXTEENS; ++j) {
-                        sums[j][n][0] = sums[j][n][2] = start[n].x;
-                        sums[j][n][1] = sums[j][n][3] = start[n].y;
-                    }
-                }
-            }
+            if constexpr (RESIDENT) begin();
             unsigned from[SIXTEENS];
 #pragma unroll
             for (int j = 0; j < SIXTEENS; ++j) from[j] = stage + pixels[j] + which * CHUNKS * 16;
@@ -249,6 +249,7 @@ grouped_conv_forward(
             for (int i = 0; i < RESULTS; ++i)
                 if (now.own >> i & 1)
                     store_global(reinterpret_cast<Eight*>(first + to[i]), load_shared<Eight>(result + (lane + i * 32) * 16));
+            if constexpr (!RESIDENT) begin();
         };
         if constexpr (ONE_UNIT) {
             if (warp_n < known_groups * UNITS_IN_GROUP) compute(warp_n);
