@@ -61,14 +61,28 @@ DEVICE Floats2 affine(Floats2 value, Floats2 factor, Floats2 summand) {
 
 DEVICE Floats2 load_two(const float* of, int channel) { return load_global(reinterpret_cast<const Floats2*>(of + channel)); }
 
+// What eight channels have, in pairs.
+struct Pairs {
+    Floats2 of[4];
+
+    DEVICE Pairs(const float* values, int first) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            Floats4 four = load_global(reinterpret_cast<const Floats4*>(values + first) + i);
+            of[2 * i] = {four.x, four.y}, of[2 * i + 1] = {four.z, four.w};
+        }
+    }
+};
+
 // A chunk in shared memory as activation(chunk * scale + shift), of the channels from `first` on.
 template <class T, int ACTIVATION>
 DEVICE void read_through(unsigned at, const float* scale, const float* shift, int first) {
     Eight value = load_shared<Eight>(at);
+    const Pairs factor(scale, first), summand(shift, first);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        Floats2 z = affine(widen<T>(value.pair[i]), load_two(scale, first + 2 * i), load_two(shift, first + 2 * i));
-        value.pair[i] = narrow<T>(activate<ACTIVATION>(z.x), activate<ACTIVATION>(z.y));
+        Floats2 z = affine(widen<T>(value.pair[i]), factor.of[i], summand.of[i]);
+        value.pair[i] = narrow_activated<T, ACTIVATION>(z.x, z.y);
     }
     store_shared(at, value);
 }
@@ -92,72 +106,89 @@ struct Tile {
     }
 };
 
-// A block's walk over the tiles block_x() + i grid_x(): the image, and row and column of tiles. Only its first step
-// divides.
+// A block's walk over its share of all tiles, one after another: the image, and row and column of tiles. Only its first
+// step divides.
 struct Walk {
-    int down, across, image, row, column, images_on, rows_on, columns_on;
+    int down, across, count, first, image, row, column;
 
-    DEVICE Walk(int down, int across)
-        : down(down),
-          across(across),
-          image(block_x() / (down * across)),
-          row(block_x() / across % down),
-          column(block_x() % across),
-          images_on(grid_x() / (down * across)),
-          rows_on(grid_x() / across % down),
-          columns_on(grid_x() % across) {}
+    DEVICE Walk(int images, int down, int across) : down(down), across(across) {
+        const int tiles = images * down * across, least = tiles / grid_x(), more = tiles % grid_x();
+        count = least + (block_x() < more);
+        first = block_x() * least + (block_x() < more ? block_x() : more);
+        image = first / (down * across), row = first / across % down, column = first % across;
+    }
 
     DEVICE void advance() {
-        image += images_on, row += rows_on, column += columns_on;
-        if (column >= across) column -= across, ++row;
-        if (row >= down) row -= down, ++image;
+        if (++column == across) column = 0, ++row;
+        if (row == down) row = 0, ++image;
     }
 };
 
-// Which of up to 32 pixels of a tile are in the image, as bits: what the first and last row and column of tiles have of
-// those that are known. It is the same for all tiles between. AROUND: pixels before a tile's first belong to it.
-template <bool AROUND>
-struct Edges {
-    unsigned known = 0, top = 0, left = 0, bottom = 0, right = 0;
+template <bool WIDE>
+struct Word {
+    using Type = unsigned;
+};
+template <>
+struct Word<true> {
+    using Type = unsigned long long;
+};
 
-    // Of the pixel at (row, column) from a tile's first one; the last tiles have `rows` and `columns` of the image.
-    DEVICE void add(int i, bool is_known, int row, int column, int rows, int columns) {
-        unsigned bit = unsigned(is_known) << i;
-        known |= bit;
-        if (row >= 0) top |= bit;
-        if (column >= 0) left |= bit;
-        if (row < rows) bottom |= bit;
-        if (column < columns) right |= bit;
+// Which of COUNT pixels of a tile are in the image, as bits: those that are known, without what lies outside in the first
+// and last row and column of tiles. It is the same for all tiles between.
+template <int COUNT>
+struct Edges {
+    static_assert(COUNT <= 32, "bits of a word");
+    static constexpr int HALF = COUNT > 16 ? 32 : 16;
+    using Two = typename Word<(COUNT > 16)>::Type;
+    unsigned known = 0;
+    Two rows = 0, columns = 0;  // outside in the first and, from HALF on, in the last
+
+    // Of the pixel at (row, column) from a tile's first own one; the last tiles have so many of the image's.
+    DEVICE void add(int i, bool is_known, int row, int column, int last_rows, int last_columns) {
+        known |= unsigned(is_known) << i;
+        rows |= Two(row < 0) << i | Two(row >= last_rows) << (HALF + i);
+        columns |= Two(column < 0) << i | Two(column >= last_columns) << (HALF + i);
+    }
+
+    DEVICE unsigned inside(bool first_row, bool last_row, bool first_column, bool last_column) const {
+        unsigned outside = first_row ? unsigned(rows) : 0;
+        if (first_column) outside |= unsigned(columns);
+        if (last_row) outside |= unsigned(rows >> HALF);
+        if (last_column) outside |= unsigned(columns >> HALF);
+        return known & ~outside;
     }
 
     DEVICE unsigned inside(const Walk& at) const {
-        unsigned bits = known;
-        if (AROUND && at.row == 0) bits &= top;
-        if (AROUND && at.column == 0) bits &= left;
-        if (at.row == at.down - 1) bits &= bottom;
-        if (at.column == at.across - 1) bits &= right;
-        return bits;
+        return inside(at.row == 0, at.row == at.down - 1, at.column == 0, at.column == at.across - 1);
     }
 };
 
 // A thread's share of the copies of each tile: chunks thread_x() + i THREADS in the order of shared memory, with those
-// that lie between pixels. The tile begins BEFORE rows and columns before its first own pixel.
-template <class Tile, int BEFORE, int THREADS>
+// that lie between pixels. The tile begins BEFORE rows and columns before its first own pixel. With HOLD their places are
+// kept in registers, else found again for each tile.
+template <class Tile, int BEFORE, int THREADS, bool HOLD>
 struct Share {
     static constexpr int CHUNKS = Tile::BYTES / 16, OF_PIXEL = Tile::PITCH / 16, COUNT = ceil_div(CHUNKS, THREADS);
-    static_assert(COUNT <= 32, "bits of a word");
-    unsigned from[COUNT];  // bytes from the tile's first pixel on, which may lie outside
-    Edges<BEFORE != 0> edges;
+    int columns, channels;
+    unsigned held[HOLD ? COUNT : 1];
+    Edges<COUNT> edges;
 
     // Of `columns` x any pixels of so many channels, `known` chunks of each; the last tiles have last_rows, last_columns.
-    DEVICE Share(int columns, int channels, int known, int last_rows, int last_columns) {
+    DEVICE Share(int columns, int channels, int known, int last_rows, int last_columns)
+        : columns(columns), channels(channels) {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
-            int at = thread_x() + i * THREADS, place = at / OF_PIXEL, chunk = at % OF_PIXEL;
-            int row = Tile::row(place), column = Tile::column(place);
-            from[i] = ((row * columns + column) * channels + chunk * 8) * 2u;
-            edges.add(i, at < CHUNKS && chunk < known, row - BEFORE, column - BEFORE, last_rows, last_columns);
+            int at = thread_x() + i * THREADS, place = at / OF_PIXEL;
+            int row = Tile::row(place) - BEFORE, column = Tile::column(place) - BEFORE;
+            edges.add(i, at < CHUNKS && at % OF_PIXEL < known, row, column, last_rows, last_columns);
+            if (HOLD) held[i] = from(thread_x(), i);
         }
+    }
+
+    // Bytes from the tile's first pixel on, which may lie outside the image.
+    DEVICE unsigned from(int thread, int i) const {
+        int at = thread + i * THREADS, place = at / OF_PIXEL;
+        return ((Tile::row(place) * columns + Tile::column(place)) * channels + at % OF_PIXEL * 8) * 2u;
     }
 
     // Which are of the first `count` chunks of a pixel.
@@ -172,10 +203,13 @@ struct Share {
     template <class T>
     DEVICE void copy(unsigned address, const T* map, unsigned inside) const {
         const char* first = reinterpret_cast<const char*>(map);
+        const int thread = HOLD ? thread_x() : forget(thread_x());
 #pragma unroll
         for (int i = 0; i < COUNT; ++i)
             if ((i + 1) * THREADS <= CHUNKS || thread_x() + i * THREADS < CHUNKS)
-                copy_async(address + (thread_x() + i * THREADS) * 16, first + from[i], inside & 1u << i);
+                copy_async(
+                    address + (thread_x() + i * THREADS) * 16, first + (HOLD ? held[i] : from(thread, i)),
+                    inside & 1u << i);
     }
 
     // Visits what this thread has copied of a tile: (chunk of the pixel, address).
@@ -198,6 +232,33 @@ struct Terms {
     }
     static constexpr DEVICE int chunk(int k) {
         return k < 6 * CHUNKS ? k / 2 % CHUNKS : k < 8 * CHUNKS ? k / 2 - 3 * CHUNKS : k - 8 * CHUNKS;
+    }
+};
+
+// A thread's share of the copies of ROWS rows of weights, DEPTH chunks of each: the same term of some rows.
+template <int ROWS, int DEPTH, int WIDTH, int THREADS, bool UNROLLED>
+struct WeightShare {
+    static constexpr int AT_ONCE = THREADS / DEPTH;
+    int row, known_rows, channel;
+    unsigned from, to;  // elements of the weight, bytes of shared memory
+
+    // From the row `first` on, of which there are known_rows; tap and channel are those of term thread_x() % DEPTH.
+    DEVICE WeightShare(int first, int known_rows, int tap, int channel)
+        : row(thread_x() / DEPTH),
+          known_rows(known_rows),
+          channel(channel),
+          from((first + row) * (9 * WIDTH) + tap * WIDTH + channel),
+          to(row * odd_pitch(DEPTH) + thread_x() % DEPTH * 16) {}
+
+    template <class T>
+    DEVICE void copy(unsigned address, const T* weight, int first_channel) const {
+        if (row >= AT_ONCE) return;
+#pragma unroll(UNROLLED ? 16 : 1)
+        for (int i = 0; i < ROWS; i += AT_ONCE)
+            if (row + i < ROWS)
+                copy_async(
+                    address + to + i * odd_pitch(DEPTH), weight + (from + first_channel + i * (9 * WIDTH)),
+                    row + i < known_rows && channel + first_channel < WIDTH);
     }
 };
 
@@ -237,7 +298,7 @@ DEVICE void multiply(
         unsigned b[EIGHTS][1];
 #pragma unroll
         for (int n = 0; n < EIGHTS; ++n)
-            load_matrices(b[n], weights + (n * 8 + lane % 8) * PITCH + (DEPTH - 1) * 16);
+            load_matrices(b[n], column + n * 8 * PITCH + (DEPTH - 1) * 16);  // of the first eight lanes
 #pragma unroll
         for (int j = 0; j < SIXTEENS; ++j) {
             unsigned a[2];

@@ -11,12 +11,13 @@
 //   parts (images * tiles of an image, groups * WIDTH): float, with PARTS
 //   moments (workers, 3, groups * WIDTH): float, with MOMENTS. Both are of y as it is rounded
 //
-// A block walks over tiles of TILE_H x TILE_W output pixels, block_x() + i grid_x(), of one slab, block_y(): GROUPS groups
-// with all their channels, whose weights stay in shared memory (CHUNK == WIDTH); or OUT_TILE output channels of a wide
-// group, whose input channels come CHUNK at a time together with their weights. The input's tile with its halo is read
-// once for all nine taps, STAGES steps ahead. The sum runs over (tap, chunk of eight channels) as one index, so that any
-// multiple of eight fills the matrix instruction. Warps: WARPS_M over pixels, WARPS_N over units of UNIT times eight
-// output channels.
+// A block walks over its share of the tiles of TILE_H x TILE_W output pixels, of one slab, block_y(): GROUPS groups with
+// all their channels, whose weights stay in shared memory (CHUNK == WIDTH); or OUT_TILE output channels of a wide group,
+// whose input channels come CHUNK at a time together with their weights. The input's tile with its halo is read once for
+// all nine taps, STAGES steps ahead. What is the same for all tiles, a thread's places in memory and what of them the
+// tiles at the edges have, is found before the first. The sum runs over (tap, chunk of eight channels) as one index, so
+// that any multiple of eight fills the matrix instruction. Warps: WARPS_M over pixels, WARPS_N over units of UNIT times
+// eight output channels.
 #include "grouped_conv.cuh"
 #include "moments.cuh"
 
@@ -38,55 +39,61 @@ grouped_conv_forward(
     static_assert(!(PARTS && MOMENTS), "one kind of sums");
 
     using Halo = Tile<(TILE_H - 1) * STRIDE + 3, (TILE_W - 1) * STRIDE + 3, GROUPS * CHUNKS, STRIDE == 2>;
-    using Copies = Share<Halo, 1, THREADS>;
+    using Copies = Share<Halo, 1, THREADS, true>;
     constexpr int WEIGHT_PITCH = odd_pitch(DEPTH), WEIGHT_BYTES = GROUPS * OUT_TILE * WEIGHT_PITCH;
     constexpr int STAGE_BYTES = Halo::BYTES + (RESIDENT ? 0 : WEIGHT_BYTES);
     constexpr int RESULT_PITCH = odd_pitch(UNIT), RESULT_BYTES = SIXTEENS * 16 * RESULT_PITCH;
     constexpr int RESULTS = ceil_div(RESULT_BYTES, 16 * 32);
     constexpr int ROWS = GROUPS * OUT_TILE, ROWS_OF_THREAD = ceil_div(ROWS, THREADS);
     const unsigned stages = shared_base(), weights = stages + STAGES * STAGE_BYTES;
-    const unsigned results = weights + (RESIDENT ? WEIGHT_BYTES : 0), column_sums = results + WARPS_M * WARPS_N * RESULT_BYTES;
+    const unsigned results = weights + (RESIDENT ? WEIGHT_BYTES : 0);
+    const unsigned column_sums = results + WARPS_M * WARPS_N * RESULT_BYTES;
     const unsigned counts = column_sums + WARPS_M * ROWS * 8;  // of the pixels of each warp's rows
 
     const int lane = thread_x() % 32, warp = thread_x() / 32, warp_m = warp % WARPS_M, warp_n = warp / WARPS_M;
     const int channels = groups * WIDTH, down = ceil_div(out_height, TILE_H), across = ceil_div(out_columns, TILE_W);
     const int group = block_y() / OUT_TILES * GROUPS, first_out = block_y() % OUT_TILES * OUT_TILE;
-    const int known_groups = groups - group < GROUPS ? groups - group : GROUPS;
-    const int known_rows = GROUPS > 1 ? known_groups * WIDTH : WIDTH - first_out < OUT_TILE ? WIDTH - first_out : OUT_TILE;
-    const int first_channel = group * WIDTH + first_out;
-    const int steps = ceil_div(images * down * across - block_x(), grid_x()) * STEPS;
+    const int known_groups = GROUPS > 1 && groups - group < GROUPS ? groups - group : GROUPS;
+    const int left = GROUPS > 1 ? known_groups * WIDTH : WIDTH - first_out;
+    const int known_rows = (GROUPS > 1 || WIDTH % OUT_TILE) && left < ROWS ? left : ROWS;
+    const unsigned first_in = group * WIDTH, first_channel = first_in + first_out;  // extended to 64 bits for nothing
+    Walk tile(images, down, across);
+    const int first_tile = tile.first, steps = tile.count * STEPS;
     const int last_rows = out_height - (down - 1) * TILE_H, last_columns = out_columns - (across - 1) * TILE_W;
     const unsigned result = results + warp * RESULT_BYTES;
 
-    // Row by row, and of each row the same chunk.
-    auto copy_weights = [&](unsigned address, int channel) {
-        constexpr int AT_ONCE = THREADS / DEPTH;
-        const int first = thread_x() / DEPTH, k = thread_x() % DEPTH, from = channel + Terms<CHUNKS>::chunk(k) * 8;
-        const T* row = weight + (long long)(first_channel + first) * (9 * WIDTH) + Terms<CHUNKS>::tap(k) * WIDTH + from;
-        if (first >= AT_ONCE) return;
-#pragma unroll(RESIDENT ? 1 : ceil_div(ROWS, AT_ONCE))
-        for (int i = 0; i < ROWS; i += AT_ONCE)
-            if (first + i < ROWS)
-                copy_async(
-                    address + (first + i) * WEIGHT_PITCH + k * 16, row + i * (9 * WIDTH),
-                    first + i < known_rows && from < WIDTH);
-    };
+    const int term = thread_x() % DEPTH;
+    const WeightShare<ROWS, DEPTH, WIDTH, THREADS, !RESIDENT> weight_copies(
+        first_channel, known_rows, Terms<CHUNKS>::tap(term), Terms<CHUNKS>::chunk(term) * 8);
     const Copies copies(
         columns, channels, RESIDENT ? known_groups * CHUNKS : CHUNKS, height - (down - 1) * TILE_H * STRIDE,
         columns - (across - 1) * TILE_W * STRIDE);
     const unsigned last_chunks = Copies::chunks(WIDTH % CHUNK / 8);
+    struct Result {
+        int pixel, n;  // of the tile, of the unit's eights
+    };
     // Of a warp with one unit: its first row of the slab's, and how many of its eights there are.
     const int own_row = warp_n / UNITS_IN_GROUP * OUT_TILE + warp_n % UNITS_IN_GROUP * UNIT * 8;
     const int eights = ONE_UNIT && known_rows - own_row < UNIT * 8 ? (known_rows - own_row) / 8 : UNIT;
-    // This lane's chunks of results and, as bits from RESULTS on, its rows of sums.
-    unsigned to[RESULTS];  // bytes
-    Edges<false> own;
+    // This lane's chunks of results and, as bits from RESULTS on, its rows of sums. Wide groups, which store once in many
+    // steps, find places again: their sums need the registers.
+    auto result_of = [&](int lane, int i) {
+        int at = lane + i * 32, local = at / (RESULT_PITCH / 16), pixel = warp_m * SIXTEENS * 16 + local;
+        return Result{at < RESULT_BYTES / 16 ? pixel : PIXELS, at % (RESULT_PITCH / 16)};
+    };
+    auto bytes_to = [&](Result result) {
+        int row = result.pixel / TILE_W, column = result.pixel % TILE_W;
+        return ((row * out_columns + column) * channels + result.n * 8) * 2u;
+    };
+    unsigned to[RESULTS];
+    Edges<RESULTS + 2 * SIXTEENS> own;
 #pragma unroll
     for (int i = 0; i < RESULTS; ++i) {
-        int at = lane + i * 32, local = at / (RESULT_PITCH / 16), n = at % (RESULT_PITCH / 16);
-        int pixel = warp_m * SIXTEENS * 16 + local, row = pixel / TILE_W, column = pixel % TILE_W;
-        to[i] = ((row * out_columns + column) * channels + n * 8) * 2u;
-        own.add(i, at < RESULT_BYTES / 16 && pixel < PIXELS && n < eights, row, column, last_rows, last_columns);
+        const Result result = result_of(lane, i);
+        if (RESIDENT) to[i] = bytes_to(result);
+        own.add(
+            i, result.pixel < PIXELS && result.n < eights, result.pixel / TILE_W, result.pixel % TILE_W, last_rows,
+            last_columns);
     }
 #pragma unroll
     for (int i = 0; i < 2 * SIXTEENS; ++i) {
@@ -98,21 +105,20 @@ grouped_conv_forward(
         int channel, pixel;  // of the tile's first one in y
         unsigned copied, own;
     };
-    Walk tile(down, across);
     Step next[STAGES - 1];
     int channel_ahead = 0;
-    unsigned stage_ahead = stages, stage = stages;
+    unsigned stage = stages;
     auto after = [&](unsigned stage) { return stage + STAGE_BYTES == weights ? stages : stage + STAGE_BYTES; };
-    auto copy_step = [&](bool any) {
+    auto copy_step = [&](unsigned stage, bool any) {
         if (any) {
-            const int pixel = (tile.image * height + tile.row * TILE_H * STRIDE - 1) * columns + tile.column * TILE_W * STRIDE - 1;
-            const unsigned inside = copies.edges.inside(tile) & (channel_ahead + CHUNK > WIDTH ? last_chunks : ~0u);
-            copies.copy(stage_ahead, x + (long long)pixel * channels + group * WIDTH + channel_ahead, inside);
-            if constexpr (!RESIDENT) copy_weights(stage_ahead + Halo::BYTES, channel_ahead);
+            const int top = tile.row * TILE_H, left = tile.column * TILE_W;
+            const int pixel = (tile.image * height + top * STRIDE - 1) * columns + left * STRIDE - 1;
+            unsigned inside = copies.edges.inside(tile);
+            if (WIDTH % CHUNK && channel_ahead + CHUNK > WIDTH) inside &= last_chunks;
+            copies.copy(stage, x + (long long)pixel * channels + (first_in + channel_ahead), inside);
+            if constexpr (!RESIDENT) weight_copies.copy(stage + Halo::BYTES, weight, channel_ahead);
             next[STAGES - 2] = {
-                channel_ahead, (tile.image * out_height + tile.row * TILE_H) * out_columns + tile.column * TILE_W, inside,
-                own.inside(tile)};
-            stage_ahead = after(stage_ahead);
+                channel_ahead, (tile.image * out_height + top) * out_columns + left, inside, own.inside(tile)};
             channel_ahead += CHUNK;
             if (channel_ahead >= WIDTH) channel_ahead = 0, tile.advance();
         }
@@ -139,14 +145,15 @@ grouped_conv_forward(
         return Halo::offset(Terms<CHUNKS>::tap(k) / 3, Terms<CHUNKS>::tap(k) % 3) + Terms<CHUNKS>::chunk(k) * 16;
     };
     Floats2 start[UNIT];
-    auto load_bias = [&](int out) {
+    auto load_bias = [&](unsigned out) {
 #pragma unroll
         for (int n = 0; n < UNIT; ++n)
             start[n] = bias && n < eights ? load_two(bias, out + n * 8 + lane % 4 * 2) : Floats2{0.0f, 0.0f};
     };
 
     float sums[SIXTEENS][UNIT][4];
-    auto begin = [&] {
+    auto begin = [&](unsigned out) {
+        if constexpr (!(RESIDENT && ONE_UNIT)) load_bias(out);
 #pragma unroll
         for (int i = 0; i < SIXTEENS * UNIT * 4; ++i) {
             const Floats2 of = start[i / 4 % UNIT];
@@ -154,17 +161,16 @@ grouped_conv_forward(
         }
     };
 
-    if constexpr (RESIDENT) copy_weights(weights, 0);
+    if constexpr (RESIDENT) weight_copies.copy(weights, weight, 0);
 #pragma unroll
     for (int step = 0; step < STAGES - 1; ++step) {
         if (STAGES == 3) next[0] = next[STAGES - 2];
-        copy_step(step < steps);
+        copy_step(stages + step * STAGE_BYTES, step < steps);
     }
-    if constexpr (ONE_UNIT) load_bias(first_channel + own_row);
-    if constexpr (!RESIDENT) begin();
+    if constexpr (RESIDENT && ONE_UNIT) load_bias(first_channel + own_row);
+    if constexpr (!RESIDENT) begin(first_channel + own_row);
     Moments found[ROWS_OF_THREAD] = {};
     const float pixel_share = 1.0f / (out_height * out_columns);
-    float* to_parts = parts + (long long)block_x() * channels + first_channel;
     for (int step = 0; step < steps; ++step, stage = after(stage)) {
         const Step now = next[0];
         wait_copies<STAGES - 2>();
@@ -176,22 +182,13 @@ grouped_conv_forward(
         }
         sync_block();  // this step's pixels are there, and nobody reads those of the step before any more
         if (STAGES == 3) next[0] = next[STAGES - 2];
-        copy_step(step + STAGES - 1 < steps);
+        copy_step(STAGES == 3 ? after(after(stage)) : after(stage), step + STAGES - 1 < steps);
         const bool last = now.channel + CHUNK >= WIDTH;
         const unsigned to_sum = now.own >> RESULTS;
-        float count = 0.0f, share = 0.0f;  // of the pixels of the warp's rows, and 1 / count
-        if constexpr (MOMENTS) {
-            count = count_bits(to_sum);
-#pragma unroll
-            for (int mask = 4; mask < 32; mask *= 2) count += shuffle_xor(count, mask);
-            if (count > 0.0f) share = 1.0f / count;
-            if (last && warp_n == 0 && lane == 0) store_shared(counts + warp_m * 4, count);
-        }
         auto compute = [&](int unit) {
             const int which = unit / UNITS_IN_GROUP, row = which * OUT_TILE + unit % UNITS_IN_GROUP * UNIT * 8;
-            const int out = first_channel + row;
-            if constexpr (!ONE_UNIT) load_bias(out);
-            if constexpr (RESIDENT) begin();
+            const unsigned out = first_channel + row;
+            if constexpr (RESIDENT) begin(out);
             unsigned from[SIXTEENS];
 #pragma unroll
             for (int j = 0; j < SIXTEENS; ++j) from[j] = stage + pixels[j] + which * CHUNKS * 16;
@@ -199,6 +196,14 @@ grouped_conv_forward(
                 sums, from, (RESIDENT ? weights : stage + Halo::BYTES) + row * WEIGHT_PITCH, taps);
             if (!last) return;
 
+            float share = 0.0f;  // 1 / the pixels of the warp's rows
+            if constexpr (MOMENTS) {
+                float count = count_bits(to_sum);
+#pragma unroll
+                for (int mask = 4; mask < 32; mask *= 2) count += shuffle_xor(count, mask);
+                if (count > 0.0f) share = 1.0f / count;
+                if (warp_n == 0 && lane == 0) store_shared(counts + warp_m * 4, count);
+            }
             const unsigned to_sums = column_sums + (warp_m * ROWS + row + lane * 2) * (MOMENTS ? 8 : 4);
             Floats2 totals[UNIT] = {};
             sync_warp();  // the last results have left
@@ -206,7 +211,8 @@ grouped_conv_forward(
             for (int i = 0; i < 2 * SIXTEENS; ++i) {
 #pragma unroll
                 for (int n = 0; n < UNIT; ++n) {
-                    unsigned pair = narrow_activated<T, ACTIVATION>(sums[i / 2][n][i % 2 * 2], sums[i / 2][n][i % 2 * 2 + 1]);
+                    const float *low = &sums[i / 2][n][i % 2 * 2], *high = low + 1;
+                    unsigned pair = narrow_activated<T, ACTIVATION>(*low, *high);
                     store_shared(result + (i * 8 + lane / 4) * RESULT_PITCH + n * 16 + lane % 4 * 4, pair);
                     if (PARTS && to_sum >> i & 1) {
                         Floats2 rounded = widen<T>(pair);
@@ -245,11 +251,14 @@ grouped_conv_forward(
             }
             sync_warp();
             char* first = reinterpret_cast<char*>(y + (long long)now.pixel * channels + out);
+            const int storing = RESIDENT ? lane : forget(lane);
 #pragma unroll
             for (int i = 0; i < RESULTS; ++i)
                 if (now.own >> i & 1)
-                    store_global(reinterpret_cast<Eight*>(first + to[i]), load_shared<Eight>(result + (lane + i * 32) * 16));
-            if constexpr (!RESIDENT) begin();
+                    store_global(
+                        reinterpret_cast<Eight*>(first + (RESIDENT ? to[i] : bytes_to(result_of(storing, i)))),
+                        load_shared<Eight>(result + (lane + i * 32) * 16));
+            if constexpr (!RESIDENT) begin(out);
         };
         if constexpr (ONE_UNIT) {
             if (warp_n < known_groups * UNITS_IN_GROUP) compute(warp_n);
@@ -265,9 +274,9 @@ grouped_conv_forward(
                 float total = 0.0f;
 #pragma unroll
                 for (int m = 0; m < WARPS_M; ++m) total += load_shared<float>(column_sums + (m * ROWS + row) * 4);
-                store_global(to_parts + row, total * pixel_share);
+                const long long place = (long long)(first_tile + step / STEPS) * channels;
+                store_global(parts + place + (first_channel + row), total * pixel_share);
             }
-            to_parts += (long long)grid_x() * channels;
         }
         if (MOMENTS && last) {
             sync_block();  // the warps' moments are there

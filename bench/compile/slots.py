@@ -11,10 +11,10 @@ tiles take as well; inner loops count as often as the launch's sizes say, by wha
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
 
 from csrc.extension import cuda_launches
 from regnet_fast.backends.cuda import plans
@@ -24,9 +24,8 @@ from ..report import markdown
 from ..report.tables import Table
 from .csrc import Job, built, compile_jobs
 
-SIZES = (
-    "dtype width groups chunk out_tile unit stride tile_h tile_w warps_m warps_n stages".split()
-)  # of both kernels, in the order of their templates
+_CONFIG = [field.name for field in dataclasses.fields(plans.ForwardConfig)]
+SIZES = ("width", *_CONFIG[:4], "stride", *_CONFIG[4:])  # behind the dtype, in the order of the kernel's template
 KINDS = {
     "products": ("HMMA",),
     "matrix loads": ("LDSM",),
@@ -36,7 +35,7 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Loop:
     first: int
     last: int
@@ -68,7 +67,7 @@ def opcode(text: str) -> str:
 def sizes_of(launch: Launch) -> dict[str, int]:
     """The compile-time sizes in a launch's instantiation."""
     facts = launch.kernel.partition("<")[2].rstrip(">").split(", ")
-    return {name: int(fact) for name, fact in zip(SIZES[1:], facts[1:], strict=False)}
+    return {name: int(fact) for name, fact in zip(SIZES, facts[1:], strict=False)}
 
 
 def _trips(contents: set[str], sizes: dict[str, int], threads: int) -> int:
@@ -76,6 +75,9 @@ def _trips(contents: set[str], sizes: dict[str, int], threads: int) -> int:
     s = sizes
     if "HMMA" in contents:  # units
         return -(-s["groups"] * s["out_tile"] // (8 * s["unit"] * s["warps_n"]))
+    if "LDGSTS" in contents:  # a wide group's weights
+        depth = 9 * s["chunk"] // 8
+        return -(-s["groups"] * s["out_tile"] // (threads // depth))
     if "SHFL" in contents:  # the moments of each eight channels of a unit
         return s["unit"]
     if {"LDG", "STS"} <= contents:  # chunks that are read through the norm

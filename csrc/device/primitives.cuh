@@ -22,6 +22,12 @@ DEVICE void sync_warp() { __syncwarp(); }
 // long sum with all of its loads, for which there are not the registers.
 DEVICE void hold_loads() { __syncwarp(); }
 
+// The same value, of which the compiler does not know that: what is made of it is made again, and not kept in registers.
+DEVICE int forget(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 DEVICE int count_bits(unsigned bits) { return __popc(bits); }
 
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }

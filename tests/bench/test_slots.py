@@ -57,5 +57,5 @@ def test_steps():
 def test_what_it_cannot_tell_is_an_error():
     with pytest.raises(ValueError, match="no loop over tiles"):
         slots.slots(program("HMMA.16816 R0, R1", "EXIT"), launch())
-    with pytest.raises(ValueError, match="nothing is known of: .*STG"):
+    with pytest.raises(ValueError, match=r"nothing is known of: .*STG"):
         slots.slots(program("HMMA.16816 R0, R1", "STG.E [R0], R1", "@P0 BRA >1", "@P1 BRA >0"), launch())

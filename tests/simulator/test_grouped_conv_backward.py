@@ -165,8 +165,24 @@ BUGS = {
         None,
     ),
     "wrong tap": ("0x862071534LL", "0x862701534LL", None),
-    "halo off by a row": ("top = place.top - HALO / 2", "top = place.top", None),
-    "padding made": ("if (h < 0 || h >= out_height || w < 0", "if (h < 0 || w < 0", "of y|of dz|NUMBERS"),
+    "halo off by a row": ("out_height + top - HALO / 2)", "out_height + top)", "of y|of dz|NUMBERS"),
+    "padding made": ("Copies::visit(stage, now.copied,", "Copies::visit(stage, copies.edges.known,", None),
+    "padding read": (
+        "Reads::visit(stage + INPUTS_AT, now.read,",
+        "Reads::visit(stage + INPUTS_AT, reads.edges.known,",
+        None,
+    ),
+    "results beyond the image": (
+        "false, false, false, now.last_column)",
+        "false, false, false, false)",
+        "of x|of dx|another thread",
+    ),
+    "wrong class of results": (
+        "own[first_column].inside",
+        "own[first_row].inside",
+        "of x|of dx|another thread|NUMBERS",
+    ),
+    "a wrong step over pixels": ("16 / TILE_W * row_pitch + 16 % TILE_W * pitch", "16 / TILE_W * row_pitch", "NUMBERS"),
     "wrong columns of a product": (
         "(which * OUT_TILE / 8 + part + lane / 16) * 16",
         "(which * OUT_TILE / 8 + part + lane / 8 % 2) * 16",
