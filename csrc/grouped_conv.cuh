@@ -59,7 +59,7 @@ DEVICE Floats2 affine(Floats2 value, Floats2 factor, Floats2 summand) {
     return {value.x * factor.x + summand.x, value.y * factor.y + summand.y};
 }
 
-DEVICE Floats2 load_two(const float* of, int channel) { return load_global(reinterpret_cast<const Floats2*>(of + channel)); }
+DEVICE Floats2 load_two(const float* of, unsigned channel) { return load_global(reinterpret_cast<const Floats2*>(of + channel)); }
 
 // What eight channels have, in pairs.
 struct Pairs {
@@ -118,6 +118,11 @@ struct Walk {
         image = first / (down * across), row = first / across % down, column = first % across;
     }
 
+    // Bits for the edges of the image that the tile is at: above, below, left, right.
+    DEVICE unsigned edges() const {
+        return (row == 0) | (row == down - 1) << 1 | (column == 0) << 2 | (column == across - 1) << 3;
+    }
+
     DEVICE void advance() {
         if (++column == across) column = 0, ++row;
         if (row == down) row = 0, ++image;
@@ -150,16 +155,13 @@ struct Edges {
         columns |= Two(column < 0) << i | Two(column >= last_columns) << (HALF + i);
     }
 
-    DEVICE unsigned inside(bool first_row, bool last_row, bool first_column, bool last_column) const {
-        unsigned outside = first_row ? unsigned(rows) : 0;
-        if (first_column) outside |= unsigned(columns);
-        if (last_row) outside |= unsigned(rows >> HALF);
-        if (last_column) outside |= unsigned(columns >> HALF);
+    // In a tile at the image's edges: bits for above, below, left and right.
+    DEVICE unsigned inside(unsigned edges) const {
+        unsigned outside = edges & 1 ? unsigned(rows) : 0;
+        if (edges & 2) outside |= unsigned(rows >> HALF);
+        if (edges & 4) outside |= unsigned(columns);
+        if (edges & 8) outside |= unsigned(columns >> HALF);
         return known & ~outside;
-    }
-
-    DEVICE unsigned inside(const Walk& at) const {
-        return inside(at.row == 0, at.row == at.down - 1, at.column == 0, at.column == at.across - 1);
     }
 };
 

@@ -19,10 +19,17 @@
 // channels and c for its outputs; a weight gradient alone has a slab for each CHUNK of k as well.
 #include "grouped_conv.cuh"
 
+constexpr DEVICE int products_of(int chunks, int stride) {
+    return stride == 1 ? ceil_div(9 * chunks, 2) : ceil_div(chunks, 2) + 4 * chunks;
+}
+
+// With many sums in registers, those of a thread are not held to what three blocks of four warps leave.
 template <
     class T, int WIDTH, int GROUPS, int CHUNK, int OUT_TILE, int UNIT, int STRIDE, int TILE_H, int TILE_W, int WARPS_M,
     int WARPS_N, int STAGES, bool INPUT, bool WEIGHT, int AFFINE, bool NORM, bool SUMS, int ACTIVATION>
-KERNEL(32 * WARPS_M * WARPS_N, 65536 / (168 * 32 * WARPS_M * WARPS_N))
+KERNEL(
+    32 * WARPS_M * WARPS_N,
+    (WEIGHT ? ceil_div(products_of(CHUNK / 8, STRIDE), WARPS_M) * UNIT : 0) > 12 ? 1 : 65536 / (168 * 32 * WARPS_M * WARPS_N))
 grouped_conv_backward(
     const T* dz, const T* y, const float* a, const float* q, const float* b, const T* x, const float* scale,
     const float* shift, const float* mean, const float* invstd, const T* weight, T* dx, float* sums, float* parts,
@@ -60,7 +67,7 @@ grouped_conv_backward(
     const int known_groups = GROUPS > 1 && groups - group < GROUPS ? groups - group : GROUPS;
     const int left = GROUPS > 1 ? known_groups * WIDTH : WIDTH - first_out;
     const int known_rows = (GROUPS > 1 || WIDTH % OUT_TILE) && left < ROWS ? left : ROWS;
-    const int first_channel = group * WIDTH + first_out;
+    const unsigned first_channel = group * WIDTH + first_out;  // extended to 64 bits for nothing
     Walk tile(images, down, across);
     const int first_tile = tile.first, steps = tile.count * STEPS;
     const int last_rows = out_height - (down - 1) * TILE_H, last_columns = out_columns - (across - 1) * TILE_W;
@@ -69,7 +76,8 @@ grouped_conv_backward(
     const unsigned result = results + warp * RESULT_BYTES;
     // The warp's unit: its group of the slab, its first row, and how many of its eights there are.
     const int which = warp_n / UNITS_IN_GROUP, own_row = which * OUT_TILE + warp_n % UNITS_IN_GROUP * UNIT * 8;
-    const int eights = known_rows - own_row < UNIT * 8 ? (known_rows - own_row) / 8 : UNIT, out = first_channel + own_row;
+    const int eights = known_rows - own_row < UNIT * 8 ? (known_rows - own_row) / 8 : UNIT;
+    const unsigned out = first_channel + own_row;
 
     // The order of a sum's terms: by classes of taps, or without them as in the forward kernel.
     auto tap_of = [](int k) { return STRIDE == 1 ? Terms<CHUNKS>::tap(k) : Class::tap(k / CHUNKS); };
@@ -111,28 +119,29 @@ grouped_conv_backward(
     // What a step, a tile or CHUNK of its channels, has still to know when its pixels are there.
     struct Step {
         int channel, pixel;  // of the tile's first one in x
-        unsigned copied, read;
-        bool last_row, last_column;
+        unsigned edges;      // of the image, that the tile is at: above, below, left, right
     };
     Step next[STAGES - 1];
     int channel_ahead = INPUT ? 0 : split * CHUNK;
     unsigned stage = stages;
     auto after = [&](unsigned stage) { return stage + STAGE_BYTES == weights ? stages : stage + STAGE_BYTES; };
+    auto copied_of = [&](unsigned edges, int channel) {
+        return copies.edges.inside(edges) & (WIDTH % CHUNK && channel + CHUNK > WIDTH ? last_chunks : ~0u);
+    };
     auto copy_step = [&](unsigned stage, bool any) {
         if (any) {
             const int top = tile.row * TILE_H, left = tile.column * TILE_W;
             const int from = (tile.image * out_height + top - HALO / 2) * out_columns + left - HALO / 2;
             const int pixel = (tile.image * height + top * STRIDE) * columns + left * STRIDE;
             const long long base = (long long)from * channels + group * WIDTH + channel_ahead;
-            unsigned copied = copies.edges.inside(tile);
-            if (WIDTH % CHUNK && channel_ahead + CHUNK > WIDTH) copied &= last_chunks;
-            const unsigned read = WEIGHT ? reads.edges.inside(tile) : 0;
+            const unsigned edges = tile.edges();
+            const unsigned copied = copied_of(edges, channel_ahead);
             copies.copy(stage, dz + base, copied);
             if constexpr (AFFINE == 2) copies.copy(stage + Halo::BYTES, y + base, copied);
             if constexpr (WEIGHT)
-                reads.copy(stage + INPUTS_AT, x + (long long)pixel * channels + first_channel, read);
+                reads.copy(stage + INPUTS_AT, x + (long long)pixel * channels + first_channel, reads.edges.inside(edges));
             if constexpr (!RESIDENT) weight_copies.copy(stage + WEIGHTS_AT, weight, channel_ahead);
-            next[STAGES - 2] = {channel_ahead, pixel, copied, read, tile.row == down - 1, tile.column == across - 1};
+            next[STAGES - 2] = {channel_ahead, pixel, edges};
             if (STEPS > 1) channel_ahead += CHUNK;
             if (STEPS == 1 || channel_ahead >= WIDTH) {
                 if (STEPS > 1) channel_ahead = 0;
@@ -144,7 +153,7 @@ grouped_conv_backward(
     // Each thread makes dy and read(x) of the chunks that it copied itself, but for what is outside and stays zero.
     auto make_step = [&](const Step& now) {
         if constexpr (AFFINE != 0) {
-            Copies::visit(stage, now.copied, [&](int chunk, unsigned at) {
+            Copies::visit(stage, copied_of(now.edges, now.channel), [&](int chunk, unsigned at) {
                 const int first = group * WIDTH + now.channel + chunk * 8;
                 const Pairs factor(a, first), of_raw(AFFINE == 2 ? q : a, first), summand(AFFINE == 2 ? b : a, first);
                 Eight value = load_shared<Eight>(at), raw = {};
@@ -160,7 +169,7 @@ grouped_conv_backward(
             });
         }
         if constexpr (WEIGHT && NORM) {
-            Reads::visit(stage + INPUTS_AT, now.read, [&](int chunk, unsigned at) {
+            Reads::visit(stage + INPUTS_AT, reads.edges.inside(now.edges), [&](int chunk, unsigned at) {
                 read_through<T, ACTIVATION>(at, scale, shift, first_channel + chunk * 8);
             });
         }
@@ -170,8 +179,7 @@ grouped_conv_backward(
     auto finish = [&](const float (&found)[SIXTEENS][UNIT][4], const Step& now, int which_class) {
         const int first_row = which_class / STRIDE, first_column = which_class % STRIDE;
         const long long first = (long long)(now.pixel + first_row * columns + first_column) * channels + out;
-        const unsigned inside = own[first_row].inside(false, now.last_row, false, false) &
-                                own[first_column].inside(false, false, false, now.last_column);
+        const unsigned inside = own[first_row].inside(now.edges & 3) & own[first_column].inside(now.edges & 12);
         const int here = forget(lane);
         sync_warp();  // the last results have left
         if constexpr (SUMS) {
@@ -188,7 +196,8 @@ grouped_conv_backward(
         }
 #pragma unroll
         for (int n = 0; n < UNIT; ++n) {
-            const int channel = out + n * 8 + lane % 4 * 2;
+
+            const unsigned channel = out + n * 8 + here % 4 * 2;
             Floats2 factor = {}, summand = {}, centre = {}, width = {}, product = {}, plain = {};
             if (SUMS && n < eights) {
                 factor = load_two(scale, channel), summand = load_two(shift, channel);
@@ -199,6 +208,7 @@ grouped_conv_backward(
                 const unsigned at = result + (i * 8 + lane / 4) * RESULT_PITCH + n * 16 + lane % 4 * 4;
                 Floats2 value = {found[i / 2][n][i % 2 * 2], found[i / 2][n][i % 2 * 2 + 1]};
                 if constexpr (SUMS) {
+                    hold_loads();
                     Floats2 raw = widen<T>(load_shared<unsigned>(at)), z = affine(raw, factor, summand);
                     value.x *= slope<ACTIVATION>(z.x), value.y *= slope<ACTIVATION>(z.y);
                     unsigned pair = narrow<T>(value.x, value.y);
@@ -249,7 +259,7 @@ grouped_conv_backward(
 
     // Rows of the weight's gradient are chunks of (tap, k) in the order of classes, two of one class to a product; this
     // warp's products are warp_m + i WARPS_M.
-    constexpr int PRODUCTS = STRIDE == 1 ? ceil_div(DEPTH, 2) : ceil_div(CHUNKS, 2) + 4 * CHUNKS;
+    constexpr int PRODUCTS = products_of(CHUNKS, STRIDE);
     constexpr int MINE = WEIGHT ? ceil_div(PRODUCTS, WARPS_M) : 1;
     auto class_of = [](int product) {
         int from = product - ceil_div(CHUNKS, 2);
@@ -266,16 +276,6 @@ grouped_conv_backward(
         return Halo::offset(Class::shift(tap / 3), Class::shift(tap % 3)) + chunk % CHUNKS * 16;
     };
     float gradient[MINE][WEIGHT ? UNIT : 1][4] = {};
-    unsigned row_offsets[MINE], class_offsets[MINE];
-    if constexpr (WEIGHT) {
-#pragma unroll
-        for (int i = 0; i < MINE; ++i) {
-            int product = warp_m + i * WARPS_M, chunk = chunk_of(product, lane / 8 % 2), which = class_of(product);
-            row_offsets[i] = offset_of(chunk < 0 ? 0 : chunk);
-            class_offsets[i] = Inputs::offset(which / STRIDE, which % STRIDE);
-        }
-    }
-
     // Where lane's pixel of sixteen is: the next sixteen's is 16 further, in a row of TILE_W.
     struct Pixel {
         int column;
@@ -331,12 +331,19 @@ grouped_conv_backward(
             }
         }
         if constexpr (WEIGHT) {
-            const int part = warp_n % UNITS_IN_GROUP * UNIT;
-            const int p = lane / 16 * 8 + lane % 8, r = lane / 8 % 2 * 8 + lane % 8;
+            const int here = forget(lane), part = warp_n % UNITS_IN_GROUP * UNIT;
+            const int p = here / 16 * 8 + here % 8, r = here / 8 % 2 * 8 + here % 8;
+            unsigned row_offsets[MINE], class_offsets[MINE];
+#pragma unroll
+            for (int i = 0; i < MINE; ++i) {
+                int product = warp_m + i * WARPS_M, chunk = chunk_of(product, here / 8 % 2), which_class = class_of(product);
+                row_offsets[i] = offset_of(chunk < 0 ? 0 : chunk);
+                class_offsets[i] = Inputs::offset(which_class / STRIDE, which_class % STRIDE);
+            }
             Pixel left_at = {p % TILE_W, stage + Halo::offset(p / TILE_W, p % TILE_W) + which * CHUNKS * 16};
             Pixel right_at = {
                 r % TILE_W, stage + INPUTS_AT + Inputs::offset(r / TILE_W * STRIDE, r % TILE_W * STRIDE) +
-                                (which * OUT_TILE / 8 + part + lane / 16) * 16};
+                                (which * OUT_TILE / 8 + part + here / 16) * 16};
 #pragma unroll 1
             for (int k = 0; k < PIXELS; k += 16) {
                 unsigned right[UNIT][2];

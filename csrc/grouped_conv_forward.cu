@@ -113,12 +113,12 @@ grouped_conv_forward(
         if (any) {
             const int top = tile.row * TILE_H, left = tile.column * TILE_W;
             const int pixel = (tile.image * height + top * STRIDE - 1) * columns + left * STRIDE - 1;
-            unsigned inside = copies.edges.inside(tile);
+            unsigned inside = copies.edges.inside(tile.edges());
             if (WIDTH % CHUNK && channel_ahead + CHUNK > WIDTH) inside &= last_chunks;
             copies.copy(stage, x + (long long)pixel * channels + (first_in + channel_ahead), inside);
             if constexpr (!RESIDENT) weight_copies.copy(stage + Halo::BYTES, weight, channel_ahead);
             next[STAGES - 2] = {
-                channel_ahead, (tile.image * out_height + top) * out_columns + left, inside, own.inside(tile)};
+                channel_ahead, (tile.image * out_height + top) * out_columns + left, inside, own.inside(tile.edges())};
             channel_ahead += CHUNK;
             if (channel_ahead >= WIDTH) channel_ahead = 0, tile.advance();
         }
