@@ -59,7 +59,10 @@ DEVICE Floats2 affine(Floats2 value, Floats2 factor, Floats2 summand) {
     return {value.x * factor.x + summand.x, value.y * factor.y + summand.y};
 }
 
-DEVICE Floats2 load_two(const float* of, unsigned channel) { return load_global(reinterpret_cast<const Floats2*>(of + channel)); }
+template <class Index>
+DEVICE Floats2 load_two(const float* of, Index channel) {
+    return load_global(reinterpret_cast<const Floats2*>(of + channel));
+}
 
 // What eight channels have, in pairs.
 struct Pairs {
@@ -155,14 +158,20 @@ struct Edges {
         columns |= Two(column < 0) << i | Two(column >= last_columns) << (HALF + i);
     }
 
-    // In a tile at the image's edges: bits for above, below, left and right.
-    DEVICE unsigned inside(unsigned edges) const {
-        unsigned outside = edges & 1 ? unsigned(rows) : 0;
-        if (edges & 2) outside |= unsigned(rows >> HALF);
-        if (edges & 4) outside |= unsigned(columns);
-        if (edges & 8) outside |= unsigned(columns >> HALF);
+    DEVICE unsigned inside(bool first_row, bool last_row, bool first_column, bool last_column) const {
+        unsigned outside = first_row ? unsigned(rows) : 0;
+        if (first_column) outside |= unsigned(columns);
+        if (last_row) outside |= unsigned(rows >> HALF);
+        if (last_column) outside |= unsigned(columns >> HALF);
         return known & ~outside;
     }
+
+    DEVICE unsigned inside(const Walk& at) const {
+        return inside(at.row == 0, at.row == at.down - 1, at.column == 0, at.column == at.across - 1);
+    }
+
+    // In a tile with such `Walk::edges`.
+    DEVICE unsigned inside(unsigned edges) const { return inside(edges & 1, edges & 2, edges & 4, edges & 8); }
 };
 
 // A thread's share of the copies of each tile: chunks thread_x() + i THREADS in the order of shared memory, with those

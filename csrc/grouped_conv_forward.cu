@@ -113,12 +113,12 @@ grouped_conv_forward(
         if (any) {
             const int top = tile.row * TILE_H, left = tile.column * TILE_W;
             const int pixel = (tile.image * height + top * STRIDE - 1) * columns + left * STRIDE - 1;
-            unsigned inside = copies.edges.inside(tile.edges());
+            unsigned inside = copies.edges.inside(tile);
             if (WIDTH % CHUNK && channel_ahead + CHUNK > WIDTH) inside &= last_chunks;
             copies.copy(stage, x + (long long)pixel * channels + (first_in + channel_ahead), inside);
             if constexpr (!RESIDENT) weight_copies.copy(stage + Halo::BYTES, weight, channel_ahead);
             next[STAGES - 2] = {
-                channel_ahead, (tile.image * out_height + top) * out_columns + left, inside, own.inside(tile.edges())};
+                channel_ahead, (tile.image * out_height + top) * out_columns + left, inside, own.inside(tile)};
             channel_ahead += CHUNK;
             if (channel_ahead >= WIDTH) channel_ahead = 0, tile.advance();
         }
@@ -148,7 +148,7 @@ grouped_conv_forward(
     auto load_bias = [&](unsigned out) {
 #pragma unroll
         for (int n = 0; n < UNIT; ++n)
-            start[n] = bias && n < eights ? load_two(bias, out + n * 8 + lane % 4 * 2) : Floats2{0.0f, 0.0f};
+            start[n] = bias && n < eights ? load_two(bias, int(out) + n * 8 + lane % 4 * 2) : Floats2{0.0f, 0.0f};
     };
 
     float sums[SIXTEENS][UNIT][4];

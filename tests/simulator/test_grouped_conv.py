@@ -183,7 +183,7 @@ BUGS = {
     "halo off by a column": ("+ left * STRIDE - 1;", "+ left * STRIDE - 2;", "of x|NUMBERS"),
     "halo too small": ("(TILE_W - 1) * STRIDE + 3,", "(TILE_W - 1) * STRIDE + 2,", None),
     "no padding on the left": ("Two(column < 0) << i", "Two(0) << i", "of x|NUMBERS"),
-    "no padding below": ("(row == down - 1) << 1", "(row == down) << 1", "of x|of y|another thread|NUMBERS"),
+    "no padding below": ("at.row == at.down - 1,", "at.row == at.down,", "of x|of y|another thread|NUMBERS"),
     "results beyond the image": (
         "result.pixel % TILE_W, last_rows,\n            last_columns);",
         "result.pixel % TILE_W, 99, 99);",
