@@ -166,17 +166,17 @@ BUGS = {
     ),
     "wrong tap": ("0x862071534LL", "0x862701534LL", None),
     "halo off by a row": ("out_height + top - HALO / 2)", "out_height + top)", "of y|of dz|NUMBERS"),
-    "padding made": ("Copies::visit(stage, copied_of(now.edges, now.channel),", "Copies::visit(stage, copies.edges.known,", None),
+    "padding made": (
+        "Copies::visit(stage, copied_of(now.edges, now.channel),",
+        "Copies::visit(stage, copies.edges.known,",
+        None,
+    ),
     "padding read": (
         "Reads::visit(stage + INPUTS_AT, reads.edges.inside(now.edges),",
         "Reads::visit(stage + INPUTS_AT, reads.edges.known,",
         None,
     ),
-    "results beyond the image": (
-        "false, false, false, now.last_column)",
-        "false, false, false, false)",
-        "of x|of dx|another thread",
-    ),
+    "results beyond the image": ("inside(now.edges & 12)", "inside(0u)", "of x|of dx|another thread"),
     "wrong class of results": (
         "own[first_column].inside",
         "own[first_row].inside",
