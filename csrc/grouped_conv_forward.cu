@@ -11,12 +11,13 @@
 //   parts (images * tiles of an image, groups * WIDTH): float, with PARTS
 //   moments (workers, 3, groups * WIDTH): float, with MOMENTS. Both are of y as it is rounded
 //
-// A block walks over tiles of TILE_H x TILE_W output pixels, block_x() + i grid_x(), of one slab, block_y(): GROUPS groups
-// with all their channels, whose weights stay in shared memory (CHUNK == WIDTH); or OUT_TILE output channels of a wide
-// group, whose input channels come CHUNK at a time together with their weights. The input's tile with its halo is read
-// once for all nine taps, STAGES steps ahead. The sum runs over (tap, chunk of eight channels) as one index, so that any
-// multiple of eight fills the matrix instruction. Warps: WARPS_M over pixels, WARPS_N over units of UNIT times eight
-// output channels.
+// A block walks over its share of the tiles of TILE_H x TILE_W output pixels, of one slab, block_y(): GROUPS groups with
+// all their channels, whose weights stay in shared memory (CHUNK == WIDTH); or OUT_TILE output channels of a wide group,
+// whose input channels come CHUNK at a time together with their weights. The input's tile with its halo is read once for
+// all nine taps, STAGES steps ahead. What is the same for all tiles, a thread's places in memory and what of them the
+// tiles at the edges have, is found before the first. The sum runs over (tap, chunk of eight channels) as one index, so
+// that any multiple of eight fills the matrix instruction. Warps: WARPS_M over pixels, WARPS_N over units of UNIT times
+// eight output channels.
 #include "grouped_conv.cuh"
 #include "moments.cuh"
 
@@ -31,62 +32,97 @@ grouped_conv_forward(
     constexpr int SIXTEENS = ceil_div(PIXELS, 16 * WARPS_M), UNITS_IN_GROUP = OUT_TILE / (8 * UNIT);
     constexpr int UNITS = GROUPS * UNITS_IN_GROUP, STEPS = ceil_div(WIDTH, CHUNK), OUT_TILES = ceil_div(WIDTH, OUT_TILE);
     constexpr int CHUNKS = CHUNK / 8, DEPTH = 9 * CHUNKS;
-    constexpr bool RESIDENT = STEPS == 1;
+    constexpr bool RESIDENT = STEPS == 1, ONE_UNIT = UNITS == WARPS_N;
     static_assert(CHUNK % 8 == 0 && OUT_TILE % (8 * UNIT) == 0, "channels in eights");
     static_assert(GROUPS == 1 || (RESIDENT && OUT_TILE == WIDTH), "several groups only as a whole");
-    static_assert(RESIDENT || UNITS == WARPS_N, "sums that outlive a step are one unit for each warp");
+    static_assert(ONE_UNIT || (RESIDENT && OUT_TILE == WIDTH), "several units for a warp only of whole groups");
     static_assert(!(PARTS && MOMENTS), "one kind of sums");
 
     using Halo = Tile<(TILE_H - 1) * STRIDE + 3, (TILE_W - 1) * STRIDE + 3, GROUPS * CHUNKS, STRIDE == 2>;
+    using Copies = Share<Halo, 1, THREADS, true>;
     constexpr int WEIGHT_PITCH = odd_pitch(DEPTH), WEIGHT_BYTES = GROUPS * OUT_TILE * WEIGHT_PITCH;
     constexpr int STAGE_BYTES = Halo::BYTES + (RESIDENT ? 0 : WEIGHT_BYTES);
     constexpr int RESULT_PITCH = odd_pitch(UNIT), RESULT_BYTES = SIXTEENS * 16 * RESULT_PITCH;
+    constexpr int RESULTS = ceil_div(RESULT_BYTES, 16 * 32);
     constexpr int ROWS = GROUPS * OUT_TILE, ROWS_OF_THREAD = ceil_div(ROWS, THREADS);
     const unsigned stages = shared_base(), weights = stages + STAGES * STAGE_BYTES;
-    const unsigned results = weights + (RESIDENT ? WEIGHT_BYTES : 0), column_sums = results + WARPS_M * WARPS_N * RESULT_BYTES;
+    const unsigned results = weights + (RESIDENT ? WEIGHT_BYTES : 0);
+    const unsigned column_sums = results + WARPS_M * WARPS_N * RESULT_BYTES;
     const unsigned counts = column_sums + WARPS_M * ROWS * 8;  // of the pixels of each warp's rows
 
     const int lane = thread_x() % 32, warp = thread_x() / 32, warp_m = warp % WARPS_M, warp_n = warp / WARPS_M;
     const int channels = groups * WIDTH, down = ceil_div(out_height, TILE_H), across = ceil_div(out_columns, TILE_W);
     const int group = block_y() / OUT_TILES * GROUPS, first_out = block_y() % OUT_TILES * OUT_TILE;
-    const int known_groups = groups - group < GROUPS ? groups - group : GROUPS;
-    const int tiles = images * down * across;
-    const int steps = ceil_div(tiles - block_x(), grid_x()) * STEPS;
+    const int known_groups = GROUPS > 1 && groups - group < GROUPS ? groups - group : GROUPS;
+    const int left = GROUPS > 1 ? known_groups * WIDTH : WIDTH - first_out;
+    const int known_rows = (GROUPS > 1 || WIDTH % OUT_TILE) && left < ROWS ? left : ROWS;
+    const unsigned first_in = group * WIDTH, first_channel = first_in + first_out;  // extended to 64 bits for nothing
+    Walk tile(images, down, across);
+    const int first_tile = tile.first, steps = tile.count * STEPS;
+    const int last_rows = out_height - (down - 1) * TILE_H, last_columns = out_columns - (across - 1) * TILE_W;
     const unsigned result = results + warp * RESULT_BYTES;
 
-    auto copy_weights = [&](unsigned address, int first_channel) {
-#pragma unroll 1
-        for (int i = thread_x(); i < GROUPS * OUT_TILE * DEPTH; i += THREADS) {
-            int row = i / DEPTH, k = i % DEPTH, channel = first_channel + k % CHUNKS * 8;
-            bool known = row / OUT_TILE < known_groups && first_out + row % OUT_TILE < WIDTH && channel < WIDTH;
-            long long place = (long long)(group * WIDTH + first_out + row) * (9 * WIDTH) + k / CHUNKS * WIDTH + channel;
-            copy_async(address + row * WEIGHT_PITCH + k * 16, known ? weight + place : weight, known);
-        }
+    const int term = thread_x() % DEPTH;
+    const WeightShare<ROWS, DEPTH, WIDTH, THREADS, !RESIDENT> weight_copies(
+        first_channel, known_rows, Terms<CHUNKS>::tap(term), Terms<CHUNKS>::chunk(term) * 8);
+    const Copies copies(
+        columns, channels, RESIDENT ? known_groups * CHUNKS : CHUNKS, height - (down - 1) * TILE_H * STRIDE,
+        columns - (across - 1) * TILE_W * STRIDE);
+    const unsigned last_chunks = Copies::chunks(WIDTH % CHUNK / 8);
+    struct Result {
+        int pixel, n;  // of the tile, of the unit's eights
     };
-    auto place_of = [&](int step) { return Place(block_x() + step / STEPS * grid_x(), down, across, TILE_H, TILE_W); };
-    auto known_of = [&](int channel) { return RESIDENT ? known_groups * CHUNKS : (WIDTH - channel) / 8; };
-    auto copy_step = [&](int step) {
-        if (step < steps) {
-            Place place = place_of(step);
-            int channel = step % STEPS * CHUNK, known = known_of(channel);
-            const T* map = x + (long long)place.image * height * columns * channels + group * WIDTH + channel;
-            unsigned stage = stages + step % STAGES * STAGE_BYTES;
-            Halo::template copy<THREADS>(
-                stage, map, place.top * STRIDE - 1, place.left * STRIDE - 1, height, columns, channels, known);
-            if constexpr (!RESIDENT) copy_weights(stage + Halo::BYTES, channel);
+    // Of a warp with one unit: its first row of the slab's, and how many of its eights there are.
+    const int own_row = warp_n / UNITS_IN_GROUP * OUT_TILE + warp_n % UNITS_IN_GROUP * UNIT * 8;
+    const int eights = ONE_UNIT && known_rows - own_row < UNIT * 8 ? (known_rows - own_row) / 8 : UNIT;
+    // This lane's chunks of results and, as bits from RESULTS on, its rows of sums. Wide groups, which store once in many
+    // steps, find places again: their sums need the registers.
+    auto result_of = [&](int lane, int i) {
+        int at = lane + i * 32, local = at / (RESULT_PITCH / 16), pixel = warp_m * SIXTEENS * 16 + local;
+        return Result{at < RESULT_BYTES / 16 ? pixel : PIXELS, at % (RESULT_PITCH / 16)};
+    };
+    auto bytes_to = [&](Result result) {
+        int row = result.pixel / TILE_W, column = result.pixel % TILE_W;
+        return ((row * out_columns + column) * channels + result.n * 8) * 2u;
+    };
+    unsigned to[RESULTS];
+    Edges<RESULTS + 2 * SIXTEENS> own;
+#pragma unroll
+    for (int i = 0; i < RESULTS; ++i) {
+        const Result result = result_of(lane, i);
+        if (RESIDENT) to[i] = bytes_to(result);
+        own.add(
+            i, result.pixel < PIXELS && result.n < eights, result.pixel / TILE_W, result.pixel % TILE_W, last_rows,
+            last_columns);
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * SIXTEENS; ++i) {
+        int pixel = warp_m * SIXTEENS * 16 + i * 8 + lane / 4;
+        own.add(RESULTS + i, pixel < PIXELS, pixel / TILE_W, pixel % TILE_W, last_rows, last_columns);
+    }
+    // What a step, a tile or with wide groups CHUNK of its channels, has still to know when its pixels are there.
+    struct Step {
+        int channel, pixel;  // of the tile's first one in y
+        unsigned copied, own;
+    };
+    Step next[STAGES - 1];
+    int channel_ahead = 0;
+    unsigned stage = stages;
+    auto after = [&](unsigned stage) { return stage + STAGE_BYTES == weights ? stages : stage + STAGE_BYTES; };
+    auto copy_step = [&](unsigned stage, bool any) {
+        if (any) {
+            const int top = tile.row * TILE_H, left = tile.column * TILE_W;
+            const int pixel = (tile.image * height + top * STRIDE - 1) * columns + left * STRIDE - 1;
+            unsigned inside = copies.edges.inside(tile);
+            if (WIDTH % CHUNK && channel_ahead + CHUNK > WIDTH) inside &= last_chunks;
+            copies.copy(stage, x + (long long)pixel * channels + (first_in + channel_ahead), inside);
+            if constexpr (!RESIDENT) weight_copies.copy(stage + Halo::BYTES, weight, channel_ahead);
+            next[STAGES - 2] = {
+                channel_ahead, (tile.image * out_height + top) * out_columns + left, inside, own.inside(tile)};
+            channel_ahead += CHUNK;
+            if (channel_ahead >= WIDTH) channel_ahead = 0, tile.advance();
         }
         commit_copies();
-    };
-    // Each thread makes read(x) of the chunks that it copied itself, but for what is outside and stays zero.
-    auto read_step = [&](int step) {
-        const Place place = place_of(step);
-        const int channel = step % STEPS * CHUNK, known = known_of(channel);
-        Halo::template visit<THREADS>(
-            stages + step % STAGES * STAGE_BYTES, [&](int row, int column, int chunk, unsigned at) {
-                int h = place.top * STRIDE - 1 + row, w = place.left * STRIDE - 1 + column;
-                if (h < 0 || h >= height || w < 0 || w >= columns || chunk >= known) return;
-                read_through<T, READ_ACTIVATION>(at, scale, shift, group * WIDTH + channel + chunk * 8);
-            });
     };
     // Sums over the warp's rows, of the columns that lanes of the same remainder by four share.
     auto over_rows = [](Floats2 sum) {
@@ -106,85 +142,89 @@ grouped_conv_forward(
         pixels[j] = Halo::offset(pixel / TILE_W * STRIDE, pixel % TILE_W * STRIDE);
     }
     auto taps = [](int k) {
-        return Halo::offset(k / CHUNKS / 3, k / CHUNKS % 3) + k % CHUNKS * 16;
+        return Halo::offset(Terms<CHUNKS>::tap(k) / 3, Terms<CHUNKS>::tap(k) % 3) + Terms<CHUNKS>::chunk(k) * 16;
+    };
+    Floats2 start[UNIT];
+    auto load_bias = [&](unsigned out) {
+#pragma unroll
+        for (int n = 0; n < UNIT; ++n)
+            start[n] = bias && n < eights ? load_two(bias, int(out) + n * 8 + lane % 4 * 2) : Floats2{0.0f, 0.0f};
     };
 
-    if constexpr (RESIDENT) copy_weights(weights, 0);
-    for (int step = 0; step < STAGES - 1; ++step) copy_step(step);
     float sums[SIXTEENS][UNIT][4];
+    auto begin = [&](unsigned out) {
+        if constexpr (!(RESIDENT && ONE_UNIT)) load_bias(out);
+#pragma unroll
+        for (int i = 0; i < SIXTEENS * UNIT * 4; ++i) {
+            const Floats2 of = start[i / 4 % UNIT];
+            sums[i / 4 / UNIT][i / 4 % UNIT][i % 4] = i % 2 ? of.y : of.x;
+        }
+    };
+
+    if constexpr (RESIDENT) weight_copies.copy(weights, weight, 0);
+#pragma unroll
+    for (int step = 0; step < STAGES - 1; ++step) {
+        if (STAGES == 3) next[0] = next[STAGES - 2];
+        copy_step(stages + step * STAGE_BYTES, step < steps);
+    }
+    if constexpr (RESIDENT && ONE_UNIT) load_bias(first_channel + own_row);
+    if constexpr (!RESIDENT) begin(first_channel + own_row);
     Moments found[ROWS_OF_THREAD] = {};
-    for (int step = 0; step < steps; ++step) {
+    const float pixel_share = 1.0f / (out_height * out_columns);
+    for (int step = 0; step < steps; ++step, stage = after(stage)) {
+        const Step now = next[0];
         wait_copies<STAGES - 2>();
-        if constexpr (NORM) read_step(step);
+        if constexpr (NORM) {
+            // Each thread makes read(x) of the chunks that it copied itself, but for what is outside and stays zero.
+            Copies::visit(stage, now.copied, [&](int chunk, unsigned at) {
+                read_through<T, READ_ACTIVATION>(at, scale, shift, group * WIDTH + now.channel + chunk * 8);
+            });
+        }
         sync_block();  // this step's pixels are there, and nobody reads those of the step before any more
-        copy_step(step + STAGES - 1);
-        const unsigned stage = stages + step % STAGES * STAGE_BYTES;
-        const Place place = place_of(step);
-        auto inside = [&](int pixel) {
-            return pixel < PIXELS && place.top + pixel / TILE_W < out_height && place.left + pixel % TILE_W < out_columns;
-        };
-        unsigned inner = 0;  // which of this lane's rows of sums are pixels of the image
-        float count = 0.0f, share = 0.0f;  // of the warp's, and 1 / count
-        if constexpr (PARTS || MOMENTS) {
-#pragma unroll 1
-            for (int i = 0; i < 2 * SIXTEENS; ++i) {
-                bool pixel = inside(warp_m * SIXTEENS * 16 + i * 8 + lane / 4);
-                inner |= unsigned(pixel) << i;
-                count += pixel;
-            }
-        }
-        if constexpr (MOMENTS) {
-#pragma unroll
-            for (int mask = 4; mask < 32; mask *= 2) count += shuffle_xor(count, mask);
-            if (count > 0.0f) share = 1.0f / count;
-            if (step % STEPS == STEPS - 1 && warp_n == 0 && lane == 0) store_shared(counts + warp_m * 4, count);
-        }
-        for (int unit = warp_n; unit < UNITS; unit += WARPS_N) {
+        if (STAGES == 3) next[0] = next[STAGES - 2];
+        copy_step(STAGES == 3 ? after(after(stage)) : after(stage), step + STAGES - 1 < steps);
+        const bool last = now.channel + CHUNK >= WIDTH;
+        const unsigned to_sum = now.own >> RESULTS;
+        auto compute = [&](int unit) {
             const int which = unit / UNITS_IN_GROUP, row = which * OUT_TILE + unit % UNITS_IN_GROUP * UNIT * 8;
-            const int first = first_out + row % OUT_TILE, out = (group + which) * WIDTH + first;
-            const int known = which >= known_groups ? 0 : (WIDTH - first) / 8 < UNIT ? (WIDTH - first) / 8 : UNIT;
-            if (step % STEPS == 0) {
-#pragma unroll
-                for (int n = 0; n < UNIT; ++n) {
-                    Floats2 start = {0.0f, 0.0f};
-                    if (bias && n < known)
-                        start = load_global(reinterpret_cast<const Floats2*>(bias + out + n * 8 + lane % 4 * 2));
-#pragma unroll
-                    for (int j = 0; j < SIXTEENS; ++j) {
-                        sums[j][n][0] = sums[j][n][2] = start.x;
-                        sums[j][n][1] = sums[j][n][3] = start.y;
-                    }
-                }
-            }
+            const unsigned out = first_channel + row;
+            if constexpr (RESIDENT) begin(out);
             unsigned from[SIXTEENS];
 #pragma unroll
             for (int j = 0; j < SIXTEENS; ++j) from[j] = stage + pixels[j] + which * CHUNKS * 16;
             multiply<T, DEPTH, SIXTEENS, UNIT, DEPTH>(
                 sums, from, (RESIDENT ? weights : stage + Halo::BYTES) + row * WEIGHT_PITCH, taps);
-            if (step % STEPS != STEPS - 1) continue;
+            if (!last) return;
 
-            const int first_row = warp_m * ROWS + row;
+            float share = 0.0f;  // 1 / the pixels of the warp's rows
+            if constexpr (MOMENTS) {
+                float count = count_bits(to_sum);
+#pragma unroll
+                for (int mask = 4; mask < 32; mask *= 2) count += shuffle_xor(count, mask);
+                if (count > 0.0f) share = 1.0f / count;
+                if (warp_n == 0 && lane == 0) store_shared(counts + warp_m * 4, count);
+            }
+            const unsigned to_sums = column_sums + (warp_m * ROWS + row + lane * 2) * (MOMENTS ? 8 : 4);
+            Floats2 totals[UNIT] = {};
             sync_warp();  // the last results have left
 #pragma unroll
-            for (int n = 0; n < UNIT; ++n) {
-                Floats2 total = {0.0f, 0.0f};
+            for (int i = 0; i < 2 * SIXTEENS; ++i) {
 #pragma unroll
-                for (int j = 0; j < SIXTEENS; ++j) {
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        int pixel = j * 16 + half * 8 + lane / 4;
-                        unsigned pair = narrow<T>(
-                            activate<ACTIVATION>(sums[j][n][2 * half]), activate<ACTIVATION>(sums[j][n][2 * half + 1]));
-                        store_shared(result + pixel * RESULT_PITCH + n * 16 + lane % 4 * 4, pair);
-                        if (PARTS && inner >> (2 * j + half) & 1) {
-                            Floats2 rounded = widen<T>(pair);
-                            total.x += rounded.x, total.y += rounded.y;
-                        }
+                for (int n = 0; n < UNIT; ++n) {
+                    const float *low = &sums[i / 2][n][i % 2 * 2], *high = low + 1;
+                    unsigned pair = narrow_activated<T, ACTIVATION>(*low, *high);
+                    store_shared(result + (i * 8 + lane / 4) * RESULT_PITCH + n * 16 + lane % 4 * 4, pair);
+                    if (PARTS && to_sum >> i & 1) {
+                        Floats2 rounded = widen<T>(pair);
+                        totals[n].x += rounded.x, totals[n].y += rounded.y;
                     }
                 }
-                if constexpr (PARTS) {
-                    total = over_rows(total);
-                    if (lane < 4) store_shared(column_sums + (first_row + n * 8 + lane * 2) * 4, total);
+            }
+            if constexpr (PARTS) {
+#pragma unroll
+                for (int n = 0; n < UNIT; ++n) {
+                    totals[n] = over_rows(totals[n]);
+                    if (lane < 4) store_shared(to_sums + n * 8 * 4, totals[n]);
                 }
             }
             if constexpr (MOMENTS) {
@@ -195,53 +235,55 @@ grouped_conv_forward(
                     for (int i = 0; i < 2 * SIXTEENS; ++i) {
                         unsigned at = result + (i * 8 + lane / 4) * RESULT_PITCH + n * 16 + lane % 4 * 4;
                         rounded[i] = widen<T>(load_shared<unsigned>(at));
-                        if (inner >> i & 1) total.x += rounded[i].x, total.y += rounded[i].y;
+                        if (to_sum >> i & 1) total.x += rounded[i].x, total.y += rounded[i].y;
                     }
                     total = over_rows(total);
                     const Floats2 mean = {total.x * share, total.y * share};
 #pragma unroll
                     for (int i = 0; i < 2 * SIXTEENS; ++i) {
-                        if (!(inner >> i & 1)) continue;
+                        if (!(to_sum >> i & 1)) continue;
                         squares.x += (rounded[i].x - mean.x) * (rounded[i].x - mean.x);
                         squares.y += (rounded[i].y - mean.y) * (rounded[i].y - mean.y);
                     }
                     squares = over_rows(squares);
-                    const unsigned to = column_sums + (first_row + n * 8 + lane * 2) * 8;
-                    if (lane < 4) store_shared(to, Floats4{mean.x, squares.x, mean.y, squares.y});
+                    if (lane < 4) store_shared(to_sums + n * 8 * 8, Floats4{mean.x, squares.x, mean.y, squares.y});
                 }
             }
             sync_warp();
-#pragma unroll 1
-            for (int i = lane; i < SIXTEENS * 16 * UNIT; i += 32) {
-                int n = i % UNIT, local = i / UNIT, pixel = warp_m * SIXTEENS * 16 + local;
-                if (n < known && inside(pixel)) {
-                    int h = place.top + pixel / TILE_W, w = place.left + pixel % TILE_W;
-                    T* image = y + (long long)place.image * out_height * out_columns * channels;
+            char* first = reinterpret_cast<char*>(y + (long long)now.pixel * channels + out);
+            const int storing = RESIDENT ? lane : forget(lane);
+#pragma unroll
+            for (int i = 0; i < RESULTS; ++i)
+                if (now.own >> i & 1)
                     store_global(
-                        reinterpret_cast<Eight*>(image + (h * out_columns + w) * channels + out + n * 8),
-                        load_shared<Eight>(result + local * RESULT_PITCH + n * 16));
-                }
-            }
+                        reinterpret_cast<Eight*>(first + (RESIDENT ? to[i] : bytes_to(result_of(storing, i)))),
+                        load_shared<Eight>(result + (lane + i * 32) * 16));
+            if constexpr (!RESIDENT) begin(out);
+        };
+        if constexpr (ONE_UNIT) {
+            if (warp_n < known_groups * UNITS_IN_GROUP) compute(warp_n);
+        } else {
+            for (int unit = warp_n; unit < known_groups; unit += WARPS_N) compute(unit);
         }
-        if (PARTS && step % STEPS == STEPS - 1) {
-            sync_block();
-            int tile = block_x() + step / STEPS * grid_x();
-            for (int row = thread_x(); row < ROWS; row += THREADS) {
-                int which = row / OUT_TILE, n = first_out + row % OUT_TILE;
-                if (which >= known_groups || n >= WIDTH) continue;
+        if (PARTS && last) {
+            sync_block();  // the warps' sums are there
+#pragma unroll
+            for (int i = 0; i < ROWS_OF_THREAD; ++i) {
+                int row = thread_x() + i * THREADS;
+                if (row >= known_rows) continue;
                 float total = 0.0f;
-                for (int m = 0; m < WARPS_M; ++m)
-                    total += load_shared<float>(column_sums + (m * ROWS + row) * 4);
-                long long place = (long long)tile * channels + (group + which) * WIDTH + n;
-                store_global(parts + place, total / (out_height * out_columns));
+#pragma unroll
+                for (int m = 0; m < WARPS_M; ++m) total += load_shared<float>(column_sums + (m * ROWS + row) * 4);
+                const long long place = (long long)(first_tile + step / STEPS) * channels;
+                store_global(parts + place + (first_channel + row), total * pixel_share);
             }
         }
-        if (MOMENTS && step % STEPS == STEPS - 1) {
+        if (MOMENTS && last) {
             sync_block();  // the warps' moments are there
 #pragma unroll
             for (int i = 0; i < ROWS_OF_THREAD; ++i) {
                 int row = thread_x() + i * THREADS;
-                if (row >= ROWS) continue;
+                if (row >= known_rows) continue;
                 for (int m = 0; m < WARPS_M; ++m) {
                     Floats2 two = load_shared<Floats2>(column_sums + (m * ROWS + row) * 8);
                     merge(found[i], {load_shared<float>(counts + m * 4), two.x, two.y});
@@ -253,9 +295,9 @@ grouped_conv_forward(
     if constexpr (MOMENTS) {
 #pragma unroll
         for (int i = 0; i < ROWS_OF_THREAD; ++i) {
-            int row = thread_x() + i * THREADS, which = row / OUT_TILE, n = first_out + row % OUT_TILE;
-            if (row >= ROWS || which >= known_groups || n >= WIDTH) continue;
-            float* to = moments + (long long)block_x() * 3 * channels + (group + which) * WIDTH + n;
+            int row = thread_x() + i * THREADS;
+            if (row >= known_rows) continue;
+            float* to = moments + (long long)block_x() * 3 * channels + first_channel + row;
             store_global(to, found[i].count);
             store_global(to + channels, found[i].mean);
             store_global(to + 2 * channels, found[i].squares);

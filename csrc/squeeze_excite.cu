@@ -1,73 +1,51 @@
-// Squeeze-excite from the parts of channel means to the gate, in one launch:
+// A layer of squeeze-excite, of which two launches lead from the parts of channel means to the gate:
 //
-//     h[n, r] = activation(sum_c fc1[r, c] * sum_t parts[n, t, c] + bias1[r])
-//     gate[n, c] = sigmoid(sum_r fc2[c, r] * h[n, r] + bias2[c])
+//     out[n, r] = f(sum_c weight[r, c] * sum_t in[n, t, c] + bias[r]),   f: the activation, or with GATE the sigmoid
 //
-//   parts (images, tiles, channels), fc1 (hidden, channels), bias1 (hidden), fc2 (channels, hidden), bias2 (channels): float
-//   gate (images, channels): T, 16 bits or float; channels is even
+//   in (images, tiles, inputs), weight (outputs, inputs), bias (outputs): float
+//   out (images, outputs): T, 16 bits or float
 //
-// A block computes IMAGES images. A warp takes one hidden channel, then two of the gate, for all of them: its lanes read
-// a row of weights together and add up their sums.
+// A block computes `rows` outputs from block_y() * rows on, of IMAGES images from block_x() * IMAGES on: few images are
+// spread over many blocks, and the weights are read once for IMAGES of them. A warp takes an output for all of its images:
+// its lanes read a row of weights together and add up their sums.
 #include "grouped_conv.cuh"
 
-template <class T, int IMAGES, int THREADS, int ACTIVATION>
+template <class T, int IMAGES, int THREADS, int ACTIVATION, bool GATE>
 KERNEL(THREADS, 1)
 squeeze_excite(
-    const float* parts, const float* fc1, const float* bias1, const float* fc2, const float* bias2, T* gate, int images,
-    int tiles, int channels, int hidden) {
-    const unsigned means = shared_base(), values = means + IMAGES * channels * 4;
-    const int lane = thread_x() % 32, warp = thread_x() / 32, image = block_x() * IMAGES;
-    for (int i = thread_x(); i < IMAGES * channels; i += THREADS) {
-        int n = image + i / channels;
+    const float* in, const float* weight, const float* bias, T* out, int images, int tiles, int inputs, int outputs,
+    int rows) {
+    const unsigned values = shared_base();
+    const int lane = thread_x() % 32, warp = thread_x() / 32, image = block_x() * IMAGES, first = block_y() * rows;
+    for (int i = thread_x(); i < IMAGES * inputs; i += THREADS) {
+        int n = image + i / inputs;
         float total = 0.0f;
         if (n < images)
-            for (int t = 0; t < tiles; ++t)
-                total += load_global(parts + ((long long)n * tiles + t) * channels + i % channels);
-        store_shared(means + i * 4, total);
+            for (int t = 0; t < tiles; ++t) total += load_global(in + ((long long)n * tiles + t) * inputs + i % inputs);
+        store_shared(values + i * 4, total);
     }
     sync_block();
-    for (int r = warp; r < hidden; r += THREADS / 32) {
-        float sums[IMAGES] = {};
-        for (int c = lane; c < channels; c += 32) {
-            float weight = load_global(fc1 + (long long)r * channels + c);
+    for (int r = first + warp; r < first + rows && r < outputs; r += THREADS / 32) {
+        float sums[IMAGES] = {}, mine = 0.0f;
+#pragma unroll 4
+        for (int c = lane; c < inputs; c += 32) {
+            float factor = load_global(weight + (long long)r * inputs + c);
 #pragma unroll
-            for (int n = 0; n < IMAGES; ++n) sums[n] += weight * load_shared<float>(means + (n * channels + c) * 4);
+            for (int n = 0; n < IMAGES; ++n) sums[n] += factor * load_shared<float>(values + (n * inputs + c) * 4);
         }
 #pragma unroll
         for (int n = 0; n < IMAGES; ++n) {
 #pragma unroll
             for (int mask = 16; mask; mask /= 2) sums[n] += shuffle_xor(sums[n], mask);
-            if (lane == 0) store_shared(values + (n * hidden + r) * 4, activate<ACTIVATION>(sums[n] + load_global(bias1 + r)));
+            if (lane == n) mine = sums[n];
         }
-    }
-    sync_block();
-    for (int c = 2 * warp; c < channels; c += THREADS / 16) {
-        float low[IMAGES] = {}, high[IMAGES] = {};
-        for (int r = lane; r < hidden; r += 32) {
-            float first = load_global(fc2 + (long long)c * hidden + r);
-            float second = load_global(fc2 + (long long)(c + 1) * hidden + r);
-#pragma unroll
-            for (int n = 0; n < IMAGES; ++n) {
-                float value = load_shared<float>(values + (n * hidden + r) * 4);
-                low[n] += first * value, high[n] += second * value;
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < IMAGES; ++n) {
-#pragma unroll
-            for (int mask = 16; mask; mask /= 2) {
-                low[n] += shuffle_xor(low[n], mask);
-                high[n] += shuffle_xor(high[n], mask);
-            }
-            if (lane == 0 && image + n < images) {
-                const Floats2 pair = {
-                    sigmoid(low[n] + load_global(bias2 + c)), sigmoid(high[n] + load_global(bias2 + c + 1))};
-                T* to = gate + (long long)(image + n) * channels + c;
-                if constexpr (sizeof(T) == 4)
-                    store_global(reinterpret_cast<Floats2*>(to), pair);
-                else
-                    store_global(reinterpret_cast<unsigned*>(to), narrow<T>(pair.x, pair.y));
-            }
-        }
+        if (lane >= IMAGES || image + lane >= images) continue;
+        mine += load_global(bias + r);
+        mine = GATE ? sigmoid(mine) : activate<ACTIVATION>(mine);
+        T* to = out + (long long)(image + lane) * outputs + r;
+        if constexpr (sizeof(T) == 4)
+            store_global(to, mine);
+        else
+            store_global(to, T{static_cast<unsigned short>(narrow<T>(mine, mine))});
     }
 }

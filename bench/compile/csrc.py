@@ -163,40 +163,47 @@ def _demangled(names: Sequence[str]) -> dict[str, str]:
 
 def compile_jobs(same: Sequence[Job]) -> list[Compiled]:
     """Compile kernels of one source and architecture together, and read what came out."""
-    arch, numbers = same[0].arch, {name: str(i) for i, name in enumerate(plans.ACTIVATIONS.values())}
+    try:
+        used, programs = built(same)
+    except subprocess.CalledProcessError as error:
+        if len(same) > 1:
+            return [one for job in same for one in compile_jobs([job])]
+        return [Compiled(same[0], error=error.stderr.strip()[-400:])]
+    made = []
+    for job, (stack, stored, loaded, registers), program in zip(same, used, programs, strict=True):
+
+        def count(pattern: str, program: str = program) -> int:
+            return len(re.findall(rf"\b{pattern}", program))
+
+        local = stack + stored + loaded + count("LDL") + count("STL")
+        instructions = len(re.findall(r"/\*[0-9a-f]{4,5}\*/", program))
+        wide = count(r"LDGSTS\.[\w.]*128")
+        narrow = count("LDGSTS") - wide
+        made.append(Compiled(job, registers, local, instructions, count("HMMA"), count("LDSM"), wide, narrow))
+    return made
+
+
+def built(same: Sequence[Job]) -> tuple[list[tuple[int, ...]], list[str]]:
+    """Of kernels of one source and architecture: stack, bytes spilled, loaded again, and registers; and their SASS.
+
+    Raises subprocess.CalledProcessError where the compiler refuses one.
+    """
+    numbers = {name: str(i) for i, name in enumerate(plans.ACTIVATIONS.values())}
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder) / "kernels.cu", Path(folder) / "kernels.cubin"
         text = f'#include "{same[0].launch.source}"\n__device__ const void* kernels[] = {{\n'
         source.write_text(text + ",\n".join(f"(const void*)&{job.launch.kernel}" for job in same) + "};\n")
-        command = ["nvcc", *_options(arch), "-I", str(CSRC), "-I", str(CSRC / "device"), "-o", str(cubin), str(source)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            if len(same) > 1:
-                return [one for job in same for one in compile_jobs([job])]
-            return [Compiled(same[0], error=done.stderr.strip()[-400:])]
+        includes = ("-I", str(CSRC), "-I", str(CSRC / "device"))
+        command = ["nvcc", *_options(same[0].arch), *includes, "-o", str(cubin), str(source)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         sass = subprocess.run([disassembler(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)"
     pattern += r".*?Used (\d+) registers"
-    used = {name: tuple(map(int, rest)) for name, *rest in re.findall(pattern, done.stderr, re.DOTALL)}
+    used = {name: tuple(map(int, rest)) for name, *rest in re.findall(pattern, said, re.DOTALL)}
     programs = dict(re.findall(r"Function : (\w+)\n(.*?)(?=Function :|\Z)", sass, re.DOTALL))
-    plain, found = _demangled(list(used)), {}
-    for name, (stack, stored, loaded, registers) in used.items():
-
-        def count(pattern: str, program: str = programs[name]) -> int:
-            return len(re.findall(rf"\b{pattern}", program))
-
-        wide = count(r"LDGSTS\.[\w.]*128")
-        found[plain[name]] = (
-            registers,
-            stack + stored + loaded + count("LDL") + count("STL"),
-            len(re.findall(r"/\*[0-9a-f]{4,5}\*/", programs[name])),
-            count("HMMA"),
-            count("LDSM"),
-            wide,
-            count("LDGSTS") - wide,
-        )
-    names = [re.sub("|".join(numbers), lambda match: numbers[match[0]], job.launch.kernel) for job in same]
-    return [Compiled(job, *found[name]) for job, name in zip(same, names, strict=True)]
+    mangled = {plain: name for name, plain in _demangled(list(used)).items()}
+    kernels = [re.sub("|".join(numbers), lambda match: numbers[match[0]], job.launch.kernel) for job in same]
+    return [used[mangled[kernel]] for kernel in kernels], [programs[mangled[kernel]] for kernel in kernels]
 
 
 def _options(arch: int) -> tuple[str, ...]:

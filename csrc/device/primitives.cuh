@@ -22,6 +22,14 @@ DEVICE void sync_warp() { __syncwarp(); }
 // long sum with all of its loads, for which there are not the registers.
 DEVICE void hold_loads() { __syncwarp(); }
 
+// The same value, of which the compiler does not know that: what is made of it is made again, and not kept in registers.
+DEVICE int forget(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+DEVICE int count_bits(unsigned bits) { return __popc(bits); }
+
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
@@ -78,9 +86,10 @@ DEVICE void store_global(V* pointer, V value) {
 }
 
 // Sixteen bytes from global to shared memory, or zeros; they are there for this thread after wait_copies.
-DEVICE void copy_async(unsigned address, const void* pointer, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address),
-                 "l"(__cvta_generic_to_global(pointer)), "r"(valid ? 16 : 0)
+DEVICE void copy_async(unsigned address, const void* pointer, unsigned valid) {
+    asm volatile("{.reg .pred p;\n .reg .b32 bytes;\n setp.ne.b32 p, %2, 0;\n selp.b32 bytes, 16, 0, p;\n"
+                 " cp.async.cg.shared.global [%0], [%1], 16, bytes;}" ::"r"(address),
+                 "l"(__cvta_generic_to_global(pointer)), "r"(valid)
                  : "memory");
 }
 
@@ -177,6 +186,18 @@ DEVICE unsigned narrow(float low, float high) {
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     } else {
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    }
+    return pair;
+}
+
+// The same of max(x, 0); NaN stays NaN.
+template <class T>
+DEVICE unsigned narrow_relu(float low, float high) {
+    unsigned pair;
+    if constexpr (IsBFloat16<T>::value) {
+        asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     }
     return pair;
 }

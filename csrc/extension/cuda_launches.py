@@ -6,7 +6,6 @@ of them. The standard library and `plans` are all that is imported: a build has 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -81,8 +80,7 @@ def of_squeeze_excite(
         for dtype in dtypes:
             for batch in batches:
                 sizes = batch, 1, facts["in"], facts["out"]
-                with contextlib.suppress(ValueError):  # an odd number of channels, which no kernel takes
-                    yield plans.squeeze_excite(*sizes, dtype, facts["activation"], Target(arch, PROCESSORS[arch]))
+                yield from plans.squeeze_excite(*sizes, dtype, facts["activation"], Target(arch, PROCESSORS[arch]))
 
 
 def of_depthwise(dtypes: Sequence[str]) -> Iterator[Launch]:

@@ -161,7 +161,7 @@ def test_what_is_compiled_is_what_the_plans_launch(tmp_path):
                     launches += [plans.grouped_conv_forward(problem, "relu", p, target) for p in (False, True)]
                     launches.append(plans.grouped_conv_forward(problem, target=target, read="relu", moments=True))
                     launches.append(plans.merged_moments(launches[-1].grid[0], problem.channels))
-                    launches.append(plans.squeeze_excite(batch, 4, 336, 84, dtype, "relu", target))
+                    launches += plans.squeeze_excite(batch, 4, 336, 84, dtype, "relu", target)
                     planned |= {launch.kernel: launch.source for launch in launches}
     assert planned.items() <= found.items()
     assert set(found.values()) == {path.name for path in (ROOT / "csrc").glob("*.cu")}
@@ -319,7 +319,7 @@ def few_kernels(folder: Path) -> bytes:
     """An extension module with the small kernels alone."""
     units = {
         "ordered_sum_256": ("ordered_sum.cu", ["ordered_sum<256>"]),
-        "squeeze_excite_Float16_1": ("squeeze_excite.cu", ["squeeze_excite<Float16, 1, 512, SILU>"]),
+        "squeeze_excite_Float16_8": ("squeeze_excite.cu", ["squeeze_excite<Float16, 8, 512, NONE, true>"]),
     }
     runpy.run_path(str(EXTENSION / "instantiate.py"))["write_sources"](folder / "sources", units)
     import pybind11
@@ -360,15 +360,15 @@ def letters(launch):
 def test_wrong_calls_of_the_module_are_errors(small_module):
     assert extension.refuse(90) is None
     assert "built for sm_90, and the GPU is sm_80" in extension.refuse(80)
-    launch = plans.squeeze_excite(1, 4, 64, 16, "float16", "silu")
+    launch = plans.squeeze_excite(1, 4, 64, 16, "float16", "silu")[1]
     assert extension.kernels() == {launch.kernel: letters(launch), "ordered_sum<256>": "ppii"}
     start, facts = extension.module().launch, (0, launch.grid, launch.threads, launch.shared, 0)
-    with pytest.raises(ValueError, match="takes 10 arguments of 8 bytes, got 8 bytes"):
+    with pytest.raises(ValueError, match="takes 9 arguments of 8 bytes, got 8 bytes"):
         start(launch.kernel, *facts, bytes(8))
     with pytest.raises(KeyError, match="nobody"):
         start("nobody", *facts, b"")
     with pytest.raises(TypeError):
-        start(launch.kernel, *facts, [1] * 10)
+        start(launch.kernel, *facts, [1] * 9)
 
 
 @pytest.mark.long

@@ -46,6 +46,8 @@ DEVICE int grid_x() { return simulator::grid_x(); }
 DEVICE void sync_block() { simulator::sync_block(); }
 DEVICE void sync_warp() { simulator::sync_warp(); }
 DEVICE void hold_loads() {}  // of no consequence for what is computed, and no barrier to rely on
+DEVICE int forget(int value) { return value; }
+DEVICE int count_bits(unsigned bits) { return __builtin_popcount(bits); }
 DEVICE float shuffle_xor(float value, int mask) { return simulator::shuffle_xor(value, mask); }
 DEVICE unsigned shared_base() { return 0; }
 
@@ -111,6 +113,11 @@ DEVICE void mma_k8(float (&c)[4], const unsigned (&a)[2], const unsigned (&b)[1]
 template <class T>
 DEVICE unsigned narrow(float low, float high) {
     return simulator::narrow(low, high, simulator::IsBFloat16<T>::value);
+}
+
+template <class T>
+DEVICE unsigned narrow_relu(float low, float high) {
+    return narrow<T>(low < 0.0f ? 0.0f : low, high < 0.0f ? 0.0f : high);
 }
 
 template <class T>

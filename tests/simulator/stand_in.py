@@ -20,7 +20,7 @@ WRITTEN = {
     "depthwise_conv_backward.cu": GRADIENTS,
     "ordered_sum.cu": ("dweight",),
     "merged_moments.cu": ("mean", "var"),
-    "squeeze_excite.cu": ("gate",),
+    "squeeze_excite.cu": ("hidden", "gate"),
 }
 TARGET = Target(90, 3)
 

@@ -80,15 +80,14 @@ def test_depthwise_backward(monkeypatch, affine, norm, sums, activation, stride,
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("images", "tiles", "channels", "hidden"), [(1, 3, 48, 6), (5, 1, 120, 30), (6, 2, 8, 64)])
+@pytest.mark.parametrize(
+    ("images", "tiles", "channels", "hidden"), [(1, 3, 147, 37), (3, 1, 120, 30), (64, 2, 9, 35), (9, 2, 8, 64)]
+)
 def test_squeeze_excite(images, tiles, channels, hidden, activation):
+    """One image, fewer and more than a block takes, odd widths; the same bits in every order and for every GPU."""
     for dtype, kind in {**DTYPES, "float32": torch.float32}.items():
-        parts, fc1, fc2 = (
-            torch.randn(images, tiles, channels),
-            torch.randn(hidden, channels),
-            torch.randn(channels, hidden),
-        )
-        fc1, fc2, bias1, bias2 = fc1 / channels**0.5, fc2 / hidden**0.5, torch.randn(hidden), torch.randn(channels)
+        parts, fc1 = torch.randn(images, tiles, channels), torch.randn(hidden, channels) / channels**0.5
+        fc2, bias1, bias2 = torch.randn(channels, hidden) / hidden**0.5, torch.randn(hidden), torch.randn(channels)
         weights = {"fc1": fc1, "bias1": bias1, "fc2": fc2, "bias2": bias2}
 
         def gate(kind, parts=parts, weights=weights):
@@ -96,19 +95,43 @@ def test_squeeze_excite(images, tiles, channels, hidden, activation):
             h = ACTIVATIONS[activation](F.linear(parts.to(kind).sum(1), fc1, bias1))
             return F.linear(h, fc2, bias2).sigmoid()
 
-        for processors in (1, 2, 132):
-            launch = plans.squeeze_excite(images, tiles, channels, hidden, dtype, activation, Target(90, processors))
-            found = torch.full((images, channels), torch.nan, dtype=kind)
+        results = []
+        for processors in (1, 5, 132):
+            launches = plans.squeeze_excite(images, tiles, channels, hidden, dtype, activation, Target(90, processors))
             for order in ORDERS:
-                run(launch, {"parts": parts, **weights}, {"gate": found}, order)
-            assert_close_to_reference(found, gate(torch.float32).to(found.dtype), gate(torch.float64), "gate")
+                found = {"hidden": torch.full((images, hidden), torch.nan)}
+                found["gate"] = torch.full((images, channels), torch.nan, dtype=kind)
+                run(launches[0], {"parts": parts, "fc1": fc1, "bias1": bias1}, {"hidden": found["hidden"]}, order)
+                given = {"values": found["hidden"], "fc2": fc2, "bias2": bias2}
+                run(launches[1], given, {"gate": found["gate"]}, order)
+                results.append(found["gate"])
+        assert_close_to_reference(results[0], gate(torch.float32).to(kind), gate(torch.float64), "gate")
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize(("channels", "hidden"), [(72, 8), (576, 144), (1512, 378), (3024, 308)])
+def test_squeeze_excite_goes_around(channels, hidden):
+    """The same kernels for every batch, which read the weights once for eight images; one fills the GPU, or as many
+    blocks as have an output for each warp.
+    """
+    kernels = {}
+    for images in (1, 8, 64, 256, 4096):
+        planned = plans.squeeze_excite(images, 2, channels, hidden, "float16")
+        for launch, outputs in zip(planned, (hidden, channels), strict=True):
+            together, down = launch.grid[:2]
+            rows = launch.arguments[-1]
+            assert together == -(-images // 8) and (down - 1) * rows < outputs <= down * rows
+            assert rows == 16 or down <= max(1, 132 // together) < 2 * down
+            kernels.setdefault(outputs, set()).add(launch.kernel)
+    assert plans.squeeze_excite(1, 2, 576, 144, "float16")[0].grid == (1, 9, 1)
+    assert plans.squeeze_excite(1, 2, 576, 144, "float16")[1].grid == (1, 36, 1)
+    assert all(len(same) == 1 for same in kernels.values())
 
 
 @pytest.mark.parametrize(
     ("source", "right", "wrong"),
     [
-        ("squeeze_excite.cu", "    sync_block();\n    for (int r = warp", "    for (int r = warp"),
-        ("squeeze_excite.cu", "    sync_block();\n    for (int c = 2 * warp", "    for (int c = 2 * warp"),
+        ("squeeze_excite.cu", "    sync_block();\n    for (int r = first", "    for (int r = first"),
         ("depthwise_conv_forward.cu", "    sync_block();\n    for (int i = t", "    for (int i = t"),
         ("depthwise_conv_backward.cu", "    sync_block();  // the sums before", "    // the sums before"),
     ],
@@ -117,10 +140,9 @@ def test_missing_barriers_are_seen(source, right, wrong):
     text = flattened(source)
     assert text.count(right) == 1, "the source has changed: seed the bug again"
     if source == "squeeze_excite.cu":
-        launch = plans.squeeze_excite(1, 1, 48, 6, "bfloat16")
+        launch = plans.squeeze_excite(1, 1, 48, 6, "bfloat16")[0]
         inputs = {"parts": torch.randn(1, 1, 48), "fc1": torch.randn(6, 48), "bias1": torch.randn(6)}
-        inputs |= {"fc2": torch.randn(48, 6), "bias2": torch.randn(48)}
-        outputs = {"gate": torch.zeros(1, 48, dtype=torch.bfloat16)}
+        outputs = {"hidden": torch.zeros(1, 6)}
     else:
         problem = DepthwiseConv(1, 9, 9, 8, 1, "bfloat16")
         names = ("x", "y", "dz", "dx")
@@ -148,7 +170,5 @@ def test_refusals():
     assert "dilation" in plans.refuse_depthwise(good, dilation=(2, 2))
     with pytest.raises(ValueError, match="a stride of 3"):
         plans.depthwise_conv_forward(DepthwiseConv(2, 9, 9, 24, 3, "bfloat16"))
-    with pytest.raises(ValueError, match="pairs"):
-        plans.squeeze_excite(1, 1, 7, 2, "bfloat16")
     with pytest.raises(ValueError, match="shared memory"):
         plans.squeeze_excite(1, 1, 40000, 20000, "bfloat16", target=Target(86, 84))

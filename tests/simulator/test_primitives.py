@@ -110,6 +110,15 @@ def test_conversions(dtype):
     """
     simulate(body, {"x": x}, {"y": y}, dtype=dtype)
     assert torch.equal(bits(y), bits(x.to(dtype)))
+    x[6:8] = torch.tensor([torch.nan, -torch.nan])
+    simulate(body.replace("narrow<", "narrow_relu<"), {"x": x}, {"y": y}, dtype=dtype)
+    torch.testing.assert_close(y, x.to(dtype).relu(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_bits_are_counted():
+    y = torch.zeros(32, dtype=torch.int32)
+    simulate("store_global(y + thread_x(), count_bits(0x80000005u << thread_x()));", {}, {"y": y})
+    assert y.tolist() == [f"{0x80000005 << i & 0xFFFFFFFF:b}".count("1") for i in range(32)]
 
 
 def test_shuffles_and_the_sigmoid():

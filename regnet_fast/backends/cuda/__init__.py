@@ -141,10 +141,10 @@ def _refuse_squeeze_excite(problem: SqueezeExciteProblem) -> str | None:
     sizes = problem.batch, problem.channels, problem.hidden
     reason = plans.refuse_squeeze_excite(*sizes, launcher.target(problem.device))
     reason = reason or activations.refuse(problem.activation) or activations.refuse_gate(problem.gate_activation)
-    return reason or no_way([_gate_launch(problem, 1, problem.dtype)], problem.device)
+    return reason or no_way(_gate_launches(problem, 1, problem.dtype), problem.device)
 
 
-def _gate_launch(problem: SqueezeExciteProblem, tiles: int, dtype: torch.dtype) -> Launch:
+def _gate_launches(problem: SqueezeExciteProblem, tiles: int, dtype: torch.dtype) -> tuple[Launch, Launch]:
     sizes, target = (problem.batch, tiles, problem.channels, problem.hidden), launcher.target(problem.device)
     return plans.squeeze_excite(*sizes, _plain(dtype), problem.activation, target)
 
@@ -153,10 +153,10 @@ class SqueezeExcite(Run):
     """The gate bound to its weights."""
 
     def __init__(self, problem: SqueezeExciteProblem, *weights: Tensor):
-        named = zip(("fc1", "bias1", "fc2", "bias2"), weights, strict=True)
-        self.problem, self.weights = problem, {name: aligned(t.float().contiguous()) for name, t in named}
-        self._kernels: dict[tuple, launcher.Kernel] = {}
-        self.label = f"{LABEL}, {launcher.way(_gate_launch(problem, 1, problem.dtype), problem.device)}"
+        self.problem = problem
+        self.fc1, self.bias1, self.fc2, self.bias2 = (aligned(t.float().contiguous()) for t in weights)
+        self._kernels: dict[tuple, list[launcher.Kernel]] = {}
+        self.label = f"{LABEL}, {launcher.way(_gate_launches(problem, 1, problem.dtype)[1], problem.device)}"
 
     def __call__(self, means: Tensor) -> Tensor:
         return self.from_parts(means[:, None], means.dtype)
@@ -164,12 +164,15 @@ class SqueezeExcite(Run):
     def from_parts(self, parts: Tensor, dtype: torch.dtype) -> Tensor:
         """`Run.from_parts`."""
         key = (parts.shape[1], dtype)
-        kernel = self._kernels.get(key)
-        if kernel is None:
-            kernel = launcher.Kernel(_gate_launch(self.problem, *key), parts.device)
-            self._kernels = {**self._kernels, key: kernel}
+        kernels = self._kernels.get(key)
+        if kernels is None:
+            kernels = [launcher.Kernel(launch, parts.device) for launch in _gate_launches(self.problem, *key)]
+            self._kernels = {**self._kernels, key: kernels}
+        first, second = kernels
+        hidden = parts.new_empty(first.launch.buffers["hidden"], dtype=torch.float32)
         gate = torch.empty((parts.shape[0], parts.shape[2]), dtype=dtype, device=parts.device)
-        kernel(parts=aligned(parts.float().contiguous()), **self.weights, gate=gate)
+        first(parts=aligned(parts.float().contiguous()), fc1=self.fc1, bias1=self.bias1, hidden=hidden)
+        second(values=hidden, fc2=self.fc2, bias2=self.bias2, gate=gate)
         return gate
 
 

@@ -11,7 +11,7 @@ shapes.
     launch = grouped_conv_forward(problem, "relu", parts=True)       a Launch; parts: of the channel means
     launches = grouped_conv_backward(problem, affine=2, norm=True, sums=True, activation="relu")       in this order
     DepthwiseConv, refuse_depthwise, depthwise_conv_forward, depthwise_conv_backward                   the same
-    launch = squeeze_excite(images, tiles, channels, hidden, "bfloat16")                               parts to gate
+    launches = squeeze_excite(images, tiles, channels, hidden, "bfloat16")                             parts to gate
 
 Sources are compiled as C++17 with `-I csrc -I csrc/device`; a launch above 48 KB of shared memory needs the function's
 attribute for it. Choices are made once for each problem and are never a matter of measurement here.

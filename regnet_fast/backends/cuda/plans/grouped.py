@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .launch import MOST, MOST_SLABS, RESERVED_BYTES, SHARED_BYTES, TYPES, cdiv
 
 WIDEST = 264
+_TALLEST = 18  # rows of a tile with its halo, which are counted whether the image has them or not
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def refuse(
         return f"groups of {problem.width} channels: only multiples of 8 from 8 to {WIDEST}"
     if min(problem.images, problem.height, problem.columns, problem.groups) < 1:
         return "an empty map"
-    if problem.height * problem.columns * problem.channels > MOST:
+    if max(problem.height, _TALLEST) * problem.columns * problem.channels > MOST:
         return "an image of too many elements to count in 32 bits"
     if problem.images * problem.height * problem.columns > MOST:
         return "too many pixels to count in 32 bits"

@@ -38,9 +38,15 @@ class ForwardConfig(Config):
         sums = 4 * self.warps_m * (self.groups * self.out_tile * (1 + moments) + moments)
         return self.stages * (halo + held[1]) + held[0] + results + sums
 
+    def copies(self, stride: int) -> int:
+        """Copies of pixels of each thread for a step, for which it keeps places in registers and bits in a word."""
+        pixels = ((self.tile_h - 1) * stride + 3) * ((self.tile_w - 1) * stride + 3)
+        return cdiv(pixels * pitch(self.groups * self.chunk // 8) // 16, 32 * self.warps_m * self.warps_n)
+
 
 _TILES = ((8, 16), (8, 14), (8, 8), (7, 7), (4, 14), (4, 8), (4, 4))
 _ACCUMULATORS = 64  # of a thread at most, in whole tiles of 16x8
+_COPIES = 24  # of a thread at most
 
 
 def _configs(width: int, groups: int) -> Iterator[ForwardConfig]:
@@ -94,6 +100,7 @@ def _fitting(problem: GroupedConv, target: Target, moments: bool) -> list[Forwar
         for config in _configs(problem.width, problem.groups)
         if config.shared_bytes(problem.width, problem.stride, moments) <= SHARED_BYTES[target.arch]
         and 4 <= config.warps_m * config.warps_n <= 12
+        and config.copies(problem.stride) <= _COPIES
     ]
 
 
