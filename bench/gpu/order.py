@@ -156,7 +156,7 @@ def items(scale: Scale) -> list[Item]:
         _item((_operation("cudnn", name, 30, large, scale, "", do="cudnn") for name in convs), kernels),
         _item(_trials("kernels", convs, large, scale), kernels),
         _item(_gates(scale), kernels),
-        _item(_models("models", runs, 120, alone, scale), NO_TRIALS, fresh=True),
+        _item(_models("models", runs, 180, alone, scale), NO_TRIALS, fresh=True),
         _item(_sanitizer("memcheck")),
         _item(_models("compiled", runs, 240, beside, scale), fresh=True),
         _item(_training(scale), fresh=True),
@@ -190,8 +190,10 @@ def _trials(item: str, names: Sequence[str], batch: int, scale: Scale, **facts: 
 
 def _gates(scale: Scale) -> Iterator[Question]:
     large, small = scale.batches
-    gated = [f"pointwise_conv/{name}" for name in scale.gated]
-    yield from _trials("gates", gated, large, scale, gate=True, residual=True)
+    operands = {"gate": True, "residual": True}
+    for name in [f"pointwise_conv/{name}" for name in scale.gated]:
+        yield _operation("gates", name, 30, large, scale, " gate residual", do="cudnn", **operands)
+        yield from _trials("gates", [name], large, scale, **operands)
     for batch in (small, large):
         yield from _trials("gates", [f"squeeze_excite/{name}" for name in scale.excite], batch, scale)
 

@@ -314,6 +314,25 @@ def test_what_cudnn_does_is_found_out(fused, made, status, reason):
     json.dumps(found)
 
 
+def test_cudnn_gets_the_gate_and_the_residual(fused):
+    asked = {"do": "cudnn", "name": "pointwise_conv/24x24-k1s1g1-56-relu", "batch": 2, "dtype": "float32", "size": 64}
+    asked |= {"device": "cpu", "rounds": 2, "gate": True, "residual": True}
+    found = answers.answer(asked, lambda phase: None)
+    assert found["ways"]["plain"]["status"] == "verified" and found["ways"].keys() == set(cudnn.CONVS)
+    assert found["ways"]["fused"]["status"] == "refused", "the stand-in has no such call"
+    asked_of = [q.name for q in ALL if q.item == "gates" and q.facts["do"] == "cudnn"]
+    assert len(asked_of) == len(REAL.gated) and all("gate residual" in name for name in asked_of)
+
+
+def test_libraries_may_try_their_algorithms():
+    seen = []
+    before = torch.backends.cudnn.benchmark
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(answers.ANSWERS, "look", lambda say: seen.append(torch.backends.cudnn.benchmark) or {})
+        answers.answer({"do": "look"}, lambda phase: None)
+    assert seen == [True] and torch.backends.cudnn.benchmark == before
+
+
 def test_a_candidate_is_refused_in_words():
     asked = {"name": OPERATION, "batch": 2, "dtype": "float32", "size": 64, "device": "cpu", "rounds": 2}
     found = answers.answer({"do": "trial", "candidate": "cuda", **asked}, lambda phase: None)
