@@ -53,12 +53,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a run is. The first name of each kind is the one that decides most."""
+    """How large a run is. The first name of each kind is the one that decides most; the largest batch is the first."""
 
     device: str
     dtype: str
     size: int | None
-    batches: tuple[int, int]
+    batches: tuple[int, ...]
     grouped: tuple[str, ...]
     others: tuple[str, ...]
     gated: tuple[str, ...]
@@ -114,7 +114,7 @@ DRY = Scale(
     device="cpu",
     dtype="float32",
     size=64,
-    batches=(2, 1),
+    batches=(2,),
     grouped=("24x24-k3s2g3-56-relu",),
     others=("pointwise_conv/24x24-k1s1g1-56-relu",),
     gated=("24x24-k1s1g1-56-relu",),
@@ -189,12 +189,12 @@ def _trials(item: str, names: Sequence[str], batch: int, scale: Scale, **facts: 
 
 
 def _gates(scale: Scale) -> Iterator[Question]:
-    large, small = scale.batches
+    large = scale.batches[0]
     operands = {"gate": True, "residual": True}
     for name in [f"pointwise_conv/{name}" for name in scale.gated]:
         yield _operation("gates", name, 30, large, scale, " gate residual", do="cudnn", **operands)
         yield from _trials("gates", [name], large, scale, **operands)
-    for batch in (small, large):
+    for batch in reversed(scale.batches):
         yield from _trials("gates", [f"squeeze_excite/{name}" for name in scale.excite], batch, scale)
 
 
