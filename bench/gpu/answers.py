@@ -21,6 +21,8 @@ import torch.nn.functional as F
 
 from regnet_fast.backends import ACTIVATIONS, ConvProblem, Geometry, Problem, SqueezeExciteProblem, cudnn, refuse
 from regnet_fast.inspect.timing import tuned_cudnn
+from regnet_fast.settings import settings
+from regnet_fast.store.environment import card
 from regnet_fast.trials import worker
 from regnet_fast.trials.candidate import bound, candidates, to_json
 from regnet_fast.trials.check import Case as Operands
@@ -53,7 +55,8 @@ def trial(say: Say, candidate: str, rounds: int, gate: bool = False, residual: b
     if reason is not None:
         return {"status": "refused", "reason": reason}
     peer = str(candidates(problem)[0])
-    asked = {"problem": to_json(problem), "candidate": candidate, "peer": peer, "tf32": True, "rounds": rounds}
+    asked = {"problem": to_json(problem), "candidate": candidate, "peer": peer, "rounds": rounds}
+    asked |= {"settings": settings(), "card": card(problem.device)}
     found = worker.answer(asked, lambda phase: say(f"work: {phase}"))
     return {**found, "peer": peer, "bytes": problem.bytes, "flops": problem.flops}
 
@@ -73,9 +76,13 @@ def ask_cudnn(say: Say, rounds: int, **facts: Any) -> dict[str, Any]:
             say(f"work: {variant}")
             bind = partial(_bound, variant=variant)
             try:
-                error = verify(problem, bind, plain)
-                calls[variant] = partial(bind(problem, operands.weights), *operands.call)
-                ways[variant] = {"status": "verified", "error": error}
+                run = bind(problem, operands.weights)
+                run(*operands.call)
+                if run.refused:
+                    ways[variant] = {"status": "refused", "reason": run.refused}
+                    continue
+                ways[variant] = {"status": "verified", "error": verify(problem, bind, plain)}
+                calls[variant] = partial(run, *operands.call)
             except Wrong as wrong:
                 ways[variant] = {"status": "wrong", "reason": str(wrong)}
             except RuntimeError as error:
@@ -84,8 +91,11 @@ def ask_cudnn(say: Say, rounds: int, **facts: Any) -> dict[str, Any]:
         if not problem.gate and not problem.residual:
             calls["plain NCHW"], ways["plain NCHW"] = _in_nchw(problem, operands), {"status": "not verified"}
         say("work: time")
-        for name, samples in zip(calls, timer(problem.device)(list(calls.values()), rounds), strict=True):
-            ways[name]["us"] = samples
+        with tuned_cudnn():
+            for call in calls.values():
+                call()  # which lets cuDNN try its algorithms
+            for name, samples in zip(calls, timer(problem.device)(list(calls.values()), rounds), strict=True):
+                ways[name]["us"] = samples
     return {"status": "answered", "ways": ways, "bytes": problem.bytes, "flops": problem.flops}
 
 
@@ -189,8 +199,7 @@ def answer(question: dict[str, Any], say: Say) -> dict[str, Any]:
     facts = dict(question)
     try:
         say("work")
-        with tuned_cudnn():
-            return ANSWERS[facts.pop("do")](say=say, **facts)
+        return ANSWERS[facts.pop("do")](say=say, **facts)
     except Exception as error:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # raises where the device is lost: this process with it

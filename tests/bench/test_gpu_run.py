@@ -324,15 +324,6 @@ def test_cudnn_gets_the_gate_and_the_residual(fused):
     assert len(asked_of) == len(REAL.gated) and all("gate residual" in name for name in asked_of)
 
 
-def test_libraries_may_try_their_algorithms():
-    seen = []
-    before = torch.backends.cudnn.benchmark
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(answers.ANSWERS, "look", lambda say: seen.append(torch.backends.cudnn.benchmark) or {})
-        answers.answer({"do": "look"}, lambda phase: None)
-    assert seen == [True] and torch.backends.cudnn.benchmark == before
-
-
 def test_a_candidate_is_refused_in_words():
     asked = {"name": OPERATION, "batch": 2, "dtype": "float32", "size": 64, "device": "cpu", "rounds": 2}
     found = answers.answer({"do": "trial", "candidate": "cuda", **asked}, lambda phase: None)
