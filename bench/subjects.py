@@ -89,7 +89,7 @@ class FusedConv(nn.Module):
         return self.call(x, self.packed)
 
     def explain(self, x: Tensor) -> tuple[Problem, str]:
-        return self.packed.here().explain(x)
+        return self.packed.here(x).explain(x)
 
 
 class HostSqueezeExcite(nn.Module):
