@@ -40,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=f"everything that is measured of a {name.upper()}, and the report")
         sub.add_argument("--budget", type=float, metavar="SECONDS", help="of this slice; the next goes on [no limit]")
         sub.add_argument("--results", type=Path, default=RESULTS)
-        sub.add_argument("--dry-run", action="store_true", help="the same on tiny shapes, on whatever device there is")
+        if name == "gpu":
+            sub.add_argument("--dry-run", action="store_true", help="the same order on tiny shapes, on a CPU")
     return root
 
 
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command in cases.KINDS:
             return _measure(options, arguments)
-        return {"report": _report, "gpu": _machine, "cpu": _machine}[options.command](options)
+        return {"report": _report, "gpu": _gpu, "cpu": _cpu}[options.command](options)
     except (ValueError, RuntimeError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -103,11 +104,16 @@ def _report(options: argparse.Namespace) -> int:
     return 1 if options.check and paths else 0
 
 
-def _machine(options: argparse.Namespace) -> int:
+def _gpu(options: argparse.Namespace) -> int:
+    from .gpu.run import run
+
+    return run(options.results, options.budget, options.dry_run)
+
+
+def _cpu(options: argparse.Namespace) -> int:
     from . import machine
 
-    device = "cuda" if options.command == "gpu" else "cpu"
-    return machine.run(device, options.results, options.budget, options.dry_run)
+    return machine.run(options.results, options.budget)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ SCHEMA = 2
 # A run goes on in a file only where these are as they were.
 SAME = (
     *("machine", "device", "threads", "driver", "python", "torch", "triton"),
-    *("cuda", "cudnn", "onednn", "openvino", "onnxruntime", "timm", "commit"),
+    *("cuda", "cudnn", "onednn", "openvino", "onnxruntime", "timm", "commit", "sources"),
 )
 
 
@@ -26,8 +26,12 @@ class RecordError(ValueError):
 
 
 def conditions(device: str) -> dict[str, Any]:
-    """The machine, the versions and the commit that a result belongs to."""
+    """The machine, the versions and the commit that a result belongs to.
+
+    `sources` is a digest of the kernels and of what chooses them: in a copy without git there is no commit.
+    """
     from regnet_fast.inspect import info
+    from regnet_fast.store.environment import kernels_digest
 
     facts = info.conditions(device)
     on_gpu = device.startswith("cuda")
@@ -49,6 +53,7 @@ def conditions(device: str) -> dict[str, Any]:
         "regnet_fast": facts["regnet_fast"],
         "commit": facts.get("commit"),
         "dirty": facts.get("dirty"),
+        "sources": kernels_digest(),
     }
 
 

@@ -89,7 +89,7 @@ class FusedConv(nn.Module):
         return self.call(x, self.packed)
 
     def explain(self, x: Tensor) -> tuple[Problem, str]:
-        return self.packed.here().explain(x)
+        return self.packed.here(x).explain(x)
 
 
 class HostSqueezeExcite(nn.Module):
@@ -136,7 +136,7 @@ def _copies(x: Tensor) -> int:
     return min(64, 1 + 2 * cache // (x.numel() * x.element_size()))
 
 
-def _scaled(hw: int, size: int | None) -> int:
+def scaled(hw: int, size: int | None) -> int:
     """An operation's output size where the model's image has another size than 224."""
     return hw if size is None else max(1, hw * size // 224)
 
@@ -146,7 +146,7 @@ def _operation(case: Case, device: str) -> Subject:
     if details["op"] == "squeeze_excite":
         means = torch.rand(case.batch, details["in"], device=device)
         return Subject(HostSqueezeExcite(details).to(device).requires_grad_(False), (means,), FusedSqueezeExcite)
-    hw = _scaled(details["hw"], case.size) * details["stride"]
+    hw = scaled(details["hw"], case.size) * details["stride"]
     x = torch.randn(case.batch, details["in"], hw, hw).to(device, dtype)
     base = HostConv(details).to(device, dtype).requires_grad_(False)
     return Subject(base, (x,), FusedConv, copies=_copies(x), inner=details["in"] > 3)

@@ -193,6 +193,8 @@ def conditions(run: Run) -> str:
     parts += [f"{title} {told[key]}" for title, key in versions.items() if told.get(key) is not None]
     if told.get("commit"):
         parts.append(f"commit {told['commit'][:9]}" + (" with uncommitted changes" if told.get("dirty") else ""))
+    elif told.get("sources"):
+        parts.append(f"sources {told['sources']}")
     parts.append(str(run.get("started"))[:10] + ("" if run.get("finished") else ", not finished"))
     return ", ".join(parts)
 

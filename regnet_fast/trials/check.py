@@ -59,12 +59,12 @@ class Case:
 @singledispatch
 def make(problem: Problem, seed: int) -> Case:
     """Operands of unit variance, and weights that keep it."""
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator(problem.device).manual_seed(seed)
     kept: list[tuple[Tensor, Tensor]] = []
 
     def normal(shape: Sequence[int], scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        made = torch.randn(shape, generator=random, dtype=torch.float32, device="cpu") * scale
-        return guarded(made.to(problem.device, dtype or problem.dtype), kept)
+        made = torch.randn(shape, generator=random, dtype=torch.float32, device=problem.device) * scale
+        return guarded(made.to(dtype or problem.dtype), kept)
 
     if isinstance(problem, ConvProblem):
         n, c, _, _ = problem.input_shape

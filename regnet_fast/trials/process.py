@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import select
 import signal
@@ -106,14 +107,17 @@ class Child:
         question: Mapping[str, Any],
         deadlines: Mapping[str, float],
         heard: Callable[[str], object] = lambda phase: None,
+        limit: float = math.inf,
     ) -> dict[str, Any]:
-        """The answer to a question. `deadlines` are seconds for each phase, `heard` is told of each one.
+        """The answer to a question. `deadlines` are seconds for each phase, `limit` for all of them together, and
+        `heard` is told of each phase.
 
         Raises Fault where there is none, and the child is dead then.
         """
         self._asked += 1
         deadlines = {"start": END_S, **deadlines}
         mine, phase, begun = self._asked, "start", False
+        end = time.monotonic() + limit
         try:
             os.write(self._out, json.dumps({"id": mine, **question}).encode() + b"\n")
             until = time.monotonic() + END_S
@@ -127,7 +131,7 @@ class Child:
                 kind = phase.partition(": ")[0]
                 if kind not in deadlines:
                     raise Fault("garbled", f"it is in a phase {phase!r}, which nobody knows")
-                until = time.monotonic() + deadlines[kind]
+                until = min(time.monotonic() + deadlines[kind], end)
                 heard(phase)
         except Fault as fault:
             self.kill()

@@ -83,6 +83,9 @@ def test_peers_on_each_device():
     assert set(runtimes.RUNTIMES) < set(names(None, "cpu", "models")), "of whole models, on a CPU"
     assert not set(runtimes.RUNTIMES) & {*names(None, "cpu", "blocks"), *names(None, "cuda", "models")}
     assert names(None, "cpu", "models")[-2:] == ["regnet_fast frozen", "regnet_fast"]
+    backends = {"regnet_fast aten", "regnet_fast cuda", "regnet_fast triton"}
+    assert backends <= set(names(None, "cuda", "ops")), "csrc/ and Triton beside cuDNN"
+    assert not any("max-autotune" in name for kind in cases.KINDS for name in names(None, "cuda", kind))
     assert "timm graph" in names(None, "cuda", "models") and "regnet_fast frozen" not in names(None, "cuda", "train")
     assert names(["regnet_fast"], "cpu", "ops") == ["regnet_fast"]
     with pytest.raises(peers.UnknownPeerError, match="no peer for ops on cpu is called 'onnx'; there are 'timm'"):
@@ -148,6 +151,13 @@ def test_a_fallback_under_a_forced_backend_is_an_error(monkeypatch):
     assert "BackendError" in found["variants"]["regnet_fast aten"]["reason"]
     assert found["variants"]["regnet_fast"]["status"] == "skipped", "the host's forward would be timed against itself"
     assert found["ratios"] == {}
+
+
+def test_an_operation_that_a_backend_cannot_serve_is_skipped_with_its_reason():
+    csrc = next(peer for peer in peers.PEERS if peer.name == "regnet_fast cuda")
+    found = measure.measure(operation(), "cpu", [csrc, *EAGER], 2, lambda text: None)
+    assert found["variants"]["regnet_fast cuda"]["status"] == "skipped" and found["status"] == "timed"
+    assert "the CUDA C++ kernels run on an NVIDIA GPU" in found["variants"]["regnet_fast cuda"]["reason"]
 
 
 def test_plain_torch_is_not_timed_as_ours(monkeypatch):

@@ -43,6 +43,14 @@ def phases(say):
     return {}
 
 
+def chatter(say):
+    """Always in a phase that has just begun."""
+    for _ in range(200):
+        say("verify")
+        time.sleep(0.05)
+    return {}
+
+
 def unknown_phase(say):
     say("dance")
     time.sleep(600)
@@ -64,6 +72,7 @@ DEEDS = {
     "leave behind": leave_behind,
     "shout": shout,
     "close pipe": close_pipe,
+    "chatter": chatter,
     "unknown phase": unknown_phase,
     "nonsense": lambda say: os.write(WRITE.fileno(), b"\x00\xffnonsense\n") and time.sleep(600),
     "a list": lambda say: os.write(WRITE.fileno(), b"[1, 2]\n") and time.sleep(600),

@@ -100,6 +100,13 @@ def test_each_phase_has_its_deadline(child):
     assert caught.value.kind == "hung" and time.monotonic() - begin < 10
 
 
+def test_all_phases_together_have_a_limit(child):
+    begin = time.monotonic()
+    with pytest.raises(Fault, match="in the phase 'verify'") as caught:
+        child.ask({"do": "chatter"}, DEADLINES, limit=0.5)
+    assert caught.value.kind == "hung" and time.monotonic() - begin < 5
+
+
 def test_what_it_prints_is_no_answer(child):
     found = child.ask({"do": "shout"}, DEADLINES)
     assert found["status"] == "ok" and "forged" not in found
