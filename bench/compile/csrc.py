@@ -70,11 +70,7 @@ class Compiled:
     @property
     def blocks(self) -> int:
         """Blocks of a processor at once."""
-        launch, arch = self.job.launch, self.job.arch
-        warps = launch.threads // 32
-        by_registers = 65536 // (-(-self.registers * 32 // 256) * 256 * warps)
-        by_shared = (SHARED_BYTES[arch] + RESERVED) // (launch.shared + RESERVED)
-        return min(by_registers, by_shared, THREADS_OF_PROCESSOR[arch] // launch.threads, 32)
+        return blocks(self.job.arch, self.job.launch.threads, self.registers, self.job.launch.shared)
 
     @property
     def occupancy(self) -> int:
@@ -97,6 +93,13 @@ class Compiled:
         if self.job.products and (self.narrow_copies or not self.wide_copies):
             return "copies less than sixteen bytes at a time"
         return ""
+
+
+def blocks(arch: int, threads: int, registers: int, shared: int) -> int:
+    """Blocks of so many threads, registers of a thread and bytes of shared memory that a processor holds at once."""
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256 * (threads // 32))
+    by_shared = (SHARED_BYTES[arch] + RESERVED) // (shared + RESERVED)
+    return min(by_registers, by_shared, THREADS_OF_PROCESSOR[arch] // threads, 32)
 
 
 def other_widths() -> list[cuda_launches.Conv]:

@@ -285,31 +285,41 @@ def source(job: Job) -> tuple[Any, dict[str, Any]]:
     return ASTSource(kernel, signature, constants, attributes), made.__dict__
 
 
-def compile_job(job: Job) -> Compiled:
-    """Compile ahead of time and read what came out."""
+def build(job: Job) -> Any:
+    """What Triton makes of a job ahead of time. Raises what its compiler raises."""
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what it is anyway, without a warning
     import triton
     from triton.backends.compiler import GPUTarget
 
+    code, options = source(job)
+    return triton.compile(code, target=GPUTarget("cuda", job.arch, 32), options=options)
+
+
+def compile_job(job: Job) -> Compiled:
+    """Compile ahead of time and read what came out."""
     try:
-        code, options = source(job)
-        made = triton.compile(code, target=GPUTarget("cuda", job.arch, 32), options=options)
+        made = build(job)
     except Exception as error:
         return Compiled(job, error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}")
-    registers, spilled = _usage(made.asm["cubin"])
+    registers, spilled = usage(made.asm["cubin"])
     found = next((name for name, text in INSTRUCTIONS.items() if text in made.asm["ptx"]), "")
     return Compiled(job, registers, spilled, made.metadata.shared, found)
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and the bytes that it spills."""
+def tool(cubin: bytes, option: str) -> str:
+    """What Triton's cuobjdump says of a binary."""
     import triton.backends.nvidia as nvidia
 
-    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    path = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and the bytes that it spills."""
+    text = tool(cubin, "-res-usage")
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
     return registers, stack + local
 
