@@ -1,0 +1,80 @@
+"""timm's containers of blocks and whole networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from timm.models import byobnet, regnet, resnetv2
+from torch import Tensor, nn
+
+from ...blocks.chain import Chain
+from ...blocks.network import Network
+from ...blocks.watch import only_forwards
+from .parts import LastLayer, Stem
+
+
+class RegStage(Chain, regnet.RegStage):
+    """A stage of a RegNet."""
+
+    host = regnet.RegStage
+
+    def forward(self, x: Tensor) -> Tensor:
+        return regnet.RegStage.forward(self, x) if self.grad_checkpointing else Chain.forward(self, x)
+
+
+class Sequential(Chain, nn.Sequential):
+    """A stage of a ByobNet, the blocks of a stage of ResNetV2 and of a stage of transformers' RegNet."""
+
+    host = nn.Sequential
+
+
+CHAINS: dict[type[nn.Module], type[Chain]] = {cls.host: cls for cls in (RegStage, Sequential)}
+"""timm's container to ours, where the blocks in it were rebuilt."""
+
+
+def _there(*modules: nn.Module) -> Iterator[nn.Module]:
+    """All but those that do nothing."""
+    return (module for module in modules if type(module) is not nn.Identity or not only_forwards(module))
+
+
+def _in(container: nn.Module) -> Iterator[nn.Module]:
+    """What a plain Sequential calls; of any other container, itself."""
+    plain = type(container) is nn.Sequential and only_forwards(container)
+    return iter(container) if plain else iter([container])
+
+
+class RegNet(Network, regnet.RegNet):
+    """A whole RegNet."""
+
+    host = regnet.RegNet
+    loose = (("stem", Stem), ("final_conv", LastLayer))  # of a RegNetV
+
+    def in_order(self) -> Iterator[nn.Module]:
+        return _there(self.stem, self.s1, self.s2, self.s3, self.s4, self.final_conv, self.head)
+
+
+class ByobNet(Network, byobnet.ByobNet):
+    """A whole RepVGG, or RegNetZ of byobnet."""
+
+    host = byobnet.ByobNet
+
+    def in_order(self) -> Iterator[nn.Module]:
+        return _there(self.stem, *_in(self.stages), self.final_conv, self.head)
+
+
+class ResNetV2(Network, resnetv2.ResNetV2):
+    """A whole ResNetV2."""
+
+    host = resnetv2.ResNetV2
+    loose = (("norm", LastLayer),)
+
+    def in_order(self) -> Iterator[nn.Module]:
+        yield self.stem
+        for stage in _in(self.stages):
+            own = type(stage) is resnetv2.ResNetStage and only_forwards(stage) and not stage.grad_checkpointing
+            yield stage.blocks if own else stage
+        yield from _there(self.norm, self.head)
+
+
+NETWORKS: dict[type[nn.Module], type[Network]] = {cls.host: cls for cls in (RegNet, ByobNet, ResNetV2)}
+"""timm's network to ours, where blocks in it were rebuilt."""
