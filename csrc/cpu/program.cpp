@@ -41,7 +41,7 @@ void means_chunk(const Step& s, void* const* buffers, int64_t image) {
     }
 }
 
-/// y = activation(x * gate * scale + shift).
+/// y = activation(x * gate * scale + shift + residual).
 template <typename T>
 void affine_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t bands, int64_t band) {
     const int64_t image = chunk / bands, first = chunk % bands * band, pixels = s.height * s.width;
@@ -50,12 +50,14 @@ void affine_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t ba
     for (int64_t p = first; p < end; p++) {
         const int64_t at = (image * pixels + p) * s.channels;
         const T* x = static_cast<const T*>(buffers[s.x]) + at;
+        const T* residual = s.residual < 0 ? nullptr : static_cast<const T*>(buffers[s.residual]) + at;
         T* y = static_cast<T*>(buffers[s.y]) + at;
         for (int64_t c = 0; c < s.channels; c += LANES) {
             const int count = int(std::min<int64_t>(LANES, s.channels - c));
             Vec z = load(x + c, count);
             if (gate) z *= load(gate + c, count);
             z = z * load(s.scale + c, count) + load(s.shift + c, count);
+            if (residual) z += load(residual + c, count);
             store(y + c, activate<T>(z, int(s.activation)), count);
         }
     }

@@ -26,7 +26,10 @@ from .problem import Apart, ConvProblem, Geometry, NormActProblem, Problem, Run,
 CONV, MEANS, AFFINE, LARGEST, AVERAGE = range(5)
 """The kinds of steps."""
 
-ACTIVATION_CODES = {"none": 0, "relu": 1, "silu": 2, "sigmoid": 3}
+ACTIVATION_CODES = {
+    name: code
+    for code, name in enumerate(("none", "relu", "silu", "sigmoid", "relu6", "hardswish", "hardsigmoid", "leaky_relu"))
+}
 """The activations of csrc/cpu."""
 
 _library = partial(cpu_library.library, "program")
@@ -309,13 +312,15 @@ class NormAct(Run):
         return y
 
 
-def affine_step(problem: NormActProblem, scale: Tensor, shift: Tensor, x: int, y: int, gate: int = -1) -> Step:
-    """Scale, shift and activation of a map; the vectors are `padded`."""
+def affine_step(
+    problem: NormActProblem, scale: Tensor, shift: Tensor, x: int, y: int, gate: int = -1, residual: int = -1
+) -> Step:
+    """`activation(x * gate * scale + shift + residual)`; the vectors are `padded`."""
     n, c, h, w = problem.input_shape
     step = Step(kind=AFFINE, activation=ACTIVATION_CODES[problem.activation], images=n, channels=c, height=h, width=w)
     step.bfloat16 = problem.dtype == torch.bfloat16
     step.scale, step.shift = scale.data_ptr(), shift.data_ptr()
-    step.x, step.y, step.gate, step.residual, step.sums = x, y, gate, -1, -1
+    step.x, step.y, step.gate, step.residual, step.sums = x, y, gate, residual, -1
     return step
 
 

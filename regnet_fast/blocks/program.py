@@ -20,7 +20,7 @@ from ..ops.convolution import PackedConv
 from ..ops.norm_act import PackedNormAct
 from ..ops.squeeze_excite import PackedSqueezeExcite
 from .forms import Form, Head, Stem
-from .units import ActivationUnit, LinearUnit, Refused, Unit
+from .units import ActivationUnit, LinearUnit, PackedJoin, Refused, Unit
 
 _INPUT, _OUTPUT = 0, 1
 _BEHIND = 256  # bytes behind a buffer
@@ -205,6 +205,7 @@ class Recorder:
             (PackedNormAct, self._affine),
             (PackedSqueezeExcite, self._gate),
             (ActivationUnit, self._activated),
+            (PackedJoin, self._joined),
         ):
             if isinstance(packed, kind):
                 return Noted(packed, note)
@@ -296,6 +297,19 @@ class Recorder:
             ones = torch.ones(x.shape[1], dtype=torch.float32, device="cpu")
             return self._affine(PackedNormAct(ones, torch.zeros_like(ones), unit.activation), x, consume=consume)
         raise Refused(f"{unit.path} is an activation of a map that has one")
+
+    def _joined(self, join: PackedJoin, x: Map, gate: Gate | None = None, residual: Map | None = None) -> Map:
+        problem = NormActProblem(x.shape, join.activation, gate is not None, x.dtype, "cpu")
+        _check(problem)
+        x, residual = self.value(x), None if residual is None else self.value(residual)
+        if residual is not None and residual.shape != x.shape:
+            raise Refused(f"a map of the shape {residual.shape} is added to one of the shape {x.shape}")
+        ones = torch.ones(x.shape[1], dtype=torch.float32, device="cpu")
+        vectors = native.padded(ones), native.padded(torch.zeros_like(ones))
+        self.kept.append(vectors)
+        buffers = (-1 if gate is None else gate.buffer), (-1 if residual is None else residual.buffer)
+        self.steps.append(native.affine_step(problem, *vectors, x.buffer, x.buffer, *buffers))
+        return x
 
     def value(self, x: Map, consume: bool = False) -> Map:
         """x itself, once the affine map that it may be of is computed."""

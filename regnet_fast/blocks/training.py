@@ -113,14 +113,15 @@ class Step:
         return ops.join(self.passes, self.conv(form.unit, x))
 
     def _bottleneck(self, form: forms.Bottleneck, x: Tensor) -> Tensor:
-        first, *terms = self.convs(self._readers(form), x)
-        y = self.conv(form.conv3, self.conv(form.conv2, first), "none", self.excite(form.squeeze_excite))
+        y, *terms = self.convs(self._readers(form), x)
+        y = y if form.conv3 is None else self.conv(form.conv2, y)
+        y = self.conv(form.last, y, "none", self.excite(form.squeeze_excite))
         factor = self.drop(form.drop_path, y)
         if form.pool is not None:
             terms = [self.conv(form.shortcut, form.pool(x))]
         elif form.identity:
             terms = [x]
-        return ops.join(self.passes, y, *terms, activation=form.conv3.activation, factor=factor)
+        return ops.join(self.passes, y, *terms, activation=form.last.activation, factor=factor)
 
     @staticmethod
     def _readers(form: forms.Bottleneck | forms.PreAct) -> list[ConvUnit]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends import Geometry, computed, pixel_means
+from ..backends import ACTIVATIONS, Geometry, computed, pixel_means
 from ..backends.reference import activate, channel_means
 from ..ops.conv import conv
 from ..ops.convolution import PackedConv
@@ -338,6 +338,33 @@ class GateUnit(Unit):
         weight = self.conv.weight
         ones = torch.ones(weight.shape[0], dtype=torch.float32, device=weight.device)
         return PackedNormAct(ones, torch.zeros_like(ones), self.activation)
+
+
+@dataclass(eq=False)
+class JoinUnit(Unit):
+    """`activation(x * gate + residual)`, where there are a gate and a residual."""
+
+    path: str
+    activation: str = "none"
+
+    def __call__(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        x = x if gate is None else x * gate[:, :, None, None]
+        return activate(x if residual is None else x + residual, self.activation)
+
+    def pack(self, dtype: torch.dtype) -> Callable:
+        return PackedJoin(self.activation)
+
+
+class PackedJoin:
+    """The same in the memory of x."""
+
+    def __init__(self, activation: str):
+        self.activation = activation
+
+    def __call__(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        if gate is not None:
+            x = x.mul_(gate[:, :, None, None])
+        return ACTIVATIONS[self.activation].in_place(x if residual is None else x.add_(residual))
 
 
 @dataclass(eq=False)

@@ -44,6 +44,11 @@ def activation(path: str, module: nn.Module) -> str:
     return modules.activation(path, module, ACTIVATIONS)
 
 
+def is_activation(module: nn.Module) -> bool:
+    """Whether a layer is of a class that `activation` knows."""
+    return type(module) in ACTIVATIONS or type(module) in modules.ACTIVATIONS
+
+
 def check_inert(path: str, module: nn.Module | None) -> None:
     """Refuse a module that does something in evaluation, or is in training mode."""
     if module is not None and (

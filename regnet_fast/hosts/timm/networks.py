@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from timm.models import byobnet, regnet, resnetv2
+from timm.models import byobnet, regnet, resnet, resnetv2
 from torch import Tensor, nn
 
 from ...blocks.chain import Chain
 from ...blocks.network import Network
 from ...blocks.watch import only_forwards
-from .parts import LastLayer, Stem
+from .parts import LastLayer, Pooled, Stem
 
 
 class RegStage(Chain, regnet.RegStage):
@@ -47,7 +47,7 @@ class RegNet(Network, regnet.RegNet):
     """A whole RegNet."""
 
     host = regnet.RegNet
-    loose = (("stem", Stem), ("final_conv", LastLayer))  # of a RegNetV
+    loose = ((("stem",), Stem), (("final_conv",), LastLayer))  # of a RegNetV
 
     def in_order(self) -> Iterator[nn.Module]:
         return _there(self.stem, self.s1, self.s2, self.s3, self.s4, self.final_conv, self.head)
@@ -66,7 +66,7 @@ class ResNetV2(Network, resnetv2.ResNetV2):
     """A whole ResNetV2."""
 
     host = resnetv2.ResNetV2
-    loose = (("norm", LastLayer),)
+    loose = ((("norm",), LastLayer),)
 
     def in_order(self) -> Iterator[nn.Module]:
         yield self.stem
@@ -76,5 +76,16 @@ class ResNetV2(Network, resnetv2.ResNetV2):
         yield from _there(self.norm, self.head)
 
 
-NETWORKS: dict[type[nn.Module], type[Network]] = {cls.host: cls for cls in (RegNet, ByobNet, ResNetV2)}
+class ResNet(Network, resnet.ResNet):
+    """A whole ResNet, ResNeXt or Wide ResNet."""
+
+    host = resnet.ResNet
+    loose = ((("conv1", "bn1", "act1", "maxpool"), Stem), (("global_pool", "fc"), Pooled))
+
+    def in_order(self) -> Iterator[nn.Module]:
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        return _there(self.conv1, self.bn1, self.act1, self.maxpool, *stages, self.global_pool, self.fc)
+
+
+NETWORKS: dict[type[nn.Module], type[Network]] = {cls.host: cls for cls in (RegNet, ByobNet, ResNet, ResNetV2)}
 """timm's network to ours, where blocks in it were rebuilt."""

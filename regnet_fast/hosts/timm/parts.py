@@ -45,18 +45,33 @@ class Layers(Fused, nn.Sequential):
         return found
 
 
+def _flat(path: str, container: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of a container, and those of plain containers in it, with their names."""
+    for name, layer in container.named_children():
+        if type(layer) is nn.Sequential:
+            yield from _flat(f"{path}{name}.", layer)
+        elif type(layer) is not nn.Identity:
+            yield f"{path}{name}", layer
+
+
 @register_notrace_module
 class Stem(Layers):
-    """The stem of a ResNetV2: convolutions with the norm behind each where there is one, then padding and pooling."""
+    """A stem: convolutions, with the norm and the activation behind each where there are any, then padding and pooling.
+
+    Stems of networks whose layers stand in no container of their own, and last convolutions, are read alike.
+    """
 
     host = nn.Sequential
 
     def fused_form(self) -> forms.Stem:
-        layers, units = list(self.named_children()), []
+        layers, units = [*_flat("", self)], []
         while layers and len(units) < 3 and type(layers[0][1]) in read.CONVS:
             normed = len(layers) > 1 and type(layers[1][1]) not in read.CONVS and read.has_parameters(layers[1][1])
-            units.append(read.conv_norm(*layers[0], *(layers[1] if normed else ("", None))))
+            unit = read.conv_norm(*layers[0], *(layers[1] if normed else ("", None)))
             layers = layers[1 + normed :]
+            if layers and unit.activation == "none" and read.is_activation(layers[0][1]):
+                unit.activation, layers = read.activation(*layers[0]), layers[1:]
+            units.append(unit)
         if not units:
             raise Refused("it does not begin with a plain convolution")
         for path, layer in layers:
@@ -105,6 +120,20 @@ class LastLayer(Layers):
         if isinstance(unit, HostNormUnit) or unit.activation not in native.ACTIVATION_CODES:
             raise Refused(f"{name} is a {type(layer).__name__}, which csrc/cpu has not")
         return forms.LastLayer(unit)
+
+
+@register_notrace_module
+class Pooled(Layers):
+    """A global average and a classifier that stand in a network itself."""
+
+    host = nn.Sequential
+
+    def fused_form(self) -> forms.Head:
+        (pool_path, pool), (path, classifier) = self.named_children()
+        flat = read.check_means(pool_path, pool)
+        if not flat or type(classifier) is not nn.Linear:
+            raise Refused(f"{path} is {modules.class_name(classifier)}, not a linear layer on means")
+        return forms.Head(LinearUnit(path, classifier))
 
 
 @register_notrace_module
