@@ -181,7 +181,8 @@ class Bottleneck(Form):
     squeeze-excite gates, and is added to. With `join` the last convolution's own result is gated and added to instead:
     `join(conv3(...) * se(conv3(...)) + shortcut(x))`.
 
-    `shortcut` is a unit on the pooled input, `identity` adds x itself, and with neither nothing is added.
+    `shortcut` is a unit on the pooled input, `identity` adds x itself, and with neither nothing is added. `before` is a
+    convolution of x that conv1 reads in its place.
     """
 
     conv1: ConvUnit
@@ -193,6 +194,7 @@ class Bottleneck(Form):
     identity: bool = False
     drop_path: nn.Module | None = None
     join: JoinUnit | None = None
+    before: ConvUnit | None = None
 
     @property
     def casts_input(self) -> bool:
@@ -203,20 +205,31 @@ class Bottleneck(Form):
         """The convolution that the sum is of."""
         return self.conv2 if self.conv3 is None else self.conv3
 
+    @property
+    def first(self) -> ConvUnit:
+        """The convolution that reads the input."""
+        return self.conv1 if self.before is None else self.before
+
+    def in_channels(self) -> int:
+        return self.first.in_channels
+
     def check_channels(self) -> None:
         super().check_channels()
         inner = [self.conv1] if self.conv3 is None else [self.conv1, self.conv2]
         gated = [self.squeeze_excite, self.last] if self.join is None else [self.last, self.squeeze_excite]
-        check_flow(*inner, *gated)
-        if self.shortcut is not None and self.shortcut.in_channels != self.conv1.in_channels:
+        check_flow(self.before, *inner, *gated)
+        if self.shortcut is not None and self.shortcut.in_channels != self.first.in_channels:
             raise Refused(f"{self.shortcut.path} takes {self.shortcut.in_channels} channels")
-        _check_sum(self.last, self.shortcut, self.identity, self.conv1)
+        _check_sum(self.last, self.shortcut, self.identity, self.first)
 
     def run(self, x: Tensor, own: bool = False) -> Tensor:
         gates_input = self.squeeze_excite is not None and self.join is None
         means, shortcut = None, None
+        first = x if self.before is None else self.before(x)
         if self.conv3 is None and gates_input:
-            y, means = self.conv1(x, means=True)
+            y, means = self.conv1(first, means=True)
+        elif self.before is not None:
+            y = self.conv1(first)
         else:
             y, shortcut = _with_shortcut(self.conv1, self.shortcut, self.pool, x)
         if self.conv3 is not None:
@@ -316,11 +329,28 @@ class RepVgg(Form):
 
 @dataclass(eq=False)
 class Head(Form):
-    """Global average pooling, then a linear classifier (a Linear or a 1x1 convolution) where there is one."""
+    """Global average pooling, then a linear classifier (a Linear or a 1x1 convolution) where there is one.
+
+    `hidden` is a 1x1 convolution of the means before it. How means become a map of one pixel and back is what a program
+    replaces, as it does the pooling.
+    """
 
     classifier: LinearUnit | None = None
+    hidden: ConvUnit | None = None
     pool: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(lambda x: pixel_means(x).to(x.dtype))
+    as_map: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(lambda means: means[:, :, None, None])
+    as_rows: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(lambda x: x.flatten(1))
+
+    def check_channels(self) -> None:
+        super().check_channels()
+        check_flow(self.hidden, self.classifier)
+
+    def in_channels(self) -> int | None:
+        unit = self.hidden or self.classifier
+        return None if unit is None else unit.in_channels
 
     def run(self, x: Tensor, own: bool = False) -> Tensor:
         means = self.pool(x)
+        if self.hidden is not None:
+            means = self.as_rows(self.hidden(self.as_map(means)))
         return means if self.classifier is None else self.classifier(means)

@@ -8,7 +8,7 @@ one that is not read any more makes room for the next. A batch goes through each
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -158,6 +158,8 @@ class Recorder:
             bound.rest = tuple(map(self._layer, form.rest))
         if isinstance(form, Head):
             bound.pool = self._average
+            bound.as_map = lambda means: replace(means, shape=(*means.shape, 1, 1))
+            bound.as_rows = lambda x: replace(x, shape=x.shape[:2])
         return bound
 
     def _layer(self, layer: nn.Module) -> Callable[[Map], Map]:

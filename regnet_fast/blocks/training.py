@@ -113,7 +113,10 @@ class Step:
         return ops.join(self.passes, self.conv(form.unit, x))
 
     def _bottleneck(self, form: forms.Bottleneck, x: Tensor) -> Tensor:
-        y, *terms = self.convs(self._readers(form), x)
+        if form.before is None:
+            y, *terms = self.convs(self._readers(form), x)
+        else:
+            y, terms = self.conv(form.conv1, self.conv(form.before, x)), []
         y = y if form.conv3 is None else self.conv(form.conv2, y)
         y = self.conv(form.last, y, "none", self.excite(form.squeeze_excite))
         factor = self.drop(form.drop_path, y)
@@ -198,6 +201,8 @@ def check(form: forms.Form) -> None:
                 raise Refused(f"{unit.path} has a bias")
         if not isinstance(unit, (ConvUnit, NormActUnit, SqueezeExciteUnit, forms.GateUnit)):
             raise Refused(f"{unit.path} has no fused form in training mode")
+    if isinstance(form, forms.Bottleneck) and form.before is not None and form.shortcut is not None:
+        raise Refused("its shortcut reads what no other convolution does")
     if isinstance(form, forms.PreAct) and (form.conv3 or form.conv2).norm is not None:
         raise Refused("its last convolution has a norm")
 

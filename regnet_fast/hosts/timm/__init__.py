@@ -6,7 +6,7 @@ from timm.models import resnetv2
 from torch import nn
 
 from ...blocks.fused import Fused
-from . import resnet
+from . import efficientnet, resnet
 from .blocks import Bottleneck, BottleneckBlock, PreActBasic, PreActBottleneck, PreBottleneck, RepVggBlock
 from .layers import CONVS
 from .networks import CHAINS, NETWORKS, ByobNet, RegNet, RegStage, ResNetV2, Sequential
@@ -50,8 +50,8 @@ BLOCKS: dict[type[nn.Module], type[Fused]] = {
         PreActBasic,
         RepVggBlock,
         ClassifierHead,
-        resnet.BasicBlock,
-        resnet.Bottleneck,
+        *resnet.BLOCKS,
+        *efficientnet.BLOCKS,
     )
 }
 """timm's class to ours, wherever it stands in a network."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from timm.models import byobnet, regnet, resnet, resnetv2
+from timm.models import byobnet, efficientnet, mobilenetv3, regnet, resnet, resnetv2
 from torch import Tensor, nn
 
 from ...blocks.chain import Chain
@@ -87,5 +87,36 @@ class ResNet(Network, resnet.ResNet):
         return _there(self.conv1, self.bn1, self.act1, self.maxpool, *stages, self.global_pool, self.fc)
 
 
-NETWORKS: dict[type[nn.Module], type[Network]] = {cls.host: cls for cls in (RegNet, ByobNet, ResNet, ResNetV2)}
+class EfficientNet(Network, efficientnet.EfficientNet):
+    """A whole EfficientNet, or one of its many relatives."""
+
+    host = efficientnet.EfficientNet
+    loose = (
+        (("conv_stem", "bn1"), Stem),
+        (("conv_head", "bn2"), Stem),
+        (("global_pool", "classifier"), Pooled),
+    )
+
+    def in_order(self) -> Iterator[nn.Module]:
+        around = (self.conv_head, self.bn2, self.global_pool, self.classifier)
+        return _there(self.conv_stem, self.bn1, *_in(self.blocks), *around)
+
+
+class MobileNetV3(Network, mobilenetv3.MobileNetV3):
+    """A whole MobileNetV3 or MobileNetV4."""
+
+    host = mobilenetv3.MobileNetV3
+    loose = (
+        (("conv_stem", "bn1"), Stem),
+        (("global_pool", "conv_head", "norm_head", "act2", "flatten", "classifier"), Pooled),
+    )
+
+    def in_order(self) -> Iterator[nn.Module]:
+        head = (self.global_pool, self.conv_head, self.norm_head, self.act2, self.flatten, self.classifier)
+        return _there(self.conv_stem, self.bn1, *_in(self.blocks), *head)
+
+
+NETWORKS: dict[type[nn.Module], type[Network]] = {
+    cls.host: cls for cls in (RegNet, ByobNet, ResNet, ResNetV2, EfficientNet, MobileNetV3)
+}
 """timm's network to ours, where blocks in it were rebuilt."""

@@ -15,7 +15,7 @@ from torch import nn
 from ...backends import native
 from ...blocks import forms
 from ...blocks.fused import PIECES, Fused
-from ...blocks.units import ActivationUnit, HostNormUnit, LinearUnit, Refused
+from ...blocks.units import ActivationUnit, ConvUnit, HostNormUnit, LinearUnit, Refused
 from .. import modules
 from . import layers as read
 
@@ -124,16 +124,34 @@ class LastLayer(Layers):
 
 @register_notrace_module
 class Pooled(Layers):
-    """A global average and a classifier that stand in a network itself."""
+    """A global average and a classifier that stand in a network itself, with a 1x1 convolution between them or not."""
 
     host = nn.Sequential
 
     def fused_form(self) -> forms.Head:
-        (pool_path, pool), (path, classifier) = self.named_children()
-        flat = read.check_means(pool_path, pool)
-        if not flat or type(classifier) is not nn.Linear:
-            raise Refused(f"{path} is {modules.class_name(classifier)}, not a linear layer on means")
-        return forms.Head(LinearUnit(path, classifier))
+        (pool_path, pool), *between, (path, classifier) = self.named_children()
+        if type(classifier) is not nn.Linear:
+            raise Refused(f"{path} is {modules.class_name(classifier)}, not a linear layer")
+        flat, hidden = read.check_means(pool_path, pool), None
+        between = [(path, layer) for path, layer in between if type(layer) is not nn.Identity]
+        if between and not flat:
+            hidden, between = self._hidden(between)
+        flat = flat or (bool(between) and read.flattens(*between.pop()))
+        if between or not flat:
+            raise Refused("its classifier does not read the means of every channel")
+        return forms.Head(LinearUnit(path, classifier), hidden)
+
+    @staticmethod
+    def _hidden(layers: list[tuple[str, nn.Module]]) -> tuple[ConvUnit | None, list[tuple[str, nn.Module]]]:
+        """The convolution of the means, with its norm and activation, and what stands behind it."""
+        (path, conv), *rest = layers
+        if not modules.is_linear(conv):
+            return None, layers
+        norm = rest.pop(0) if rest and read.has_parameters(rest[0][1]) else ("", None)
+        unit = read.conv_norm(path, conv, *norm)
+        if rest and unit.activation == "none" and read.is_activation(rest[0][1]):
+            unit.activation = read.activation(*rest.pop(0))
+        return unit, rest
 
 
 @register_notrace_module

@@ -66,3 +66,6 @@ class Bottleneck(_Residual, resnet.Bottleneck):
 
     def fused_form(self) -> forms.Bottleneck:
         return self._form(3)
+
+
+BLOCKS = (BasicBlock, Bottleneck)
