@@ -20,7 +20,7 @@ from ..backends.reference import activate, channel_means
 from ..ops import training as ops
 from ..ops.training import Affine, Branch, Excite, Map, Normed, NormStatistics, without_autocast
 from . import forms
-from .units import ConvUnit, NormActUnit, Refused, SqueezeExciteUnit
+from .units import BranchesUnit, ConvUnit, NormActUnit, Refused, SqueezeExciteUnit
 
 
 def _is_of_batch(norm: nn.Module) -> bool:
@@ -151,10 +151,11 @@ class Step:
 
     def _repvgg(self, form: forms.RepVgg, x: Tensor) -> Tensor:
         unit = form.conv
-        norms = [unit.norm, unit.pointwise_norm] + ([] if unit.identity is None else [unit.identity])
+        (pointwise,) = unit.others
+        norms = [unit.norm, pointwise.norm] + ([] if unit.identity is None else [unit.identity])
         stats, affines = zip(*(self._norm(norm, "none") for norm in norms), strict=True)
-        weights = [conv.weight.to(self.dtype) for conv in (unit.conv, unit.pointwise)]
-        geometries = [(c.stride, c.padding, c.dilation, c.groups) for c in (unit.conv, unit.pointwise)]
+        weights = [conv.weight.to(self.dtype) for conv in (unit.conv, pointwise.conv)]
+        geometries = [(c.stride, c.padding, c.dilation, c.groups) for c in (unit.conv, pointwise.conv)]
         factor = None if unit.identity is None else self.drop(form.drop_path, x)
         y = ops.repvgg(self.passes, x, weights, geometries, stats, affines, unit.activation, factor)
         if form.squeeze_excite is None:
@@ -182,8 +183,11 @@ def check(form: forms.Form) -> None:
     """Raise `Refused` where a form is left to the host in training mode."""
     if type(form) not in _RUN:
         raise Refused(f"{type(form).__name__} has no fused form in training mode")
-    if isinstance(form, forms.RepVgg) and not hasattr(form.conv, "pointwise"):
-        raise Refused("a reparameterised block has no norm to fuse with")
+    if isinstance(form, forms.RepVgg):
+        if not isinstance(form.conv, BranchesUnit):
+            raise Refused("a reparameterised block has no norm to fuse with")
+        if [branch.conv.kernel_size for branch in form.conv.others] != [(1, 1)]:
+            raise Refused("it has other branches than a RepVGG's")
     if isinstance(form, forms.Single) and form.unit.norm is None:
         raise Refused("there is no norm to fuse with")
     for unit in form.units().values():

@@ -6,16 +6,16 @@ from timm.models import resnetv2
 from torch import nn
 
 from ...blocks.fused import Fused
-from . import efficientnet, resnet
-from .blocks import Bottleneck, BottleneckBlock, PreActBasic, PreActBottleneck, PreBottleneck, RepVggBlock
+from . import byobnet, efficientnet, regnet, resnet
+from .byobnet import BottleneckBlock, RepVggBlock
 from .layers import CONVS
 from .networks import CHAINS, NETWORKS, ByobNet, RegNet, RegStage, ResNetV2, Sequential
 from .parts import ClassifierHead, ConvNormAct, LastLayer, Layers, Stem
+from .regnet import Bottleneck, PreActBasic, PreActBottleneck, PreBottleneck
 
 __all__ = [
     "BLOCKS",
     "CHAINS",
-    "FAMILIES",
     "NETWORKS",
     "Bottleneck",
     "BottleneckBlock",
@@ -36,20 +36,13 @@ __all__ = [
     "part",
 ]
 
-FAMILIES = ("regnetx_", "regnety_", "regnetv_", "regnetz_", "repvgg_", "resnetv2_")
-"""Architectures whose models `create_model` rebuilds, by the beginning of their names."""
-
 BLOCKS: dict[type[nn.Module], type[Fused]] = {
     cls.host: cls
     for cls in (
         ConvNormAct,
-        Bottleneck,
-        BottleneckBlock,
-        PreBottleneck,
-        PreActBottleneck,
-        PreActBasic,
-        RepVggBlock,
         ClassifierHead,
+        *regnet.BLOCKS,
+        *byobnet.BLOCKS,
         *resnet.BLOCKS,
         *efficientnet.BLOCKS,
     )
