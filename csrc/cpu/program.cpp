@@ -63,9 +63,9 @@ void affine_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t ba
     }
 }
 
-/// y[p] = the largest x in the window of p, NaN where there is one.
-template <typename T>
-void largest_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t bands, int64_t band) {
+/// y[p] = the largest x in the window of p, NaN where there is one; or the mean of those that are in the image.
+template <typename T, bool MEAN>
+void window_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t bands, int64_t band) {
     const int64_t image = chunk / bands, first = chunk % bands * band, pixels = s.out_height * s.out_width;
     const int64_t end = std::min(first + band, pixels);
     const T* x = static_cast<const T*>(buffers[s.x]) + image * s.height * s.width * s.channels;
@@ -75,7 +75,8 @@ void largest_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t b
         const int64_t left = p % s.out_width * s.stride[1] - s.padding[1];
         for (int64_t c = 0; c < s.channels; c += LANES) {
             const int count = int(std::min<int64_t>(LANES, s.channels - c));
-            Vec found = all(-std::numeric_limits<float>::infinity());
+            Vec found = all(MEAN ? 0.0f : -std::numeric_limits<float>::infinity());
+            int inside = 0;
             for (int64_t i = 0; i < s.kernel[0]; i++) {
                 const int64_t row = top + i * s.dilation[0];
                 if (row < 0 || row >= s.height) continue;
@@ -83,10 +84,11 @@ void largest_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t b
                     const int64_t column = left + j * s.dilation[1];
                     if (column < 0 || column >= s.width) continue;
                     const Vec z = load(x + (row * s.width + column) * s.channels + c, count);
-                    found = (z > found) | (z != z) ? z : found;
+                    if (MEAN) found += z, inside++;
+                    else found = (z > found) | (z != z) ? z : found;
                 }
             }
-            store(y + p * s.channels + c, found, count);
+            store(y + p * s.channels + c, MEAN ? found / float(inside) : found, count);
         }
     }
 }
@@ -132,7 +134,8 @@ struct Work {
             bands = divided(step.channels, AVERAGED);
             chunks = step.images * bands;
         } else {
-            const int64_t pixels = step.kind == LARGEST ? step.out_height * step.out_width : step.height * step.width;
+            const bool window = step.kind == LARGEST || step.kind == WINDOW_MEAN;
+            const int64_t pixels = window ? step.out_height * step.out_width : step.height * step.width;
             band = std::min(pixels, divided(MAP_CHUNK, step.channels));
             bands = divided(pixels, band);
             chunks = step.images * bands;
@@ -148,8 +151,11 @@ struct Work {
             step.bfloat16 ? affine_chunk<Bf16>(step, buffers, chunk, bands, band)
                           : affine_chunk<float>(step, buffers, chunk, bands, band);
         } else if (step.kind == LARGEST) {
-            step.bfloat16 ? largest_chunk<Bf16>(step, buffers, chunk, bands, band)
-                          : largest_chunk<float>(step, buffers, chunk, bands, band);
+            step.bfloat16 ? window_chunk<Bf16, false>(step, buffers, chunk, bands, band)
+                          : window_chunk<float, false>(step, buffers, chunk, bands, band);
+        } else if (step.kind == WINDOW_MEAN) {
+            step.bfloat16 ? window_chunk<Bf16, true>(step, buffers, chunk, bands, band)
+                          : window_chunk<float, true>(step, buffers, chunk, bands, band);
         } else if (step.kind == AVERAGE) {
             step.bfloat16 ? average_chunk<Bf16>(step, buffers, chunk, bands)
                           : average_chunk<float>(step, buffers, chunk, bands);

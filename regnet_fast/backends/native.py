@@ -23,7 +23,7 @@ from . import cpu_library
 from .cpu_library import CHECK, Step
 from .problem import Apart, ConvProblem, Geometry, NormActProblem, Problem, Run, SqueezeExciteProblem
 
-CONV, MEANS, AFFINE, LARGEST, AVERAGE = range(5)
+CONV, MEANS, AFFINE, LARGEST, AVERAGE, WINDOW_MEAN = range(6)
 """The kinds of steps."""
 
 ACTIVATION_CODES = {
@@ -330,12 +330,20 @@ def means_step(shape: Sequence[int], bands: int, sums: int, means: int) -> Step:
     return Step(kind=MEANS, images=n, channels=k, height=bands, width=h * w, x=sums, y=means, residual=-1, gate=-1)
 
 
-def largest_step(
-    shape: Sequence[int], out: Sequence[int], dtype: torch.dtype, window: Sequence[Sequence[int]], x: int, y: int
+def window_step(
+    kind: int,
+    shape: Sequence[int],
+    out: Sequence[int],
+    dtype: torch.dtype,
+    window: Sequence[Sequence[int]],
+    x: int,
+    y: int,
 ) -> Step:
-    """`max_pool2d` of a map; `window` is kernel, stride, padding and dilation."""
+    """`max_pool2d` of a map (LARGEST), or `avg_pool2d` that does not count the padding (WINDOW_MEAN); `window` is
+    kernel, stride, padding and dilation.
+    """
     n, c, h, w = shape
-    step = Step(kind=LARGEST, images=n, channels=c, height=h, width=w, out_height=out[2], out_width=out[3])
+    step = Step(kind=kind, images=n, channels=c, height=h, width=w, out_height=out[2], out_width=out[3])
     step.kernel, step.stride, step.padding, step.dilation = map(tuple, window)
     step.bfloat16 = dtype == torch.bfloat16
     step.x, step.y, step.gate, step.residual, step.sums = x, y, -1, -1, -1

@@ -154,6 +154,8 @@ class Recorder:
     def bound(self, form: Form) -> Form:
         """The form over units that note what they are called for."""
         bound = form.bind(self._unit)
+        if isinstance(getattr(form, "pool", None), nn.Module):
+            bound.pool = self._layer(form.pool)
         if isinstance(form, Stem):
             bound.rest = tuple(map(self._layer, form.rest))
         if isinstance(form, Head):
@@ -166,22 +168,19 @@ class Recorder:
         """A host's layer without weights."""
         if type(layer) is nn.Identity:
             return self.value
-        if type(layer) is not nn.MaxPool2d or layer.ceil_mode or layer.return_indices:
+        kind = _window_kind(layer)
+        if kind is None:
             raise Refused(f"a {type(layer).__name__} is no operation of csrc/cpu")
 
         def pooled(x: Map) -> Map:
-            names = ("kernel_size", "stride", "padding", "dilation")
-            window = [nn.modules.utils._pair(getattr(layer, name)) for name in names]
-            sizes = (
-                (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-                for size, kernel, stride, padding, dilation in zip(x.shape[2:], *window, strict=True)
-            )
-            x, shape = self.value(x), (*x.shape[:2], *sizes)
-            if min(shape) < 1 or any(2 * padding > kernel for kernel, _, padding, _ in zip(*window, strict=True)):
-                raise Refused(f"a {type(layer).__name__} of such a window has no result")
-            y = self.buffer(*shape, dtype=x.dtype)
-            self.steps.append(native.largest_step(x.shape, shape, x.dtype, window, x.buffer, y))
-            return Map(y, shape, x.dtype)
+            window = [nn.modules.utils._pair(getattr(layer, name, 1)) for name in _WINDOW]
+            try:
+                shape = layer(torch.empty(x.shape, dtype=torch.float32, device="meta")).shape
+            except RuntimeError as error:
+                raise Refused(f"a {type(layer).__name__} of such a window has no result: {error}") from error
+            x, y = self.value(x), self.buffer(*shape, dtype=x.dtype)
+            self.steps.append(native.window_step(kind, x.shape, shape, x.dtype, window, x.buffer, y))
+            return Map(y, tuple(shape), x.dtype)
 
         return pooled
 
@@ -362,6 +361,19 @@ class Noted:
 
     def beside(self, other: Any, x: Map) -> None:
         """Never: each convolution reads for itself."""
+
+
+_WINDOW = ("kernel_size", "stride", "padding", "dilation")
+
+
+def _window_kind(layer: nn.Module) -> int | None:
+    """The kind of step that a pooling is, or None."""
+    if type(layer) is nn.MaxPool2d and not layer.return_indices:
+        return native.LARGEST
+    if type(layer) is not nn.AvgPool2d or layer.divisor_override is not None:
+        return None
+    counts_padding = layer.count_include_pad and nn.modules.utils._pair(layer.padding) != (0, 0)
+    return None if counts_padding else native.WINDOW_MEAN
 
 
 def _check(problem: ConvProblem | NormActProblem) -> None:

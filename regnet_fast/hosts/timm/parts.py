@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from timm.layers import ClassifierHead as TimmClassifierHead
 from timm.layers import ConvNormAct as TimmConvNormAct
+from timm.layers import Linear
 from timm.models import register_notrace_module, resnetv2
 from torch import nn
 
@@ -130,7 +131,7 @@ class Pooled(Layers):
 
     def fused_form(self) -> forms.Head:
         (pool_path, pool), *between, (path, classifier) = self.named_children()
-        if type(classifier) is not nn.Linear:
+        if type(classifier) not in (nn.Linear, Linear):
             raise Refused(f"{path} is {modules.class_name(classifier)}, not a linear layer")
         flat, hidden = read.check_means(pool_path, pool), None
         between = [(path, layer) for path, layer in between if type(layer) is not nn.Identity]
