@@ -101,13 +101,18 @@ class Step:
         return Excite(*map(_wide, matrices), unit.activation)
 
     def drop(self, path: nn.Module | None, x: Map) -> Tensor | None:
-        """timm's factor of stochastic depth for every image, from the same random numbers."""
-        if path is None or not path.training or path.drop_prob == 0.0:
+        """The host's factor of stochastic depth for every image, from the same random numbers: of timm's DropPath or
+        torchvision's StochasticDepth.
+        """
+        if path is None or not path.training:
             return None
-        keep = 1 - path.drop_prob
+        probability = path.drop_prob if hasattr(path, "drop_prob") else path.p
+        if probability == 0.0:
+            return None
+        keep = 1 - probability
         like = x if isinstance(x, Tensor) else x.map
         factor = like.new_empty((like.shape[0], 1, 1, 1)).bernoulli_(keep)
-        return factor.div_(keep) if keep > 0.0 and path.scale_by_keep else factor
+        return factor.div_(keep) if keep > 0.0 and getattr(path, "scale_by_keep", True) else factor
 
     def _single(self, form: forms.Single, x: Tensor) -> Tensor:
         return ops.join(self.passes, self.conv(form.unit, x))
