@@ -17,6 +17,7 @@ _HOSTS = {
     "timm.models.regnet": ".timm",
     "torchvision.models.regnet": ".torchvision",
     "transformers.models.regnet.modeling_regnet": ".transformers",
+    "transformers.models.resnet.modeling_resnet": ".transformers",
 }
 """The module of a library that defines its blocks, and ours about it.
 
