@@ -61,7 +61,7 @@ def derived(network: nn.Module) -> list[tuple[str, nn.Module, type[nn.Module]]]:
     return [
         (path, module, host)
         for path, module in network.named_modules()
-        if not isinstance(module, Fused)
+        if not isinstance(module, Fused) and type(module) not in blocks
         for host in type(module).__mro__[1:]
         if host in blocks
     ]

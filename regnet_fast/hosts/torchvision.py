@@ -15,7 +15,7 @@ from ..blocks import forms
 from ..blocks.chain import Chain
 from ..blocks.fused import Fused
 from ..blocks.units import ConvUnit, Refused, SqueezeExciteUnit
-from .modules import activation, conv_norm, squeeze_excite
+from .modules import ACTIVATIONS, activation, conv_norm, squeeze_excite
 
 
 def _unit(path: str, module: nn.Module, after: str = "none") -> ConvUnit:
@@ -26,14 +26,16 @@ def _unit(path: str, module: nn.Module, after: str = "none") -> ConvUnit:
     if type(module) not in (HostConvNorm, Conv2dNormActivation, regnet.SimpleStemIN, SimpleStemIN):
         raise Refused(f"{path} is {type(module).__name__}, not Conv2dNormActivation")
     layers = list(module)
-    if len(layers) not in (2, 3):
+    norm = layers[1] if len(layers) > 1 and type(layers[1]) not in ACTIVATIONS else None
+    acts = layers[1 if norm is None else 2 :]
+    if len(acts) > 1 or not layers:
         raise Refused(f"{path or 'it'} is not a convolution, a norm and at most an activation")
     dot = f"{path}." if path else ""
-    if len(layers) == 3:
+    if acts:
         if after != "none":
             raise Refused(f"{path} has an activation of its own before the block's sum")
-        after = activation(f"{dot}2", layers[2])
-    return conv_norm(f"{dot}0", layers[0], f"{dot}1", layers[1], after)
+        after = activation(f"{dot}{len(layers) - 1}", acts[0])
+    return conv_norm(f"{dot}0", layers[0], f"{dot}1", norm, after)
 
 
 def _squeeze_excite(path: str, module: nn.Module) -> SqueezeExciteUnit:
