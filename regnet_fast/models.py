@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -145,9 +145,18 @@ def freeze(model: nn.Module) -> nn.Module:
     return model
 
 
-def list_models(filter: str | list[str] = "", *args: Any, fused: bool = False, **kwargs: Any) -> list[str]:
+def list_models(
+    filter: str | Iterable[str] = "",
+    module: str | Iterable[str] = "",
+    pretrained: bool = False,
+    exclude_filters: str | Iterable[str] = "",
+    name_matches_cfg: bool = False,
+    include_tags: bool | None = None,
+    *,
+    fused: bool = False,
+) -> list[str]:
     """`timm.list_models`; with `fused`, of the architectures in which a convolution runs fused alone."""
-    names = timm.models.list_models(filter, *args, **kwargs)
+    names = timm.models.list_models(filter, module, pretrained, exclude_filters, name_matches_cfg, include_tags)
     if not fused:
         return names
     known = fused_shares()
