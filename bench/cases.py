@@ -1,8 +1,8 @@
-"""What is measured: cases by name, from the project's tables of models and convolutions.
+"""What is measured: cases by name.
 
-models, train   regnety_016
+models, train   regnety_016                   every architecture of which something is rebuilt
 blocks          regnety_016/s2.b1             every distinct block of a model
-ops             grouped_conv/192x192-k3s1g8-28  every distinct operation of a model, at its default image size
+ops             grouped_conv/192x192-k3s1g8-28  every distinct operation of a RegNet, RepVGG or ResNetV2
 """
 
 from __future__ import annotations
@@ -48,6 +48,13 @@ class Case:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def architectures() -> list[str]:
+    """The models of which something is rebuilt."""
+    from regnet_fast.models import fused_shares
+
+    return list(fused_shares())
 
 
 def blocks(model: str) -> list[str]:
@@ -107,7 +114,7 @@ def _block_cases(patterns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]
     """Blocks as `MODEL/PATH`; a pattern without a path names all distinct blocks of its models."""
     for pattern in patterns:
         model_pattern, _, path_pattern = pattern.partition("/")
-        for model in _matching([model_pattern], model_names(), "model"):
+        for model in _matching([model_pattern], architectures(), "model"):
             for path in _matching([path_pattern or "*"], blocks(model), f"block of {model}"):
                 yield f"{model}/{path}", {"model": model, "path": path}
 
@@ -136,7 +143,7 @@ def select(
     elif kind == "blocks":
         named = _block_cases(patterns)
     else:
-        named = ((name, {}) for name in _matching(patterns, model_names(), "model"))
+        named = ((name, {}) for name in _matching(patterns, architectures(), "model"))
     return [
         Case(kind, name, batch, dtype, size, details)
         for batch, (name, details), dtype in itertools.product(batches, dict(named).items(), dtypes)

@@ -16,7 +16,8 @@ import regnet_fast
 from regnet_fast import functional
 from regnet_fast.backends import Problem
 from regnet_fast.inspect.timing import Announce
-from regnet_fast.inspect.verify import DTYPES, host_model, input_size, randomize_norms, rebuilt
+from regnet_fast.inspect.verify import DTYPES, host_model, input_size, randomize_norms
+from regnet_fast.models import rebuild
 from regnet_fast.ops.squeeze_excite import PackedSqueezeExcite
 
 from .cases import Case
@@ -176,7 +177,7 @@ def _model(case: Case, device: str) -> Subject:
     base = _host(case, case.name).to(device, DTYPES[case.dtype])
     x = torch.randn(case.batch, *input_size(base, case.size)).to(device, DTYPES[case.dtype])
     checked = ("forward_features", "__call__")
-    return Subject(base, (x,), lambda module: rebuilt(module).model, checked, details={"size": list(x.shape[2:])})
+    return Subject(base, (x,), lambda module: rebuild(module).model, checked, details={"size": list(x.shape[2:])})
 
 
 def _training(case: Case, device: str) -> Subject:
@@ -185,4 +186,4 @@ def _training(case: Case, device: str) -> Subject:
     target = torch.randint(base.num_classes, (case.batch,), device=device)
     autocast = None if case.dtype == "float32" else DTYPES[case.dtype]
     size = {"size": list(x.shape[2:])}
-    return Subject(base, (x, target), lambda m: rebuilt(m).model, (), training=True, autocast=autocast, details=size)
+    return Subject(base, (x, target), lambda m: rebuild(m).model, (), training=True, autocast=autocast, details=size)

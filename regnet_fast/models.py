@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any
 
 import timm.models
 from timm.layers import is_exportable, is_scriptable
-from timm.models import get_pretrained_cfg, is_model, list_models, list_pretrained
+from timm.models import get_pretrained_cfg, is_model, list_pretrained
 from torch import nn
 
 from . import weights
@@ -23,7 +24,6 @@ from .blocks.network import Network
 from .blocks.units import Refused
 from .graphs import graphed
 from .hosts.registry import candidates, chains, derived, networks
-from .hosts.timm import FAMILIES
 
 __all__ = [
     "Report",
@@ -63,7 +63,7 @@ def rebuild(model: nn.Module, inplace: bool = True) -> Report:
     state-dict keys, optimisers, hooks and references to the block stay as they are.
 
     Args:
-        model: a timm model of any kind, a RegNet of transformers or torchvision, or a network that contains such models
+        model: a timm model of any kind, a model of transformers or torchvision, or a network that contains such models
             or blocks.
         inplace: change the model itself; else a deep copy of it.
 
@@ -145,9 +145,31 @@ def freeze(model: nn.Module) -> nn.Module:
     return model
 
 
-def in_family(model_name: str) -> bool:
-    """Whether an architecture is one whose models `create_model` rebuilds."""
-    return model_name.startswith(FAMILIES)
+def list_models(
+    filter: str | Iterable[str] = "",
+    module: str | Iterable[str] = "",
+    pretrained: bool = False,
+    exclude_filters: str | Iterable[str] = "",
+    name_matches_cfg: bool = False,
+    include_tags: bool | None = None,
+    *,
+    fused: bool = False,
+) -> list[str]:
+    """`timm.list_models`; with `fused`, of the architectures in which a convolution runs fused alone."""
+    names = timm.models.list_models(filter, module, pretrained, exclude_filters, name_matches_cfg, include_tags)
+    if not fused:
+        return names
+    known = fused_shares()
+    return [name for name in names if name.split(".")[0] in known]
+
+
+def fused_shares() -> dict[str, float]:
+    """The share of the multiply-adds of timm's architectures in layers of rebuilt blocks, of those where there is any.
+
+    As `python -m bench.architectures` counted it for timm 1.0.31; other options than the defaults may change it.
+    """
+    text = files(__package__).joinpath("hosts/timm/architectures.tsv").read_text()
+    return {name: float(share) for name, share in (line.split("\t") for line in text.splitlines())}
 
 
 def create_model(
@@ -164,12 +186,12 @@ def create_model(
     graph: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """`timm.create_model`, with the blocks of RegNet, RepVGG and ResNetV2 rebuilt fused.
+    """`timm.create_model`, with every block that is known here rebuilt fused, as `rebuild` does.
 
     Arguments, defaults and errors are timm's. Beyond timm, `checkpoint_path` and an overlay's `file` also take original
-    RepVGG checkpoints, and `checkpoint_path` deployed (reparameterised) ones. A model of another family, and any model
-    built with `scriptable` or `exportable` set, is exactly timm's. `graph` runs its calls in evaluation as CUDA graphs,
-    as `regnet_fast.graphed` does.
+    RepVGG checkpoints, and `checkpoint_path` deployed (reparameterised) ones. A model without a known block, and any
+    model built with `scriptable` or `exportable` set, is exactly timm's. `graph` runs its calls in evaluation as CUDA
+    graphs, as `regnet_fast.graphed` does.
     """
     overlay = weights.pretrained_overlay(pretrained_cfg_overlay) if pretrained else pretrained_cfg_overlay
     model = _create_model(
@@ -182,8 +204,7 @@ def create_model(
         weights.load_checkpoint(model, checkpoint_path)
     scriptable = is_scriptable() if scriptable is None else scriptable
     exportable = is_exportable() if exportable is None else exportable
-    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or ""
-    if in_family(architecture) and not scriptable and not exportable:
+    if not scriptable and not exportable:
         rebuild(model)
     return graphed(model) if graph else model
 
@@ -192,10 +213,8 @@ create_model.__wrapped__ = _create_model  # by which a second import finds timm'
 
 
 def model_entrypoint(model_name: str, module_filter: str | None = None) -> Callable[..., nn.Module]:
-    """`timm.model_entrypoint`: the function that builds a model, which rebuilds it where it is of our families."""
+    """`timm.model_entrypoint`: the function that builds a model, which rebuilds it."""
     entrypoint = _model_entrypoint(model_name, module_filter)
-    if not in_family(model_name):
-        return entrypoint
 
     @functools.wraps(entrypoint)
     def build(*args: Any, **kwargs: Any) -> nn.Module:
@@ -206,6 +225,6 @@ def model_entrypoint(model_name: str, module_filter: str | None = None) -> Calla
 
 
 def __getattr__(name: str) -> Any:
-    """timm's, where a function that builds a model of our families is the one that rebuilds it."""
+    """timm's, where a function that builds a model is the one that rebuilds it."""
     found = getattr(timm.models, name)
-    return model_entrypoint(name) if in_family(name) and is_model(name) else found
+    return model_entrypoint(name) if is_model(name) else found

@@ -138,7 +138,9 @@ def compare(theirs: nn.Module, x: Tensor, what: str) -> None:
     assert heard and set(heard) == {None}, f"{what}: not fused: {set(heard)}"
     regnet_fast.restore(theirs)
     eager_form = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
-    if "repvgg" in what:  # the three branches of training sum in another order; as deployed they are one convolution
+    if (
+        "repvgg" in what or "mobileone" in what
+    ):  # the branches of training sum in another order; as deployed they are one convolution
         eager_form = timm.utils.reparameterize_model(eager_form, inplace=True)
     for conv in (module for module in eager_form.modules() if isinstance(module, nn.Conv2d)):
         conv.register_forward_hook(lambda conv, inputs, y: y.contiguous(memory_format=torch.channels_last))

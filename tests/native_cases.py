@@ -161,8 +161,55 @@ def largest(size, channels: int, window, dtype: torch.dtype, value: float | None
         x.permute(0, 2, 3, 1).reshape(-1, channels)[::5] = value  # a view of memory in channels_last
         x[:, -1] = value
     expected = F.max_pool2d(x.double(), *window).to(dtype)
-    step = native.largest_step(x.shape, expected.shape, dtype, window, 0, 1)
+    step = native.window_step(native.LARGEST, x.shape, expected.shape, dtype, window, 0, 1)
     return _run_step(step, x, torch.empty_like(expected, memory_format=torch.channels_last)), expected
+
+
+MEAN_WINDOWS = (
+    dict(kernel_size=2, stride=2),
+    dict(kernel_size=2, stride=2, ceil_mode=True),
+    dict(kernel_size=3, stride=2, padding=1, count_include_pad=False),
+    dict(kernel_size=(3, 2), stride=(1, 2), padding=(1, 0), ceil_mode=True, count_include_pad=False),
+)
+"""Of average pools."""
+
+
+def window_mean_cases() -> Iterator[tuple]:
+    """Arguments of `window_mean`."""
+    for size, channels, window, dtype in itertools.product(SIZES, CHANNELS, range(len(MEAN_WINDOWS)), (F32, BF16)):
+        if min(size[1:]) >= 3:
+            yield size, channels, window, dtype
+
+
+def window_mean(size, channels: int, window: int, dtype: torch.dtype) -> float:
+    """How near an average pool is to float64."""
+    torch.manual_seed(0)
+    n, h, w = size
+    x, pool = maps((n, channels, h, w), dtype), torch.nn.AvgPool2d(**MEAN_WINDOWS[window])
+    expected = pool(x.double())
+    pairs = [torch.nn.modules.utils._pair(getattr(pool, name)) for name in ("kernel_size", "stride", "padding")]
+    step = native.window_step(native.WINDOW_MEAN, x.shape, expected.shape, dtype, [*pairs, (1, 1)], 0, 1)
+    found = _run_step(step, x, torch.empty(expected.shape, dtype=dtype, memory_format=torch.channels_last))
+    return error(found, expected, dtype)
+
+
+def joined_cases() -> Iterator[tuple]:
+    """Arguments of `joined`."""
+    facts = (native.ACTIVATION_CODES, (False, True), (F32, BF16))
+    return itertools.product(SIZES, CHANNELS, *facts)
+
+
+def joined(size, channels: int, activation: str, gated: bool, dtype: torch.dtype) -> float:
+    """How near `activation(x * gate + residual)` is to float64."""
+    torch.manual_seed(0)
+    n, h, w = size
+    x, residual, gate = maps((n, channels, h, w), dtype), maps((n, channels, h, w), dtype), torch.rand(n, channels)
+    vectors = native.padded(torch.ones(channels)), native.padded(torch.zeros(channels))
+    problem = NormActProblem(x.shape, activation, gated, dtype, "cpu")
+    step = native.affine_step(problem, *vectors, 0, 0, 2 if gated else -1, 1)
+    z = x.double() * (gate.double()[:, :, None, None] if gated else 1) + residual.double()
+    native.Program([step], vectors, [*map(native.Place, range(3))])([t.data_ptr() for t in (x, residual, gate)])
+    return error(x, ACTIVATIONS[activation].function(z), dtype)
 
 
 def average_cases() -> Iterator[tuple]:
@@ -229,6 +276,10 @@ def main() -> None:
     for case in largest_cases():
         y, expected = largest(*case)
         torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    for case in window_mean_cases():
+        worst = max(worst, window_mean(*case))
+    for case in joined_cases():
+        worst = max(worst, joined(*case))
     for case in average_cases():
         worst = max(worst, average(*case)[1])
     print(digest.hexdigest(), native._library().lanes(), f"{worst:.3f}")

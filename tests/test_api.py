@@ -34,7 +34,9 @@ def test_signatures_are_timms():
             for m in (regnet_fast, timm)
         )
         if name == "create_model":
-            assert ours.pop("graph") == (False, inspect.Parameter.KEYWORD_ONLY)  # the one that is not timm's
+            assert ours.pop("graph") == (False, inspect.Parameter.KEYWORD_ONLY)  # one that is not timm's
+        if name == "list_models":
+            assert ours.pop("fused") == (False, inspect.Parameter.KEYWORD_ONLY)  # another
         assert ours == theirs, name
 
 
@@ -70,9 +72,9 @@ def test_errors_are_timms(args, kwargs):
         assert str(found.value) == str(expected.value)
 
 
-def test_other_families_scriptable_and_exportable_are_timms():
-    assert not fused(regnet_fast.create_model("resnet18"))
-    assert not fused(regnet_fast.create_model("nf_regnet_b0"))
+def test_models_without_known_blocks_scriptable_and_exportable_are_timms():
+    assert fused(regnet_fast.create_model("resnet18"))
+    assert not fused(regnet_fast.create_model("vit_tiny_patch16_224"))
     assert not fused(regnet_fast.create_model("regnetx_002", scriptable=True))
     assert not fused(regnet_fast.create_model("regnetx_002", exportable=True))
     with timm.layers.set_scriptable(True):

@@ -221,7 +221,7 @@ found["script"] = torch.jit.load(f"{folder}/script.pt")(x)
 found["host program"] = torch.export.load(f"{folder}/host.pt2").module()(x)
 assert "regnet_fast" not in sys.modules and "timm" not in sys.modules
 model = torch.load(f"{folder}/model.pt", weights_only=False)
-assert type(model.s1.b1).__module__ == "regnet_fast.hosts.timm"
+assert type(model.s1.b1).__module__ == "regnet_fast.hosts.timm.regnet"
 found["model"] = model(x)
 import regnet_fast.functional
 found["program"] = torch.export.load(f"{folder}/ours.pt2").module()(x)

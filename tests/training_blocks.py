@@ -5,7 +5,8 @@ from functools import partial
 
 from helpers import randomize_bn
 from timm.layers import BatchNormAct2d, ConvNormAct, SEModule, create_conv2d
-from timm.models import byobnet, regnet, resnetv2
+from timm.models import _efficientnet_blocks as efficientnet
+from timm.models import byobnet, regnet, resnet, resnetv2
 from torch import Tensor, nn
 
 import regnet_fast
@@ -45,6 +46,25 @@ def repvgg(act, channels=WIDTH, width=None, se=None, **options):
 def preact(act, kind=resnetv2.PreActBottleneck, channels=WIDTH, **options):
     options = dict(bottle_ratio=1.0, act_layer=act, conv_layer=create_conv2d, norm_layer=_norm(act)) | options
     return kind(channels, WIDTH, **options)
+
+
+def byob(act, kind, channels=WIDTH, se=None, **options):
+    return kind(channels, WIDTH, layers=_layers(act, se), **{"attn_last": False} | options)
+
+
+def residual(act, kind=resnet.Bottleneck, channels=WIDTH, downsample=None, stride=1, **options):
+    """A block of a ResNet, with a shortcut of timm's where one is named."""
+    made, norm = None, nn.BatchNorm2d
+    if downsample is not None:
+        make = {"conv": resnet.downsample_conv, "avg": resnet.downsample_avg}[downsample]
+        made = make(channels, WIDTH, 1, stride=stride, norm_layer=norm)
+    planes = WIDTH // kind.expansion
+    return kind(channels, planes, stride, made, act_layer=act, norm_layer=norm, **options)
+
+
+def inverted(act, kind=efficientnet.InvertedResidual, channels=WIDTH, se=None, **options):
+    se_layer = None if se is None else partial(efficientnet.SqueezeExcite, rd_ratio=se)
+    return kind(channels, WIDTH, act_layer=act, norm_layer=nn.BatchNorm2d, se_layer=se_layer, **options)
 
 
 BLOCKS = {
@@ -89,6 +109,27 @@ BLOCKS = {
     "RepVggBlock, strided": (24, partial(repvgg, channels=24, stride=2)),
     "RepVggBlock of images": (3, partial(repvgg, channels=3, stride=2)),
     "RepVggBlock with squeeze-excite": (WIDTH, partial(repvgg, se=0.25)),
+    "byobnet's BasicBlock": (WIDTH, partial(byob, kind=byobnet.BasicBlock)),
+    "DarkBlock with squeeze-excite": (WIDTH, partial(byob, kind=byobnet.DarkBlock, se=0.25)),
+    "EdgeBlock, strided": (24, partial(byob, kind=byobnet.EdgeBlock, channels=24, stride=2, downsample="conv1x1")),
+    "BasicBlock": (WIDTH, partial(residual, kind=resnet.BasicBlock)),
+    "BasicBlock, strided": (24, partial(residual, kind=resnet.BasicBlock, channels=24, stride=2, downsample="conv")),
+    "ResNet's Bottleneck": (WIDTH, partial(residual, cardinality=3, base_width=64)),
+    "ResNet's Bottleneck, average pool": (24, partial(residual, channels=24, stride=2, downsample="avg")),
+    "InvertedResidual": (WIDTH, partial(inverted, exp_ratio=2.0, se=0.25)),
+    "InvertedResidual, strided": (24, partial(inverted, channels=24, exp_ratio=2.0, stride=2, dw_kernel_size=5)),
+    "DepthwiseSeparableConv": (WIDTH, partial(inverted, kind=efficientnet.DepthwiseSeparableConv, se=0.25)),
+    "EdgeResidual": (WIDTH, partial(inverted, kind=efficientnet.EdgeResidual, exp_ratio=2.0)),
+    "UniversalInvertedResidual": (
+        WIDTH,
+        partial(
+            inverted,
+            kind=efficientnet.UniversalInvertedResidual,
+            exp_ratio=2.0,
+            dw_kernel_size_start=3,
+            layer_scale_init_value=None,
+        ),
+    ),
 }
 """Input channels, and what makes the block from the class of its activation."""
 
@@ -102,6 +143,9 @@ ONE_OF_EACH = (
     "PreActBasic",
     "RepVggBlock",
     "RepVggBlock with squeeze-excite",
+    "BasicBlock, strided",
+    "InvertedResidual",
+    "UniversalInvertedResidual",
 )
 
 

@@ -74,16 +74,8 @@ ALWAYS void finished(const float* sums, int pixels, int groups, int row, const T
 
 template <typename T>
 __attribute__((noinline)) void finish(const float* sums, int pixels, int groups, int row, const Tile& tile) {
-    switch (tile.activation) {
-        case RELU:
-            return finished<T, RELU>(sums, pixels, groups, row, tile);
-        case SILU:
-            return finished<T, SILU>(sums, pixels, groups, row, tile);
-        case SIGMOID:
-            return finished<T, SIGMOID>(sums, pixels, groups, row, tile);
-        default:
-            return finished<T, NONE>(sums, pixels, groups, row, tile);
-    }
+    with_activation(tile.activation,
+                    [&](auto known) { finished<T, decltype(known)::value>(sums, pixels, groups, row, tile); });
 }
 
 /// A vector of G groups, one group after the other, where they lie `apart`.

@@ -10,7 +10,7 @@
 
 namespace {
 
-enum Kind { CONV, MEANS, AFFINE, LARGEST, AVERAGE };
+enum Kind { CONV, MEANS, AFFINE, LARGEST, AVERAGE, WINDOW_MEAN };
 
 }  // namespace
 

@@ -41,7 +41,7 @@ void means_chunk(const Step& s, void* const* buffers, int64_t image) {
     }
 }
 
-/// y = activation(x * gate * scale + shift).
+/// y = activation(x * gate * scale + shift + residual).
 template <typename T>
 void affine_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t bands, int64_t band) {
     const int64_t image = chunk / bands, first = chunk % bands * band, pixels = s.height * s.width;
@@ -50,20 +50,22 @@ void affine_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t ba
     for (int64_t p = first; p < end; p++) {
         const int64_t at = (image * pixels + p) * s.channels;
         const T* x = static_cast<const T*>(buffers[s.x]) + at;
+        const T* residual = s.residual < 0 ? nullptr : static_cast<const T*>(buffers[s.residual]) + at;
         T* y = static_cast<T*>(buffers[s.y]) + at;
         for (int64_t c = 0; c < s.channels; c += LANES) {
             const int count = int(std::min<int64_t>(LANES, s.channels - c));
             Vec z = load(x + c, count);
             if (gate) z *= load(gate + c, count);
             z = z * load(s.scale + c, count) + load(s.shift + c, count);
+            if (residual) z += load(residual + c, count);
             store(y + c, activate<T>(z, int(s.activation)), count);
         }
     }
 }
 
-/// y[p] = the largest x in the window of p, NaN where there is one.
-template <typename T>
-void largest_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t bands, int64_t band) {
+/// y[p] = the largest x in the window of p, NaN where there is one; or the mean of those that are in the image.
+template <typename T, bool MEAN>
+void window_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t bands, int64_t band) {
     const int64_t image = chunk / bands, first = chunk % bands * band, pixels = s.out_height * s.out_width;
     const int64_t end = std::min(first + band, pixels);
     const T* x = static_cast<const T*>(buffers[s.x]) + image * s.height * s.width * s.channels;
@@ -73,7 +75,8 @@ void largest_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t b
         const int64_t left = p % s.out_width * s.stride[1] - s.padding[1];
         for (int64_t c = 0; c < s.channels; c += LANES) {
             const int count = int(std::min<int64_t>(LANES, s.channels - c));
-            Vec found = all(-std::numeric_limits<float>::infinity());
+            Vec found = all(MEAN ? 0.0f : -std::numeric_limits<float>::infinity());
+            int inside = 0;
             for (int64_t i = 0; i < s.kernel[0]; i++) {
                 const int64_t row = top + i * s.dilation[0];
                 if (row < 0 || row >= s.height) continue;
@@ -81,10 +84,11 @@ void largest_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t b
                     const int64_t column = left + j * s.dilation[1];
                     if (column < 0 || column >= s.width) continue;
                     const Vec z = load(x + (row * s.width + column) * s.channels + c, count);
-                    found = (z > found) | (z != z) ? z : found;
+                    if (MEAN) found += z, inside++;
+                    else found = (z > found) | (z != z) ? z : found;
                 }
             }
-            store(y + p * s.channels + c, found, count);
+            store(y + p * s.channels + c, MEAN ? found / float(inside) : found, count);
         }
     }
 }
@@ -130,7 +134,8 @@ struct Work {
             bands = divided(step.channels, AVERAGED);
             chunks = step.images * bands;
         } else {
-            const int64_t pixels = step.kind == LARGEST ? step.out_height * step.out_width : step.height * step.width;
+            const bool window = step.kind == LARGEST || step.kind == WINDOW_MEAN;
+            const int64_t pixels = window ? step.out_height * step.out_width : step.height * step.width;
             band = std::min(pixels, divided(MAP_CHUNK, step.channels));
             bands = divided(pixels, band);
             chunks = step.images * bands;
@@ -146,8 +151,11 @@ struct Work {
             step.bfloat16 ? affine_chunk<Bf16>(step, buffers, chunk, bands, band)
                           : affine_chunk<float>(step, buffers, chunk, bands, band);
         } else if (step.kind == LARGEST) {
-            step.bfloat16 ? largest_chunk<Bf16>(step, buffers, chunk, bands, band)
-                          : largest_chunk<float>(step, buffers, chunk, bands, band);
+            step.bfloat16 ? window_chunk<Bf16, false>(step, buffers, chunk, bands, band)
+                          : window_chunk<float, false>(step, buffers, chunk, bands, band);
+        } else if (step.kind == WINDOW_MEAN) {
+            step.bfloat16 ? window_chunk<Bf16, true>(step, buffers, chunk, bands, band)
+                          : window_chunk<float, true>(step, buffers, chunk, bands, band);
         } else if (step.kind == AVERAGE) {
             step.bfloat16 ? average_chunk<Bf16>(step, buffers, chunk, bands)
                           : average_chunk<float>(step, buffers, chunk, bands);

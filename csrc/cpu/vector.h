@@ -283,7 +283,16 @@ ALWAYS Vec logistic(Vec x) {
 #endif
 }
 
-enum Activation { NONE, RELU, SILU, SIGMOID };
+enum Activation { NONE, RELU, SILU, SIGMOID, RELU6, HARD_SWISH, HARD_SIGMOID, LEAKY_RELU };
+
+/// What is no number stays none.
+ALWAYS Vec between(Vec z, float least, float most) { return z < least ? all(least) : z > most ? all(most) : z; }
+
+/// z / 6, rounded once: a product with the sixth alone would make all results of many layers larger by its own error.
+ALWAYS Vec sixth(Vec z) {
+    const Vec near = z * (1.0f / 6.0f);
+    return near + (z - near * 6.0f) * (1.0f / 6.0f);
+}
 
 /// The activation of what becomes a T.
 template <typename T>
@@ -295,8 +304,39 @@ ALWAYS Vec activate(Vec z, int activation) {
             return z * logistic<T>(z);
         case SIGMOID:
             return logistic<T>(z);
+        case RELU6:
+            return between(z, 0.0f, 6.0f);
+        case HARD_SWISH:
+            return z * sixth(between(z + 3.0f, 0.0f, 6.0f));
+        case HARD_SIGMOID:
+            return sixth(between(z + 3.0f, 0.0f, 6.0f));
+        case LEAKY_RELU:
+            return z < 0.0f ? z * 0.01f : z;
         default:
             return z;
+    }
+}
+
+/// `use` of a constant that is the activation.
+template <typename Use>
+ALWAYS void with_activation(int activation, Use use) {
+    switch (activation) {
+        case RELU:
+            return use(std::integral_constant<int, RELU>());
+        case SILU:
+            return use(std::integral_constant<int, SILU>());
+        case SIGMOID:
+            return use(std::integral_constant<int, SIGMOID>());
+        case RELU6:
+            return use(std::integral_constant<int, RELU6>());
+        case HARD_SWISH:
+            return use(std::integral_constant<int, HARD_SWISH>());
+        case HARD_SIGMOID:
+            return use(std::integral_constant<int, HARD_SIGMOID>());
+        case LEAKY_RELU:
+            return use(std::integral_constant<int, LEAKY_RELU>());
+        default:
+            return use(std::integral_constant<int, NONE>());
     }
 }
 

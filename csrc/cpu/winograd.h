@@ -166,16 +166,9 @@ void winograd_chunk(const Winograd& w, int64_t number, void* const* buffers, con
             done += size;
         }
     }
-    switch (s.activation) {
-        case RELU:
-            return transform_back<RELU, G>(w, buffers, chunk, rows, own, products);
-        case SILU:
-            return transform_back<SILU, G>(w, buffers, chunk, rows, own, products);
-        case SIGMOID:
-            return transform_back<SIGMOID, G>(w, buffers, chunk, rows, own, products);
-        default:
-            return transform_back<NONE, G>(w, buffers, chunk, rows, own, products);
-    }
+    with_activation(int(s.activation), [&](auto known) {
+        transform_back<decltype(known)::value, G>(w, buffers, chunk, rows, own, products);
+    });
 }
 
 inline void winograd_chunk(const Winograd& w, int64_t number, void* const* buffers, int64_t order, Scratch& scratch) {

@@ -23,10 +23,13 @@ from . import cpu_library
 from .cpu_library import CHECK, Step
 from .problem import Apart, ConvProblem, Geometry, NormActProblem, Problem, Run, SqueezeExciteProblem
 
-CONV, MEANS, AFFINE, LARGEST, AVERAGE = range(5)
+CONV, MEANS, AFFINE, LARGEST, AVERAGE, WINDOW_MEAN = range(6)
 """The kinds of steps."""
 
-ACTIVATION_CODES = {"none": 0, "relu": 1, "silu": 2, "sigmoid": 3}
+ACTIVATION_CODES = {
+    name: code
+    for code, name in enumerate(("none", "relu", "silu", "sigmoid", "relu6", "hardswish", "hardsigmoid", "leaky_relu"))
+}
 """The activations of csrc/cpu."""
 
 _library = partial(cpu_library.library, "program")
@@ -309,13 +312,15 @@ class NormAct(Run):
         return y
 
 
-def affine_step(problem: NormActProblem, scale: Tensor, shift: Tensor, x: int, y: int, gate: int = -1) -> Step:
-    """Scale, shift and activation of a map; the vectors are `padded`."""
+def affine_step(
+    problem: NormActProblem, scale: Tensor, shift: Tensor, x: int, y: int, gate: int = -1, residual: int = -1
+) -> Step:
+    """`activation(x * gate * scale + shift + residual)`; the vectors are `padded`."""
     n, c, h, w = problem.input_shape
     step = Step(kind=AFFINE, activation=ACTIVATION_CODES[problem.activation], images=n, channels=c, height=h, width=w)
     step.bfloat16 = problem.dtype == torch.bfloat16
     step.scale, step.shift = scale.data_ptr(), shift.data_ptr()
-    step.x, step.y, step.gate, step.residual, step.sums = x, y, gate, -1, -1
+    step.x, step.y, step.gate, step.residual, step.sums = x, y, gate, residual, -1
     return step
 
 
@@ -325,12 +330,20 @@ def means_step(shape: Sequence[int], bands: int, sums: int, means: int) -> Step:
     return Step(kind=MEANS, images=n, channels=k, height=bands, width=h * w, x=sums, y=means, residual=-1, gate=-1)
 
 
-def largest_step(
-    shape: Sequence[int], out: Sequence[int], dtype: torch.dtype, window: Sequence[Sequence[int]], x: int, y: int
+def window_step(
+    kind: int,
+    shape: Sequence[int],
+    out: Sequence[int],
+    dtype: torch.dtype,
+    window: Sequence[Sequence[int]],
+    x: int,
+    y: int,
 ) -> Step:
-    """`max_pool2d` of a map; `window` is kernel, stride, padding and dilation."""
+    """`max_pool2d` of a map (LARGEST), or `avg_pool2d` that does not count the padding (WINDOW_MEAN); `window` is
+    kernel, stride, padding and dilation.
+    """
     n, c, h, w = shape
-    step = Step(kind=LARGEST, images=n, channels=c, height=h, width=w, out_height=out[2], out_width=out[3])
+    step = Step(kind=kind, images=n, channels=c, height=h, width=w, out_height=out[2], out_width=out[3])
     step.kernel, step.stride, step.padding, step.dilation = map(tuple, window)
     step.bfloat16 = dtype == torch.bfloat16
     step.x, step.y, step.gate, step.residual, step.sums = x, y, -1, -1, -1

@@ -24,6 +24,7 @@ from .units import (
     ConvUnit,
     GateUnit,
     HostNormUnit,
+    JoinUnit,
     LinearUnit,
     NormActUnit,
     Refused,
@@ -174,44 +175,80 @@ class Stem(Form):
 
 @dataclass(eq=False)
 class Bottleneck(Form):
-    """`conv3(se(conv2(conv1(x)))) + shortcut(x) -> activation`: RegNetX, RegNetY, RegNetZ.
+    """`conv3(se(conv2(conv1(x)))) + shortcut(x) -> activation`: RegNetX, RegNetY, RegNetZ, ResNet, EfficientNet.
 
-    `shortcut` is a unit on the pooled input, `identity` adds x itself, and with neither nothing is added.
+    Without `conv3` it is a basic block or a depthwise-separable one, whose last convolution is conv2: it reads what the
+    squeeze-excite gates, and is added to. With `join` the last convolution's own result is gated and added to instead:
+    `join(conv3(...) * se(conv3(...)) + shortcut(x))`.
+
+    `shortcut` is a unit on the pooled input, `identity` adds x itself, and with neither nothing is added. `before` is a
+    convolution of x that conv1 reads in its place.
     """
 
     conv1: ConvUnit
     conv2: ConvUnit
-    conv3: ConvUnit
+    conv3: ConvUnit | None = None
     squeeze_excite: SqueezeExciteUnit | None = None
     shortcut: ConvUnit | None = None
     pool: nn.Module | None = None
     identity: bool = False
     drop_path: nn.Module | None = None
+    join: JoinUnit | None = None
+    before: ConvUnit | None = None
 
     @property
     def casts_input(self) -> bool:
         return not self.identity
 
+    @property
+    def last(self) -> ConvUnit:
+        """The convolution that the sum is of."""
+        return self.conv2 if self.conv3 is None else self.conv3
+
+    @property
+    def first(self) -> ConvUnit:
+        """The convolution that reads the input."""
+        return self.conv1 if self.before is None else self.before
+
+    def in_channels(self) -> int:
+        return self.first.in_channels
+
     def check_channels(self) -> None:
         super().check_channels()
-        check_flow(self.conv1, self.conv2, self.squeeze_excite, self.conv3)
-        if self.shortcut is not None and self.shortcut.in_channels != self.conv1.in_channels:
+        inner = [self.conv1] if self.conv3 is None else [self.conv1, self.conv2]
+        gated = [self.squeeze_excite, self.last] if self.join is None else [self.last, self.squeeze_excite]
+        check_flow(self.before, *inner, *gated)
+        if self.shortcut is not None and self.shortcut.in_channels != self.first.in_channels:
             raise Refused(f"{self.shortcut.path} takes {self.shortcut.in_channels} channels")
-        _check_sum(self.conv3, self.shortcut, self.identity, self.conv1)
+        _check_sum(self.last, self.shortcut, self.identity, self.first)
 
     def run(self, x: Tensor, own: bool = False) -> Tensor:
-        y, shortcut = _with_shortcut(self.conv1, self.shortcut, self.pool, x)
-        gate = None
-        if self.squeeze_excite is None:
-            y = self.conv2(y)
+        gates_input = self.squeeze_excite is not None and self.join is None
+        means, shortcut = None, None
+        first = x if self.before is None else self.before(x)
+        if self.conv3 is None and gates_input:
+            y, means = self.conv1(first, means=True)
+        elif self.before is not None:
+            y = self.conv1(first)
         else:
-            y, means = self.conv2(y, means=True)
-            gate = self.squeeze_excite(means, y.dtype)
-        if self.shortcut is None:
-            return self.conv3(y, gate, x if self.identity else None, consume=True, into_residual=own and self.identity)
-        if shortcut is None:
-            shortcut = self.shortcut(x if self.pool is None else self.pool(x))
-        return self.conv3(y, gate, shortcut, consume=True, into_residual=True)
+            y, shortcut = _with_shortcut(self.conv1, self.shortcut, self.pool, x)
+        if self.conv3 is not None:
+            if gates_input:
+                y, means = self.conv2(y, means=True)
+            else:
+                y = self.conv2(y)
+        gate = None if means is None else self.squeeze_excite(means, y.dtype)
+        residual, into_residual = x if self.identity else None, own and self.identity
+        if self.shortcut is not None:
+            residual, into_residual = shortcut, True
+            if shortcut is None:
+                residual = self.shortcut(x if self.pool is None else self.pool(x))
+        if self.join is None:
+            return self.last(y, gate, residual, consume=True, into_residual=into_residual)
+        if self.squeeze_excite is None:
+            return self.join(self.last(y), None, residual)
+        y, means = self.last(y, means=True)
+        return self.join(y, self.squeeze_excite(means, y.dtype), residual)
 
 
 @dataclass(eq=False)
@@ -292,11 +329,28 @@ class RepVgg(Form):
 
 @dataclass(eq=False)
 class Head(Form):
-    """Global average pooling, then a linear classifier (a Linear or a 1x1 convolution) where there is one."""
+    """Global average pooling, then a linear classifier (a Linear or a 1x1 convolution) where there is one.
+
+    `hidden` is a 1x1 convolution of the means before it. How means become a map of one pixel and back is what a program
+    replaces, as it does the pooling.
+    """
 
     classifier: LinearUnit | None = None
+    hidden: ConvUnit | None = None
     pool: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(lambda x: pixel_means(x).to(x.dtype))
+    as_map: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(lambda means: means[:, :, None, None])
+    as_rows: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(lambda x: x.flatten(1))
+
+    def check_channels(self) -> None:
+        super().check_channels()
+        check_flow(self.hidden, self.classifier)
+
+    def in_channels(self) -> int | None:
+        unit = self.hidden or self.classifier
+        return None if unit is None else unit.in_channels
 
     def run(self, x: Tensor, own: bool = False) -> Tensor:
         means = self.pool(x)
+        if self.hidden is not None:
+            means = self.as_rows(self.hidden(self.as_map(means)))
         return means if self.classifier is None else self.classifier(means)

@@ -31,7 +31,7 @@ _SERVING_KEPT = 8
 
 class Network(Freezable):
     """Mixin before a host's network. Subclasses set `host` and say in `in_order` what its forward calls, and in `loose`
-    which of its children may stand in no block, with the block that each could be.
+    which of its children, one after another, may stand in no block, with the block that they could be.
 
     The blocks that follow one another are one program. Where csrc/cpu cannot serve, or a trial found the stages faster
     each for itself, they are called as the host calls them.
@@ -41,7 +41,7 @@ class Network(Freezable):
     """
 
     host: type[nn.Module]
-    loose: ClassVar[Sequence[tuple[str, type[Fused]]]] = ()
+    loose: ClassVar[Sequence[tuple[Sequence[str], type[Fused]]]] = ()
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -54,27 +54,37 @@ class Network(Freezable):
 
     def could_take_in(self) -> Iterator[nn.Module]:
         """The layers that stand in no block and would be in the program of the frozen network."""
-        for name, cls in self.loose:
-            layer = self._modules.get(name)
-            if layer is not None and not isinstance(layer, Fused):
-                with suppress(Refused):
-                    cls.around((name, layer)).read_form()
-                    yield layer
+        for named, cls in self._loose_layers():
+            with suppress(Refused):
+                cls.around(*named).read_form()
+                yield from (layer for _, layer in named)
 
-    def _with_pieces(self, order: Sequence[nn.Module], x: Tensor) -> Sequence[nn.Module]:
-        """For inputs like x, with the blocks around layers that stand in no block in their places."""
-        if not self.loose or unfit(x) is not None:
+    def _loose_layers(self) -> Iterator[tuple[list[tuple[str, nn.Module]], type[Fused]]]:
+        """Layers one after another that stand in no block, with their names, and the block that they could be."""
+        for names, cls in self.loose:
+            named = [(name, layer) for name in names if (layer := self._modules.get(name)) is not None]
+            if named and not any(isinstance(layer, Fused) for _, layer in named):
+                yield named, cls
+
+    def _in_groups(self, x: Tensor) -> list[tuple[nn.Module, tuple[nn.Module, ...]]]:
+        """What the host's forward calls one after another, each by itself; for inputs like x to a frozen network, those
+        that stand in no block together, with the block around them.
+        """
+        order = [(layer, (layer,)) for layer in self.in_order()]
+        if not self.loose or not self.is_frozen or unfit(x) is not None:
             return order
-        kept, pieces = self.__dict__.get(PIECES, {}), {}
-        for name, cls in self.loose:
-            layer = self._modules.get(name)
-            if layer is None or isinstance(layer, Fused):
+        kept = self.__dict__.get(PIECES, {})
+        for named, cls in self._loose_layers():
+            layers = [layer for _, layer in named]
+            key = named[0][0]
+            if key not in kept or [*kept[key].children()] != layers:
+                kept = self.__dict__[PIECES] = {**kept, key: cls.around(*named)}
+            called = tuple(layer for layer in layers if not _does_nothing(layer))
+            at = next((i for i in range(len(order)) if [m for m, _ in order[i : i + len(called)]] == [*called]), None)
+            if at is None or not all(map(only_forwards, layers)) or kept[key].plan(x, counted=False) is None:
                 continue
-            if name not in kept or next(iter(kept[name].children())) is not layer:
-                kept = self.__dict__[PIECES] = {**kept, name: cls.around((name, layer))}
-            if only_forwards(layer) and kept[name].plan(x, counted=False) is not None:
-                pieces[layer] = kept[name]
-        return [pieces.get(layer, layer) for layer in order]
+            order[at : at + len(called)] = [(kept[key], called)]
+        return order
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled() or type(x) is not Tensor:
@@ -85,21 +95,29 @@ class Network(Freezable):
             return super().forward(x)
         if _methods(type(self)) != self._methods:
             return super().forward(x)
-        layers = [*self.in_order()]
-        order = self._with_pieces(layers, x) if self.is_frozen else layers
-        known = [isinstance(module, (Fused, Chain)) and not_derived(module) for module in order] + [False]
-        begin = known.index(True) if any(known) else len(order)
+        groups = self._in_groups(x)
+        known = [isinstance(block, (Fused, Chain)) and not_derived(block) for block, _ in groups] + [False]
+        begin = known.index(True) if any(known) else len(groups)
         end = begin + known[begin:].index(False)
-        x = _one_by_one(layers[:begin], x)
-        y = _by_program(self, order[begin:end], layers[begin:end], x)
-        y = _one_by_one(layers[begin:end], x) if y is None else y
-        return _one_by_one(layers[end:], y)
+        before, within, behind = ([m for _, layers in some for m in layers] for some in _cut(groups, begin, end))
+        x = _one_by_one(before, x)
+        y = _by_program(self, [block for block, _ in groups[begin:end]], within, x)
+        y = _one_by_one(within, x) if y is None else y
+        return _one_by_one(behind, y)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript compiles the host's own network. It puts plain blocks in the place of ours where they stand, so
         they stand in containers of its own.
         """
         return _apart(self, self.host)
+
+
+def _cut(some: Sequence, begin: int, end: int) -> tuple[Sequence, Sequence, Sequence]:
+    return some[:begin], some[begin:end], some[end:]
+
+
+def _does_nothing(layer: nn.Module) -> bool:
+    return type(layer) is nn.Identity and only_forwards(layer)
 
 
 def _apart(module: nn.Module, cls: type[nn.Module]) -> nn.Module:

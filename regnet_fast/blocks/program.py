@@ -8,7 +8,7 @@ one that is not read any more makes room for the next. A batch goes through each
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from ..ops.convolution import PackedConv
 from ..ops.norm_act import PackedNormAct
 from ..ops.squeeze_excite import PackedSqueezeExcite
 from .forms import Form, Head, Stem
-from .units import ActivationUnit, LinearUnit, Refused, Unit
+from .units import ActivationUnit, LinearUnit, PackedJoin, Refused, Unit
 
 _INPUT, _OUTPUT = 0, 1
 _BEHIND = 256  # bytes behind a buffer
@@ -154,32 +154,33 @@ class Recorder:
     def bound(self, form: Form) -> Form:
         """The form over units that note what they are called for."""
         bound = form.bind(self._unit)
+        if isinstance(getattr(form, "pool", None), nn.Module):
+            bound.pool = self._layer(form.pool)
         if isinstance(form, Stem):
             bound.rest = tuple(map(self._layer, form.rest))
         if isinstance(form, Head):
             bound.pool = self._average
+            bound.as_map = lambda means: replace(means, shape=(*means.shape, 1, 1))
+            bound.as_rows = lambda x: replace(x, shape=x.shape[:2])
         return bound
 
     def _layer(self, layer: nn.Module) -> Callable[[Map], Map]:
         """A host's layer without weights."""
         if type(layer) is nn.Identity:
             return self.value
-        if type(layer) is not nn.MaxPool2d or layer.ceil_mode or layer.return_indices:
+        kind = _window_kind(layer)
+        if kind is None:
             raise Refused(f"a {type(layer).__name__} is no operation of csrc/cpu")
 
         def pooled(x: Map) -> Map:
-            names = ("kernel_size", "stride", "padding", "dilation")
-            window = [nn.modules.utils._pair(getattr(layer, name)) for name in names]
-            sizes = (
-                (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-                for size, kernel, stride, padding, dilation in zip(x.shape[2:], *window, strict=True)
-            )
-            x, shape = self.value(x), (*x.shape[:2], *sizes)
-            if min(shape) < 1 or any(2 * padding > kernel for kernel, _, padding, _ in zip(*window, strict=True)):
-                raise Refused(f"a {type(layer).__name__} of such a window has no result")
-            y = self.buffer(*shape, dtype=x.dtype)
-            self.steps.append(native.largest_step(x.shape, shape, x.dtype, window, x.buffer, y))
-            return Map(y, shape, x.dtype)
+            window = [nn.modules.utils._pair(getattr(layer, name, 1)) for name in _WINDOW]
+            try:
+                shape = layer(torch.empty(x.shape, dtype=torch.float32, device="meta")).shape
+            except RuntimeError as error:
+                raise Refused(f"a {type(layer).__name__} of such a window has no result: {error}") from error
+            x, y = self.value(x), self.buffer(*shape, dtype=x.dtype)
+            self.steps.append(native.window_step(kind, x.shape, shape, x.dtype, window, x.buffer, y))
+            return Map(y, tuple(shape), x.dtype)
 
         return pooled
 
@@ -205,6 +206,7 @@ class Recorder:
             (PackedNormAct, self._affine),
             (PackedSqueezeExcite, self._gate),
             (ActivationUnit, self._activated),
+            (PackedJoin, self._joined),
         ):
             if isinstance(packed, kind):
                 return Noted(packed, note)
@@ -297,6 +299,19 @@ class Recorder:
             return self._affine(PackedNormAct(ones, torch.zeros_like(ones), unit.activation), x, consume=consume)
         raise Refused(f"{unit.path} is an activation of a map that has one")
 
+    def _joined(self, join: PackedJoin, x: Map, gate: Gate | None = None, residual: Map | None = None) -> Map:
+        problem = NormActProblem(x.shape, join.activation, gate is not None, x.dtype, "cpu")
+        _check(problem)
+        x, residual = self.value(x), None if residual is None else self.value(residual)
+        if residual is not None and residual.shape != x.shape:
+            raise Refused(f"a map of the shape {residual.shape} is added to one of the shape {x.shape}")
+        ones = torch.ones(x.shape[1], dtype=torch.float32, device="cpu")
+        vectors = native.padded(ones), native.padded(torch.zeros_like(ones))
+        self.kept.append(vectors)
+        buffers = (-1 if gate is None else gate.buffer), (-1 if residual is None else residual.buffer)
+        self.steps.append(native.affine_step(problem, *vectors, x.buffer, x.buffer, *buffers))
+        return x
+
     def value(self, x: Map, consume: bool = False) -> Map:
         """x itself, once the affine map that it may be of is computed."""
         if x.planar:
@@ -346,6 +361,19 @@ class Noted:
 
     def beside(self, other: Any, x: Map) -> None:
         """Never: each convolution reads for itself."""
+
+
+_WINDOW = ("kernel_size", "stride", "padding", "dilation")
+
+
+def _window_kind(layer: nn.Module) -> int | None:
+    """The kind of step that a pooling is, or None."""
+    if type(layer) is nn.MaxPool2d and not layer.return_indices:
+        return native.LARGEST
+    if type(layer) is not nn.AvgPool2d or layer.divisor_override is not None:
+        return None
+    counts_padding = layer.count_include_pad and nn.modules.utils._pair(layer.padding) != (0, 0)
+    return None if counts_padding else native.WINDOW_MEAN
 
 
 def _check(problem: ConvProblem | NormActProblem) -> None:

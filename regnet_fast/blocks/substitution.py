@@ -37,7 +37,8 @@ def with_tensors(form: Form, instead: Mapping[int, Tensor]) -> Form:
         if isinstance(value, nn.Module):
             return module(value)
         if isinstance(value, tuple):
-            return tuple(map(part, value))
+            parts = map(part, value)
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         if isinstance(value, (Unit, Form)):
             return replace(value, **{f.name: part(getattr(value, f.name)) for f in fields(value) if f.init})
         return value

@@ -20,7 +20,7 @@ from ..backends.reference import activate, channel_means
 from ..ops import training as ops
 from ..ops.training import Affine, Branch, Excite, Map, Normed, NormStatistics, without_autocast
 from . import forms
-from .units import ConvUnit, NormActUnit, Refused, SqueezeExciteUnit
+from .units import BranchesUnit, ConvUnit, NormActUnit, Refused, SqueezeExciteUnit
 
 
 def _is_of_batch(norm: nn.Module) -> bool:
@@ -101,26 +101,35 @@ class Step:
         return Excite(*map(_wide, matrices), unit.activation)
 
     def drop(self, path: nn.Module | None, x: Map) -> Tensor | None:
-        """timm's factor of stochastic depth for every image, from the same random numbers."""
-        if path is None or not path.training or path.drop_prob == 0.0:
+        """The host's factor of stochastic depth for every image, from the same random numbers: of timm's DropPath or
+        torchvision's StochasticDepth.
+        """
+        if path is None or not path.training:
             return None
-        keep = 1 - path.drop_prob
+        probability = path.drop_prob if hasattr(path, "drop_prob") else path.p
+        if probability == 0.0:
+            return None
+        keep = 1 - probability
         like = x if isinstance(x, Tensor) else x.map
         factor = like.new_empty((like.shape[0], 1, 1, 1)).bernoulli_(keep)
-        return factor.div_(keep) if keep > 0.0 and path.scale_by_keep else factor
+        return factor.div_(keep) if keep > 0.0 and getattr(path, "scale_by_keep", True) else factor
 
     def _single(self, form: forms.Single, x: Tensor) -> Tensor:
         return ops.join(self.passes, self.conv(form.unit, x))
 
     def _bottleneck(self, form: forms.Bottleneck, x: Tensor) -> Tensor:
-        first, *terms = self.convs(self._readers(form), x)
-        y = self.conv(form.conv3, self.conv(form.conv2, first), "none", self.excite(form.squeeze_excite))
+        if form.before is None:
+            y, *terms = self.convs(self._readers(form), x)
+        else:
+            y, terms = self.conv(form.conv1, self.conv(form.before, x)), []
+        y = y if form.conv3 is None else self.conv(form.conv2, y)
+        y = self.conv(form.last, y, "none", self.excite(form.squeeze_excite))
         factor = self.drop(form.drop_path, y)
         if form.pool is not None:
             terms = [self.conv(form.shortcut, form.pool(x))]
         elif form.identity:
             terms = [x]
-        return ops.join(self.passes, y, *terms, activation=form.conv3.activation, factor=factor)
+        return ops.join(self.passes, y, *terms, activation=form.last.activation, factor=factor)
 
     @staticmethod
     def _readers(form: forms.Bottleneck | forms.PreAct) -> list[ConvUnit]:
@@ -147,10 +156,11 @@ class Step:
 
     def _repvgg(self, form: forms.RepVgg, x: Tensor) -> Tensor:
         unit = form.conv
-        norms = [unit.norm, unit.pointwise_norm] + ([] if unit.identity is None else [unit.identity])
+        (pointwise,) = unit.others
+        norms = [unit.norm, pointwise.norm] + ([] if unit.identity is None else [unit.identity])
         stats, affines = zip(*(self._norm(norm, "none") for norm in norms), strict=True)
-        weights = [conv.weight.to(self.dtype) for conv in (unit.conv, unit.pointwise)]
-        geometries = [(c.stride, c.padding, c.dilation, c.groups) for c in (unit.conv, unit.pointwise)]
+        weights = [conv.weight.to(self.dtype) for conv in (unit.conv, pointwise.conv)]
+        geometries = [(c.stride, c.padding, c.dilation, c.groups) for c in (unit.conv, pointwise.conv)]
         factor = None if unit.identity is None else self.drop(form.drop_path, x)
         y = ops.repvgg(self.passes, x, weights, geometries, stats, affines, unit.activation, factor)
         if form.squeeze_excite is None:
@@ -178,8 +188,11 @@ def check(form: forms.Form) -> None:
     """Raise `Refused` where a form is left to the host in training mode."""
     if type(form) not in _RUN:
         raise Refused(f"{type(form).__name__} has no fused form in training mode")
-    if isinstance(form, forms.RepVgg) and not hasattr(form.conv, "pointwise"):
-        raise Refused("a reparameterised block has no norm to fuse with")
+    if isinstance(form, forms.RepVgg):
+        if not isinstance(form.conv, BranchesUnit):
+            raise Refused("a reparameterised block has no norm to fuse with")
+        if [branch.conv.kernel_size for branch in form.conv.others] != [(1, 1)]:
+            raise Refused("it has other branches than a RepVGG's")
     if isinstance(form, forms.Single) and form.unit.norm is None:
         raise Refused("there is no norm to fuse with")
     for unit in form.units().values():
@@ -197,6 +210,8 @@ def check(form: forms.Form) -> None:
                 raise Refused(f"{unit.path} has a bias")
         if not isinstance(unit, (ConvUnit, NormActUnit, SqueezeExciteUnit, forms.GateUnit)):
             raise Refused(f"{unit.path} has no fused form in training mode")
+    if isinstance(form, forms.Bottleneck) and form.before is not None and form.shortcut is not None:
+        raise Refused("its shortcut reads what no other convolution does")
     if isinstance(form, forms.PreAct) and (form.conv3 or form.conv2).norm is not None:
         raise Refused("its last convolution has a norm")
 

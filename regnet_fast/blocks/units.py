@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends import Geometry, computed, pixel_means
+from ..backends import ACTIVATIONS, Geometry, computed, pixel_means
 from ..backends.reference import activate, channel_means
 from ..ops.conv import conv
 from ..ops.convolution import PackedConv
@@ -183,33 +184,46 @@ class PackedConvThenNorm:
         return (y, pixel_means(y)) if means else y
 
 
-@dataclass(eq=False)
-class RepVggUnit(ConvUnit):
-    """The sum of a kxk, a 1x1 and an identity branch, each with its BatchNorm, as one convolution.
+class Branch(NamedTuple):
+    """A convolution and its norm beside another one, by the name of what holds both."""
 
-    `conv` and `norm` are the kxk branch; the kernel of the 1x1 branch and a unit kernel for the identity are padded to
-    k x k and added. Source: X. Ding et al., "RepVGG", CVPR 2021, arXiv 2101.03697.
+    path: str
+    conv: nn.Conv2d
+    norm: nn.Module
+
+
+@dataclass(eq=False)
+class BranchesUnit(ConvUnit):
+    """The sum of a k x k convolution, others of k x k or 1x1 and an identity, each with its BatchNorm, as one
+    convolution: the blocks of RepVGG and MobileOne before they are reparameterised.
+
+    `conv` and `norm` are the first branch; smaller kernels, and a unit kernel for the identity, are padded to k x k and
+    added. Source: X. Ding et al., "RepVGG", CVPR 2021, arXiv 2101.03697.
     """
 
-    pointwise: nn.Conv2d = None
-    pointwise_norm: nn.Module = None
+    others: tuple[Branch, ...] = ()
     identity: nn.Module | None = None
 
     def norms(self) -> list[tuple[str, nn.Module]]:
-        found = [*super().norms(), ("conv_1x1.bn", self.pointwise_norm)]
+        found = [*super().norms(), *((f"{branch.path}.bn", branch.norm) for branch in self.others)]
         return found if self.identity is None else [*found, ("identity", self.identity)]
 
     def check(self) -> None:
         super().check()
-        shape, kxk = self.pointwise.weight.shape, self.conv.weight.shape
-        if tuple(shape) != (*kxk[:2], 1, 1) or (self.identity is not None and self.in_channels != kxk[0]):
-            raise Refused(f"its branches have weights of the shapes {tuple(kxk)} and {tuple(shape)}")
+        kxk = self.conv.weight.shape
+        for branch in self.others:
+            shape = branch.conv.weight.shape
+            if tuple(shape) not in ((*kxk[:2], 1, 1), tuple(kxk)):
+                raise Refused(f"its branches have weights of the shapes {tuple(kxk)} and {tuple(shape)}")
+        if self.identity is not None and self.in_channels != kxk[0]:
+            raise Refused(f"its input of {self.in_channels} channels is added to {kxk[0]}")
 
     def weights(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = super().weights()
-        weight1, bias1 = fold(self.pointwise.weight, self.pointwise.bias, batch_norm(self.pointwise_norm))
         centre = weight.shape[2] // 2
-        weight, bias = weight + F.pad(weight1, [centre] * 4), bias + bias1
+        for branch in self.others:
+            weight1, bias1 = fold(branch.conv.weight, branch.conv.bias, batch_norm(branch.norm))
+            weight, bias = weight + F.pad(weight1, [centre - weight1.shape[2] // 2] * 4), bias + bias1
         if self.identity is not None:
             scale, shift = batch_norm(self.identity).scale_shift()
             channel = torch.arange(weight.shape[0], dtype=torch.int64, device=weight.device)
@@ -338,6 +352,33 @@ class GateUnit(Unit):
         weight = self.conv.weight
         ones = torch.ones(weight.shape[0], dtype=torch.float32, device=weight.device)
         return PackedNormAct(ones, torch.zeros_like(ones), self.activation)
+
+
+@dataclass(eq=False)
+class JoinUnit(Unit):
+    """`activation(x * gate + residual)`, where there are a gate and a residual."""
+
+    path: str
+    activation: str = "none"
+
+    def __call__(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        x = x if gate is None else x * gate[:, :, None, None]
+        return activate(x if residual is None else x + residual, self.activation)
+
+    def pack(self, dtype: torch.dtype) -> Callable:
+        return PackedJoin(self.activation)
+
+
+class PackedJoin:
+    """The same in the memory of x."""
+
+    def __init__(self, activation: str):
+        self.activation = activation
+
+    def __call__(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        if gate is not None:
+            x = x.mul_(gate[:, :, None, None])
+        return ACTIVATIONS[self.activation].in_place(x if residual is None else x.add_(residual))
 
 
 @dataclass(eq=False)

@@ -17,6 +17,7 @@ _HOSTS = {
     "timm.models.regnet": ".timm",
     "torchvision.models.regnet": ".torchvision",
     "transformers.models.regnet.modeling_regnet": ".transformers",
+    "transformers.models.resnet.modeling_resnet": ".transformers",
 }
 """The module of a library that defines its blocks, and ours about it.
 
@@ -60,7 +61,7 @@ def derived(network: nn.Module) -> list[tuple[str, nn.Module, type[nn.Module]]]:
     return [
         (path, module, host)
         for path, module in network.named_modules()
-        if not isinstance(module, Fused)
+        if not isinstance(module, Fused) and type(module) not in blocks
         for host in type(module).__mro__[1:]
         if host in blocks
     ]

@@ -1,10 +1,13 @@
-"""Hugging Face transformers: which of its classes is which block. `RegNetModel` and what is built on it."""
+"""Hugging Face transformers: which of its classes is which block. `RegNetModel`, `ResNetModel` and what is built on
+them.
+"""
 
 from __future__ import annotations
 
 from torch import nn
 from transformers.activations import ACT2CLS
 from transformers.models.regnet import modeling_regnet as regnet
+from transformers.models.resnet import modeling_resnet as resnet
 
 from ..blocks import forms
 from ..blocks.chain import Chain
@@ -15,17 +18,20 @@ from .modules import conv_norm, squeeze_excite
 
 _ACTIVATIONS = {ACT2CLS["silu"]: "silu", ACT2CLS["linear"]: "none", ACT2CLS["gelu"]: "gelu"}
 
+_CONV_LAYERS = regnet.RegNetConvLayer, resnet.ResNetConvLayer
+_SHORTCUTS = regnet.RegNetShortCut, resnet.ResNetShortCut
+
 
 def _activation(path: str, module: nn.Module) -> str:
     return modules.activation(path, module, _ACTIVATIONS)
 
 
 def _unit(path: str, module: nn.Module, after: str = "none") -> ConvUnit:
-    """transformers' RegNetConvLayer or RegNetShortCut as a unit; `after` is the activation behind the layer's sum."""
-    if type(module) not in (regnet.RegNetConvLayer, regnet.RegNetShortCut, RegNetConvLayer):
-        raise Refused(f"{path} is {type(module).__name__}, not RegNetConvLayer or RegNetShortCut")
+    """A ConvLayer or ShortCut of transformers as a unit; `after` is the activation behind the layer's sum."""
+    if type(module) not in (*_CONV_LAYERS, *_SHORTCUTS, RegNetConvLayer, ResNetConvLayer):
+        raise Refused(f"{path} is {type(module).__name__}, not {_CONV_LAYERS[0].__name__} or {_SHORTCUTS[0].__name__}")
     dot = f"{path}." if path else ""
-    if not isinstance(module, regnet.RegNetShortCut):
+    if type(module) not in _SHORTCUTS:
         own = _activation(f"{dot}activation", module.activation)
         if "none" not in (own, after):
             raise Refused(f"{path} has an activation of its own before the layer's sum")
@@ -51,21 +57,31 @@ class RegNetConvLayer(Fused, regnet.RegNetConvLayer):
         return forms.Single(_unit("", self))
 
 
+class ResNetConvLayer(Fused, resnet.ResNetConvLayer):
+    """transformers' `ResNetConvLayer`: `act(norm(conv(x)))`, the stem. Constructor and state are transformers'."""
+
+    host = resnet.ResNetConvLayer
+
+    def fused_form(self) -> forms.Single:
+        return forms.Single(_unit("", self))
+
+
 class _Layer(Fused):
-    """What `RegNetXLayer` and `RegNetYLayer` have in common."""
+    """What the layers have in common: two or three convolutions, with a squeeze-excite before the last in RegNetY."""
 
     def fused_form(self) -> forms.Bottleneck:
-        units = list(self.layer)
+        parts = [(f"layer.{i}", part) for i, part in enumerate(self.layer)]
         excites = self.host is regnet.RegNetYLayer
-        if len(units) != 3 + excites:
-            raise Refused(f"layer has {len(units)} parts, not {3 + excites}")
-        last = f"layer.{2 + excites}"
+        wanted = 2 if self.host is resnet.ResNetBasicLayer else 3
+        if len(parts) != wanted + excites:
+            raise Refused(f"layer has {len(parts)} parts, not {wanted + excites}")
+        squeeze_excite = _squeeze_excite(*parts.pop(-2)) if excites else None
+        *first, last = parts
         identity = type(self.shortcut) is nn.Identity
         return forms.Bottleneck(
-            _unit("layer.0", units[0]),
-            _unit("layer.1", units[1]),
-            _unit(last, units[-1], after=_activation("activation", self.activation)),
-            _squeeze_excite("layer.2", units[2]) if excites else None,
+            *(_unit(path, part) for path, part in first),
+            _unit(*last, after=_activation("activation", self.activation)),
+            squeeze_excite=squeeze_excite,
             shortcut=None if identity else _unit("shortcut", self.shortcut),
             identity=identity,
         )
@@ -83,7 +99,25 @@ class RegNetYLayer(_Layer, regnet.RegNetYLayer):
     host = regnet.RegNetYLayer
 
 
-BLOCKS: dict[type[nn.Module], type[Fused]] = {cls.host: cls for cls in (RegNetConvLayer, RegNetXLayer, RegNetYLayer)}
+class ResNetBasicLayer(_Layer, resnet.ResNetBasicLayer):
+    """transformers' `ResNetBasicLayer`. Constructor and state are transformers'."""
+
+    host = resnet.ResNetBasicLayer
+
+
+class ResNetBottleNeckLayer(_Layer, resnet.ResNetBottleNeckLayer):
+    """transformers' `ResNetBottleNeckLayer`. Constructor and state are transformers'."""
+
+    host = resnet.ResNetBottleNeckLayer
+
+
+BLOCKS: dict[type[nn.Module], type[Fused]] = {
+    cls.host: cls
+    for cls in (
+        *(RegNetConvLayer, RegNetXLayer, RegNetYLayer),
+        *(ResNetConvLayer, ResNetBasicLayer, ResNetBottleNeckLayer),
+    )
+}
 """transformers' class to ours, wherever it stands in a network."""
 
 CHAINS: dict[type[nn.Module], type[Chain]] = {}

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from ..hosts import named
+from ..models import rebuild
 from . import runtimes
 from .judging import ERROR_RATIO, judge
 from .timing import Announce, Timed, describe, frozen_compilation, interleave, ratio, silent, synchronize, tuned_cudnn
-from .verify import host_model, input_size, randomize_norms, rebuilt
+from .verify import host_model, input_size, randomize_norms
 
 OURS = "regnet_fast"
 EAGER = ("timm", "timm channels_last")
@@ -91,7 +92,7 @@ def variants(
     if all_peers:
         found += [peer("compile channels_last", force_layout=x.is_cuda), peer("compile max-autotune")]
     found += [Variant(name, runtimes.Call(name, base, x)) for name in others]
-    report = rebuilt(copy.deepcopy(base))
+    report = rebuild(copy.deepcopy(base))
     return [*found, variant(OURS, report.model, x)], len(report.rebuilt)
 
 

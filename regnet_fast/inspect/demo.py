@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..blocks.fused import Fused
 from ..classify import WeightsUnavailableError, class_names, load, open_image, preprocessing, rank
+from ..models import rebuild
 from .compare import EAGER, OURS, measure
 from .explanation import explain
 from .judging import judge
 from .timing import Announce
-from .verify import randomize_norms, rebuilt
+from .verify import randomize_norms
 
 PHOTOGRAPH = "grace_hopper.jpg"
 
@@ -66,7 +67,7 @@ def demo(
 
     base = timm.utils.reparameterize_model(base, inplace=True).to(device)
     x = preprocessing(base, size)(picture)[None].to(device)
-    ours = rebuilt(copy.deepcopy(base)).model
+    ours = rebuild(copy.deepcopy(base)).model
     with torch.no_grad():
         logits = ours(x)
         for index, label, probability in rank(logits[0], class_names(base), 5):

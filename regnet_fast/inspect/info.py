@@ -19,6 +19,7 @@ from .. import backends
 from ..backends import ConvProblem, Geometry, cpu_library
 from ..backends.cuda import extension, launcher, nvrtc
 from ..kernels import tables
+from ..models import rebuild
 
 DTYPES = ("float32", "bfloat16", "float16")
 BUSY = 0.5  # load average per core from which on times are called noisy
@@ -246,9 +247,9 @@ def explain_model(
     Raises UnknownModelError.
     """
     from .explanation import explain
-    from .verify import host_model, input_size, rebuilt
+    from .verify import host_model, input_size
 
-    report = rebuilt(host_model(name).to(device, dtype))
+    report = rebuild(host_model(name).to(device, dtype))
     shape = (batch, *input_size(report.model, size))
     rows = explain(report.model, shape, train) if report.rebuilt or report.kept else []
     served = Counter(row.backend for row in rows)

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from ..backends import BackendError, backend
 from ..kernels import tables
 from ..kernels.tables import HEURISTIC, Choice, words
+from ..models import rebuild
 from ..observer import observing
 from ..settings import settings
 from ..store.verdicts import Outcome, Verdict
 from ..trials.clock import Timer, timer
 from ..trials.process import descriptors, serve
 from .timing import Announce, silent, synchronize
-from .verify import host_model, input_size, randomize_norms, rebuilt
+from .verify import host_model, input_size, randomize_norms
 
 SCREENING_ROUNDS, ROUNDS = 3, 25
 FINALISTS = 5
@@ -56,7 +57,7 @@ class Subject(NamedTuple):
         Raises UnknownModelError, and TuneError for a model of which nothing is rebuilt.
         """
         torch.manual_seed(0)
-        report = rebuilt(randomize_norms(host_model(self.model)).to(self.device, self.dtype))
+        report = rebuild(randomize_norms(host_model(self.model)).to(self.device, self.dtype))
         if not report.rebuilt:
             raise TuneError(
                 f"nothing of {self.model} is rebuilt: it runs as timm makes it, without kernels that could be tuned"

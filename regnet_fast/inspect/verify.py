@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hosts import named
-from ..models import Report, in_family, rebuild
+from ..models import rebuild
 from .judging import Check, judge
 from .timing import Announce, silent
 
@@ -103,14 +103,6 @@ def unknown_model_errors(name: str) -> Iterator[None]:
         if not str(error).startswith(("Unknown model", "Invalid pretrained tag", "Model name", "Model architecture")):
             raise
         raise UnknownModelError(_with_close_names(error, name)) from error
-
-
-def rebuilt(model: nn.Module) -> Report:
-    """What `create_model` makes of a model of timm's: its blocks rebuilt in place, or nothing outside our families.
-    A model of another host is rebuilt.
-    """
-    config = getattr(model, "pretrained_cfg", None)
-    return rebuild(model) if config is None or in_family(config.get("architecture") or "") else Report(model)
 
 
 def _with_close_names(error: Exception, name: str) -> str:
@@ -247,7 +239,7 @@ def verify(
     torch.manual_seed(seed)
     base = randomize_norms(host_model(name), seed).to(device, dtype)
     x = torch.randn(batch, *input_size(base, size), dtype=torch.float32, device="cpu").to(device, dtype)
-    report = rebuilt(copy.deepcopy(base))
+    report = rebuild(copy.deepcopy(base))
     paths = [path for path, _ in report.rebuilt]
     last = torch.channels_last
     with torch.device(device):  # where timm makes the new convolutions

@@ -104,6 +104,16 @@ def test_the_largest_of_a_window():
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=str(case))
 
 
+def test_means_of_a_window():
+    for case in cases.window_mean_cases():
+        assert cases.window_mean(*case) < 1, case
+
+
+def test_a_map_is_gated_and_added_to():
+    for case in cases.joined_cases():
+        assert cases.joined(*case) < 1, case
+
+
 def test_averages():
     """Of any number of channels, with a norm and activation before or without; NaN stays in its channel."""
     for case in cases.average_cases():

@@ -37,6 +37,16 @@ def test_models_are_all_75():
     assert set(cases.model_names()) == {name for family in families for name in timm.list_models(family)}
 
 
+def test_models_are_those_of_which_something_is_rebuilt():
+    names = [
+        case.name for case in cases.select("models", ["resnet50", "efficientnet_b0", "regnety_002"], [1], ["float32"])
+    ]
+    assert names == ["resnet50", "efficientnet_b0", "regnety_002"] and set(cases.model_names()) <= set(
+        cases.architectures()
+    )
+    assert cases.blocks("resnet18")[0] == "layer1.0"
+
+
 def test_operations_are_those_of_a_model():
     """Counted by hand in timm's regnetx_002: stem, 13 blocks of three convolutions, 4 shortcuts."""
     counts: dict[str, int] = {}

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 import regnet_fast
-from regnet_fast.inspect.verify import host_model, randomize_norms, rebuilt
+from regnet_fast.inspect.verify import host_model, randomize_norms
+from regnet_fast.models import rebuild
 
 MODELS = ("regnetx_002", "regnety_002", "regnetz_005", "regnetv_040", "repvgg_a0", "resnetv2_18")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
 
 
 def make(name, dtype=torch.float32):
-    return rebuilt(randomize_norms(host_model(name)).eval()).model.to("cuda", dtype)
+    return rebuild(randomize_norms(host_model(name)).eval()).model.to("cuda", dtype)
 
 
 def assert_same(found, expected):
