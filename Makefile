@@ -22,10 +22,10 @@ export PYTHONDONTWRITEBYTECODE :=
 
 # The tests run one torch thread per worker: on small shapes two processes beat two threads.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(WORKERS)
-MAIN := tests --ignore=tests/test_models.py --ignore=tests/versions -m "not slow"
+MAIN := tests --ignore=tests/test_models.py --ignore=tests/test_families.py --ignore=tests/versions -m "not slow"
 # Whole models run with all threads, as users run them: torch chooses other libraries with one thread. Threads of two
 # processes on the same cores wait passively, or they wait for each other.
-PYTEST_MODELS := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -q tests/test_models.py
+PYTEST_MODELS := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -q tests/test_models.py tests/test_families.py
 # Triton's interpreter is chosen when the kernels are imported, so that these tests have processes of their own.
 PYTEST_KERNELS := -m pytest -q -n $(WORKERS) tests/kernels -m "not slow"
 # Networks in training and tuning are interpreted with the oldest versions alone, every configuration with the newest.
@@ -43,7 +43,7 @@ help:
 	@echo "make test-all     every test but the slow ones, the quick part of timm's own model tests, and all versions of torch"
 	@echo "make test-oldest  the tests that must hold on the oldest supported versions"
 	@echo "make versions     a short set of tests on every minor version of torch, and on every Python"
-	@echo "make matrix       the numbers of all 75 architectures, the largest too (16 GB of memory)"
+	@echo "make matrix       the numbers of every architecture that is rebuilt, the largest too (16 GB of memory)"
 	@echo "make soak         SOAK times the random inputs, threads and calls of the tests: ten to twenty minutes; docs/robustness.md"
 	@echo "make kernels      every kernel for every shape and GPU architecture: more models in the interpreter, all compiled"
 	@echo "make host-suite   timm's own model tests on every architecture that fits in memory"

@@ -74,7 +74,7 @@ def two_threads():
 
 
 def numbers(name: str, dtype: torch.dtype, images: int) -> None:
-    """The largest error of a few values is chance: half of four other draws have to miss the rule as well for a failure."""
+    """The largest error of few values is chance: half of four other draws have to miss the rule too for a failure."""
 
     def missed() -> AssertionError | None:
         x = torch.randn(images, 3, size(name), size(name)).to(dtype)

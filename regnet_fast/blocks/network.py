@@ -80,6 +80,8 @@ class Network(Freezable):
             if key not in kept or [*kept[key].children()] != layers:
                 kept = self.__dict__[PIECES] = {**kept, key: cls.around(*named)}
             called = tuple(layer for layer in layers if not _does_nothing(layer))
+            if not called:
+                continue
             at = next((i for i in range(len(order)) if [m for m, _ in order[i : i + len(called)]] == [*called]), None)
             if at is None or not all(map(only_forwards, layers)) or kept[key].plan(x, counted=False) is None:
                 continue

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends import ConvProblem, NormActProblem, native
@@ -175,7 +176,7 @@ class Recorder:
         def pooled(x: Map) -> Map:
             window = [nn.modules.utils._pair(getattr(layer, name, 1)) for name in _WINDOW]
             try:
-                shape = layer(torch.empty(x.shape, dtype=torch.float32, device="meta")).shape
+                shape = _pooled(layer, torch.empty(x.shape, dtype=torch.float32, device="meta")).shape
             except RuntimeError as error:
                 raise Refused(f"a {type(layer).__name__} of such a window has no result: {error}") from error
             x, y = self.value(x), self.buffer(*shape, dtype=x.dtype)
@@ -364,6 +365,14 @@ class Noted:
 
 
 _WINDOW = ("kernel_size", "stride", "padding", "dilation")
+
+
+def _pooled(layer: nn.MaxPool2d | nn.AvgPool2d, x: Tensor) -> Tensor:
+    """What a pooling gives, whatever stands in the place of its forward."""
+    facts = layer.kernel_size, layer.stride, layer.padding
+    if type(layer) is nn.MaxPool2d:
+        return F.max_pool2d(x, *facts, layer.dilation, layer.ceil_mode)
+    return F.avg_pool2d(x, *facts, layer.ceil_mode, layer.count_include_pad)
 
 
 def _window_kind(layer: nn.Module) -> int | None:

@@ -273,13 +273,13 @@ def test_every_stage_of_the_families_is_a_program(name):
 
 
 def test_what_is_no_step_is_refused():
-    """An activation that csrc/cpu does not have, a pooled shortcut, and a stem's pooling that is none of its own."""
+    """An activation that csrc/cpu does not have, and a stem's pooling that is none of its own."""
     stem = nn.Conv2d(24, 24, 3), nn.Identity()
     blocks = {
         "gelu": timm.create_model("regnetx_002", act_layer="gelu").s2.b1,
-        "computes more": timm.create_model("resnetv2_50d").stages[1].blocks[0],
-        "AvgPool2d": Stem(OrderedDict(conv=stem[0], pool=nn.AvgPool2d(2))),
-        "MaxPool2d is": Stem(OrderedDict(conv=stem[0], pool=nn.MaxPool2d(2, ceil_mode=True))),
+        "AvgPool2d is": Stem(OrderedDict(conv=stem[0], pool=nn.AvgPool2d(3, padding=1))),
+        "AdaptiveAvgPool2d is": Stem(OrderedDict(conv=stem[0], pool=nn.AdaptiveAvgPool2d(2))),
+        "MaxPool2d is": Stem(OrderedDict(conv=stem[0], pool=nn.MaxPool2d(2, return_indices=True))),
         "no result": Stem(OrderedDict(conv=stem[0], pool=nn.MaxPool2d(9))),
     }
     for reason, block in blocks.items():
@@ -361,8 +361,7 @@ def test_steps_are_timed_inside_the_run(count, threads):
     passed = time.perf_counter() - begin
     seconds = [each for _, each in found]
     assert all(each > 0 for each in seconds) and 0.5 * passed < sum(seconds) <= passed
-    large = max(found, key=lambda one: one[1])[0]
-    assert large.kind == native.CONV and large.out_height >= 32, "it is a convolution of a large map"
+    assert [step.kind for step, _ in found] == [step.kind for step in program._run.steps]
 
 
 def test_a_negated_view_is_read_as_what_it_says():

@@ -18,7 +18,7 @@ from regnet_fast.cli import explain as explain_command
 from regnet_fast.inspect import compare, info, runtimes, verify
 from regnet_fast.store.verdicts import Outcome, Verdict, Verdicts
 
-MODEL, OTHER = "resnetv2_18", "resnet10t"  # one of our families, and one that is not
+MODEL, OTHER = "resnetv2_18", "convnext_atto"  # one of our families, and one that is not
 SMALL = ["--size", "32"]
 
 

@@ -13,7 +13,7 @@ from regnet_fast.cli import app
 from regnet_fast.inspect import verification_report, verify
 from regnet_fast.trials import cpu
 
-MODEL, OTHER = "resnetv2_18", "resnet10t"
+MODEL, OTHER = "resnetv2_18", "convnext_atto"
 
 
 def run(*arguments):

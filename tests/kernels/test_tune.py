@@ -413,5 +413,5 @@ def test_what_is_tuned_is_the_rebuilt_model():
 
 def test_a_model_of_another_family_is_a_usage_error(monkeypatch):
     monkeypatch.setattr(tune, "check_device", lambda device: None)
-    found = CliRunner().invoke(app, ["tune", "resnet10t", "--size", "32", "--device", "cpu"])
-    assert found.exit_code == 2 and "nothing of resnet10t is rebuilt" in found.stderr
+    found = CliRunner().invoke(app, ["tune", "convnext_atto", "--size", "32", "--device", "cpu"])
+    assert found.exit_code == 2 and "nothing of convnext_atto is rebuilt" in found.stderr

@@ -100,7 +100,7 @@ class _Reparameterisable(Fused):
             raise Refused("its branches are not all BatchNorm without an activation")
         _check_geometry([first, *others])
         unit = BranchesUnit(
-            first.path,
+            named[0][0],
             first.conv,
             first.norm,
             activation=after,
