@@ -54,10 +54,10 @@ def share(name: str) -> float:
     return counted[True] / sum(counted.values())
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="patterns of names; with any, nothing is written")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     names = [name for pattern in options.names or ["*"] for name in timm.list_models(pattern)]
     found = {}
     for name in names:
