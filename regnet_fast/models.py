@@ -130,8 +130,8 @@ def freeze(model: nn.Module) -> nn.Module:
     Otherwise every block looks in every call whether a weight, a statistic, a setting or a hook below it has changed,
     which at batch 1 on a CPU costs several percent (docs/cpu.md). A frozen block takes its weights as they are at its
     next call, and does not see in-place changes, replaced layers or parameters, nor hooks on inner modules. On a CPU a
-    frozen network's program takes in the layers that stand in no block, as RegNetV's stem and ResNetV2's last norm;
-    other layers in their place and hooks on them are seen.
+    frozen network's program takes in the layers that stand in no block, as the stems and classifiers of ResNet and
+    EfficientNet, RegNetV's stem and ResNetV2's last norm; other layers in their place and hooks on them are seen.
 
     `train()`, `eval()`, `load_state_dict()` and `to()` lift the promise, as do deep copies and pickling for the copy.
     Raises ValueError where a block is in training mode, since `eval()` would lift the promise at once.

@@ -96,7 +96,7 @@ def test_detection_with_frozen_norms():
             model([torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(1))])
             for model in (theirs, ours.model)
         ]
-    assert len(boxes[0][0]["boxes"]) == len(boxes[1][0]["boxes"])
+    assert len(boxes[0][0]["boxes"]) == len(boxes[1][0]["boxes"]) > 0
     torch.testing.assert_close(boxes[1][0]["boxes"], boxes[0][0]["boxes"], rtol=1e-2, atol=0.5)
 
 
