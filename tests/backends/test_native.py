@@ -355,12 +355,15 @@ def test_steps_are_timed_inside_the_run(count, threads):
     stage = stages(regnet_fast.rebuild(randomized("regnety_002")).model)[2]
     x = cases.maps((2, 56, 64, 64), F32)
     program = Program([[block.read_form() for block in stage.links()]], x.shape, F32)
-    program(x)
-    begin = time.perf_counter()
-    found = program.timed(x)
-    passed = time.perf_counter() - begin
-    seconds = [each for _, each in found]
-    assert all(each > 0 for each in seconds) and 0.5 * passed < sum(seconds) <= passed
+    shares = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        found = program.timed(x)
+        passed = time.perf_counter() - begin
+        seconds = [each for _, each in found]
+        assert all(each > 0 for each in seconds)
+        shares.append(sum(seconds) / passed)
+    assert 0.5 < max(shares) <= 1, "of the time of a call that no other process disturbed"
     assert [step.kind for step, _ in found] == [step.kind for step in program._run.steps]
 
 
