@@ -57,7 +57,7 @@ def kind(step: Step) -> str:
     if _product(step.kernel) == 1 and step.groups == 1:
         return size
     groups = "dense" if step.groups == 1 else "depthwise" if width == 1 else f"groups of {width}"
-    return f"{size} {groups}" + (", Winograd" if step.winograd else "")
+    return f"{size} {groups}" + (", Winograd" if step.way == native.WINOGRAD else "")
 
 
 def _product(sizes: Sequence[int]) -> int:

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import timm
 import torch
@@ -54,7 +55,9 @@ def problems() -> Iterator[ConvProblem]:
     for (width, count), size, dtype in itertools.product(groups, SIZES, (F32, BF16)):
         for stride, dilation in ((1, 1), (2, 1), (1, 2)):
             c = width * count
-            yield conv(size, c, c, 3, stride, count, dilation=dilation, dtype=dtype)
+            activation = "silu" if size == SIZES[1] else "relu"
+            yield conv(size, c, c, 3, stride, count, dilation=dilation, activation=activation, dtype=dtype)
+    yield from depthwise_problems()
     for c, k, kernel, stride in (
         (3, 32, 3, 2),
         (3, 64, 7, 2),
@@ -67,6 +70,22 @@ def problems() -> Iterator[ConvProblem]:
             yield conv(size, c, k, kernel, stride, residual=residual, dtype=dtype)
     for padding in (0, 2):
         yield conv((2, 9, 8), 12, 20, 3, padding=padding)
+
+
+def depthwise_problems() -> Iterator[ConvProblem]:
+    """Of channels that fill vectors and of others, of all kernels that csrc/cpu has a way of its own for, and others."""
+    for c, size, dtype in itertools.product((1, 8, 16, 17, 24, 31, 40, 144, 257, 300), SIZES, (F32, BF16)):
+        for kernel, stride in ((3, 1), (3, 2), (5, 1), (5, 2)):
+            residual, activation = c % 2 == 1, "hardswish" if stride == 1 else "relu"
+            yield conv(size, c, c, kernel, stride, c, residual=residual, activation=activation, dtype=dtype)
+    for name, dtype in itertools.product(native.ACTIVATION_CODES, (F32, BF16)):
+        yield conv(SIZES[1], 40, 40, 3, 1, 40, activation=name, dtype=dtype)
+    for dtype in (F32, BF16):
+        for kernel, stride, dilation, padding in ((7, 1, 1, 3), (2, 2, 1, 0), (3, 3, 1, 1), (3, 1, 2, 2), (5, 1, 1, 7)):
+            yield conv(SIZES[1], 48, 48, kernel, stride, 48, dilation=dilation, padding=padding, dtype=dtype)
+        for kernel, stride, padding in (((3, 5), (1, 2), (0, 2)), ((5, 3), (3, 1), (2, 4))):
+            square = conv(SIZES[1], 33, 33, 3, groups=33, dtype=dtype)
+            yield replace(square, kernel=kernel, geometry=Geometry(stride, padding, (1, 1), 33))
 
 
 def operands(p: ConvProblem) -> dict[str, Tensor | None]:

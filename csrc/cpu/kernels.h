@@ -50,18 +50,25 @@ constexpr int most_pixels(int vectors) {
 
 constexpr int MOST_VECTORS = REGISTERS == 32 ? 4 : 3;
 
-/// What follows the sums of a tile, `sums[pixel][group][channel]` with rows of so many numbers for each group.
+/// What follows the sums of a tile: of each pixel `together` rows of sums of which the first `groups` are there, each of
+/// so many channels, `apart` in y.
+struct Sums {
+    const float* sums;
+    int pixels, together, row, groups, channels;
+    int64_t apart;
+};
+
 template <typename T, int ACTIVATION>
-ALWAYS void finished(const float* sums, int pixels, int groups, int row, const Tile& tile) {
+ALWAYS void finished(const Sums& of, const Tile& tile) {
     const T* residual = static_cast<const T*>(tile.residual);
     T* y = static_cast<T*>(tile.y);
-    for (int g = 0; g < tile.groups; g++) {
-        for (int c = 0; c < tile.channels; c += LANES) {
-            const int count = tile.channels - c;
-            const int64_t own = g * tile.apart + c;
+    for (int g = 0; g < of.groups; g++) {
+        for (int c = 0; c < of.channels; c += LANES) {
+            const int count = of.channels - c;
+            const int64_t own = g * of.apart + c;
             Vec total = {};
-            for (int i = 0; i < pixels; i++) {
-                Vec z = load(sums + (i * groups + g) * row + c, count);
+            for (int i = 0; i < of.pixels; i++) {
+                Vec z = load(of.sums + (i * of.together + g) * of.row + c, count);
                 if (residual) z += load(residual + i * tile.pitch + own, count);
                 z = activate<T>(z, ACTIVATION);
                 total += z;
@@ -73,9 +80,8 @@ ALWAYS void finished(const float* sums, int pixels, int groups, int row, const T
 }
 
 template <typename T>
-__attribute__((noinline)) void finish(const float* sums, int pixels, int groups, int row, const Tile& tile) {
-    with_activation(tile.activation,
-                    [&](auto known) { finished<T, decltype(known)::value>(sums, pixels, groups, row, tile); });
+__attribute__((noinline)) void finish(const Sums& of, const Tile& tile) {
+    with_activation(tile.activation, [&](auto known) { finished<T, decltype(known)::value>(of, tile); });
 }
 
 /// A vector of G groups, one group after the other, where they lie `apart`.
@@ -124,6 +130,12 @@ ALWAYS void end(const Vec (&sums)[M][N], const Tile& tile) {
             for (int j = 0; j < N; j++) store(y + i * tile.pitch + j * LANES, sums[i][j]);
         return;
     }
+    if (G > 1 && N == 1 && tile.apart == EACH && (tile.activation > RELU || tile.groups != G)) {  // without gaps
+        float lanes[M][LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < M; i++) store(lanes[i], one_by_one<G>(sums[i][0]));
+        return finish<T>({lanes[0], M, 1, LANES, 1, tile.groups * EACH, 0}, tile);
+    }
     if (tile.activation > RELU || tile.groups != G) {
         float lanes[M][G][N * EACH];
 #pragma GCC unroll 16
@@ -134,7 +146,7 @@ ALWAYS void end(const Vec (&sums)[M][N], const Tile& tile) {
                 store(both, one_by_one<G>(sums[i][j]));
                 for (int g = 0; g < G; g++) std::memcpy(lanes[i][g] + j * EACH, both + g * EACH, EACH * sizeof(float));
             }
-        return finish<T>(lanes[0][0], M, G, N * EACH, tile);
+        return finish<T>({lanes[0][0], M, G, N * EACH, tile.groups, tile.channels, tile.apart}, tile);
     }
     const Vec least = all(tile.activation == RELU ? 0.0f : -std::numeric_limits<float>::infinity());
 #pragma GCC unroll 16

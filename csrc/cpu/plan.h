@@ -12,6 +12,8 @@ namespace {
 
 enum Kind { CONV, MEANS, AFFINE, LARGEST, AVERAGE, WINDOW_MEAN };
 
+enum Way { DIRECT, WINOGRAD, DEPTHWISE };
+
 }  // namespace
 
 /// A step, as Python gives it. Maps are numbers of buffers, -1 for none.
@@ -23,7 +25,7 @@ extern "C" struct Step {
     int64_t bfloat16;  // maps and weights, else float32; never the sums, the means or what a gate is
     int64_t planar;    // x is an image in NCHW
     int64_t before;    // activation of x * gate * scale + shift, which is what is read
-    int64_t winograd;  // how the weights are laid out
+    int64_t way;       // of a convolution, for which its weights are laid out
     const void* weight;         // as `pack_weight` lays it out
     const float *bias;          // a whole number of vectors
     const float *scale, *shift;  // for each channel of x, or null
@@ -57,6 +59,18 @@ struct Channels {
 struct Rows {
     int64_t first, count;
 };
+
+/// The kernel's rows that read the image, and not its padding, for an output row.
+inline Rows reached_rows(const Step& s, int64_t row) {
+    const int64_t top = row * s.stride[0] - s.padding[0], down = s.dilation[0];
+    const int64_t above = top < 0 ? divided(-top, down) : 0;
+    const int64_t within = top < s.height ? divided(s.height - top, down) : 0;
+    const int64_t begin = std::min(above, s.kernel[0]), end = std::min(within, s.kernel[0]);
+    return {begin, std::max<int64_t>(0, end - begin)};
+}
+
+/// Multiplications and additions in a chunk, about, where an image has so many.
+inline double chunk_of(double work) { return std::min(std::max(work / CHUNKS, LEAST_CHUNK), CHUNK); }
 
 struct Chunk {
     int64_t image, band, block;
@@ -139,7 +153,7 @@ struct Conv {
         const bool whole = step.groups == 1;
         waits = std::max(1.0, FEW_FOR_A_WEIGHT / double(row * rows));
         const double work = waits * double(row * rows) * step.out_channels * taps * per_group;  // of an image
-        chunk = std::min(std::max(work / CHUNKS, LEAST_CHUNK), CHUNK);
+        chunk = chunk_of(work);
         bands_first = !whole || (direct && step.out_channels * units > pixels * pitch);
         int64_t most = std::max<int64_t>(1, int64_t(chunk / tile_work));
         if (whole) most = std::max(most, divided(FEW_PIXELS, row));
@@ -160,14 +174,8 @@ struct Conv {
     /// Rows that an output row reads.
     int64_t reach() const { return (step.kernel[0] - 1) * step.dilation[0] + 1; }
 
-    /// The kernel's rows that read the image, and not its padding, for an output row.
     Rows reached(int64_t row) const {
-        if (flat) return {0, 1};
-        const int64_t top = row * step.stride[0] - step.padding[0], down = step.dilation[0];
-        const int64_t above = top < 0 ? divided(-top, down) : 0;
-        const int64_t within = top < step.height ? divided(step.height - top, down) : 0;
-        const int64_t begin = std::min(above, step.kernel[0]), end = std::min(within, step.kernel[0]);
-        return {begin, std::max<int64_t>(0, end - begin)};
+        return flat ? Rows{0, 1} : reached_rows(step, row);
     }
 
     /// Which of some pixels of a row reads nothing but the border at a tap of the kernel's row.

@@ -20,6 +20,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "depthwise.h"
 #include "pace.h"
 #include "winograd.h"
 
@@ -119,12 +120,16 @@ struct Work {
     Step step;
     std::unique_ptr<Conv> conv;
     std::unique_ptr<Winograd> winograd;
+    std::unique_ptr<Depthwise> depthwise;
     int64_t chunks = 0, bands = 1, band = 0;
 
     explicit Work(const Step& given) : step(given) {
-        if (step.kind == CONV && step.winograd) {
+        if (step.kind == CONV && step.way == WINOGRAD) {
             winograd.reset(new Winograd(step));
             chunks = winograd->chunks();
+        } else if (step.kind == CONV && step.way == DEPTHWISE) {
+            depthwise.reset(new Depthwise(step));
+            chunks = depthwise->chunks();
         } else if (step.kind == CONV) {
             conv.reset(new Conv(step));
             chunks = conv->chunks();
@@ -161,6 +166,9 @@ struct Work {
                           : average_chunk<float>(step, buffers, chunk, bands);
         } else if (winograd) {
             winograd_chunk(*winograd, number, buffers, chunk, scratch);
+        } else if (depthwise) {
+            step.bfloat16 ? depthwise_chunk<Bf16>(*depthwise, buffers, chunk)
+                          : depthwise_chunk<float>(*depthwise, buffers, chunk);
         } else if (step.bfloat16) {
             conv_chunk<Pairs, Bf16>(*conv, number, buffers, chunk, scratch);
         } else {
@@ -240,7 +248,8 @@ int64_t lanes() { return LANES; }
 
 /// Bytes of a convolution's weights as they are laid out.
 int64_t packed_size(const Step* step) {
-    if (step->winograd) return Winograd(*step).size() * 4;
+    if (step->way == WINOGRAD) return Winograd(*step).size() * 4;
+    if (step->way == DEPTHWISE) return Depthwise(*step).size() * 4;
     const Conv conv(*step);
     int64_t size = 0;
     for (const Channels& tile : conv.tiles) size += conv.taps * conv.units * tile.vectors * LANES * 4;
@@ -250,13 +259,18 @@ int64_t packed_size(const Step* step) {
 /// Lay out the weights of a convolution, given as (K, C / groups, R, S) in float32.
 void pack_weight(const Step* step, const float* weight, void* packed, int threads) {
     if (alone_after_fork()) threads = 1;
-    if (step->winograd) return pack_winograd(Winograd(*step), weight, static_cast<float*>(packed), threads);
+    if (step->way == WINOGRAD) return pack_winograd(Winograd(*step), weight, static_cast<float*>(packed), threads);
+    if (step->way == DEPTHWISE) return pack_depthwise(Depthwise(*step), weight, static_cast<float*>(packed));
     const Conv conv(*step);
     step->bfloat16 ? pack<Pairs>(conv, weight, packed, threads) : pack<Singles>(conv, weight, packed, threads);
 }
 
 /// Into how many sums for each image and channel a convolution adds its results.
-int64_t bands_of(const Step* step) { return step->winograd ? Winograd(*step).bands : Conv(*step).bands; }
+int64_t bands_of(const Step* step) {
+    return step->way == WINOGRAD    ? Winograd(*step).bands
+           : step->way == DEPTHWISE ? Depthwise(*step).bands
+                                    : Conv(*step).bands;
+}
 
 /// A program of steps, or null where there is no memory for it.
 void* new_program(const Step* steps, int64_t count) {

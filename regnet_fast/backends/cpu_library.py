@@ -64,7 +64,7 @@ class Step(ctypes.Structure):
         *((name, c_int64) for name in ("kind", "activation", "images", "channels", "height", "width")),
         *((name, c_int64) for name in ("out_channels", "out_height", "out_width")),
         *((name, c_int64 * 2) for name in ("kernel", "stride", "padding", "dilation")),
-        *((name, c_int64) for name in ("groups", "bfloat16", "planar", "before", "winograd")),
+        *((name, c_int64) for name in ("groups", "bfloat16", "planar", "before", "way")),
         *((name, c_void_p) for name in ("weight", "bias", "scale", "shift")),
         *((name, c_int64) for name in ("x", "y", "residual", "gate", "sums")),
     )
@@ -102,7 +102,7 @@ SOURCES = {
     "program": Source(
         (
             *("program.cpp", "kernels_float32.cpp", "kernels_bfloat16.cpp"),
-            *("pace.h", "winograd.h", "convolution.h", "panel.h", "plan.h", "kernels.h", "vector.h"),
+            *("pace.h", "depthwise.h", "winograd.h", "convolution.h", "panel.h", "plan.h", "kernels.h", "vector.h"),
         ),
         _PROGRAM,
         {

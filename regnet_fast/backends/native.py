@@ -25,6 +25,8 @@ from .problem import Apart, ConvProblem, Geometry, NormActProblem, Problem, Run,
 
 CONV, MEANS, AFFINE, LARGEST, AVERAGE, WINDOW_MEAN = range(6)
 """The kinds of steps."""
+DIRECT, WINOGRAD, DEPTHWISE = range(3)
+"""The ways to compute a convolution."""
 
 ACTIVATION_CODES = {
     name: code
@@ -85,15 +87,16 @@ DENSE_WINOGRAD, GROUP_WINOGRAD = 32, 16
 """From how many channels on a 3x3 convolution in float32 is by Winograd's F(2x2, 3x3): of all, or of each group."""
 
 
-def _by_winograd(step: Step) -> bool:
+def _way(step: Step) -> int:
+    """How a convolution is computed, which the layout of its weights follows."""
+    if _reads_through(step) or step.dilation[1] != 1:
+        return DIRECT
+    if step.groups == step.channels == step.out_channels >= _library().lanes():
+        able = step.kernel[0] in (3, 5) and step.kernel[1] in (3, 5) and step.stride[1] in (1, 2)
+        return DEPTHWISE if able else DIRECT
     channels = min(step.channels, step.out_channels) // step.groups
-    return (
-        step.kernel[:] == [3, 3]
-        and step.stride[:] == step.dilation[:] == [1, 1]
-        and not step.bfloat16
-        and channels >= (DENSE_WINOGRAD if step.groups == 1 else GROUP_WINOGRAD)
-        and not _reads_through(step)
-    )
+    able = step.kernel[:] == [3, 3] and step.stride[:] == step.dilation[:] == [1, 1] and not step.bfloat16
+    return WINOGRAD if able and channels >= (DENSE_WINOGRAD if step.groups == 1 else GROUP_WINOGRAD) else DIRECT
 
 
 def _reads_through(step: Step) -> bool:
@@ -105,7 +108,7 @@ class Weights:
 
     def __init__(self, step: Step, weight: Tensor, bias: Tensor | None):
         lib = _library()
-        self.winograd = step.winograd = _by_winograd(step)
+        self.way = step.way = _way(step)
         self.packed = aligned(lib.packed_size(step))
         given = weight.detach().float().contiguous()
         lib.pack_weight(step, given.data_ptr(), self.packed.data_ptr(), torch.get_num_threads())
@@ -113,10 +116,10 @@ class Weights:
 
     def serves(self, step: Step) -> bool:
         """Whether the step can read them."""
-        return not (self.winograd and _reads_through(step))
+        return self.way == DIRECT or not _reads_through(step)
 
     def give(self, step: Step) -> Step:
-        step.winograd = self.winograd
+        step.way = self.way
         step.weight, step.bias = self.packed.data_ptr(), self.bias.data_ptr()
         return step
 

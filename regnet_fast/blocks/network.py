@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from typing import ClassVar
 
 import torch
@@ -25,6 +25,7 @@ from .watch import hooks, not_derived, only_forwards, transformed
 
 _CALLED = ("forward_features", "forward_head")
 """What the host's forward calls of the network itself, and somebody may put their own in its place."""
+_CLASS = attrgetter("__class__")
 _SERVING_KEPT = 8
 """For how many kinds of calls it is kept which program serves."""
 
@@ -97,13 +98,16 @@ class Network(Freezable):
             return super().forward(x)
         if _methods(type(self)) != self._methods:
             return super().forward(x)
+        found = self.__dict__.get(FOUND)
+        if found is not None and found.is_all and (y := found.again(self, x)) is not None:
+            return y
         groups = self._in_groups(x)
         known = [isinstance(block, (Fused, Chain)) and not_derived(block) for block, _ in groups] + [False]
         begin = known.index(True) if any(known) else len(groups)
         end = begin + known[begin:].index(False)
         before, within, behind = ([m for _, layers in some for m in layers] for some in _cut(groups, begin, end))
         x = _one_by_one(before, x)
-        y = _by_program(self, [block for block, _ in groups[begin:end]], within, x)
+        y = _by_program(self, [block for block, _ in groups[begin:end]], within, not (before or behind), x)
         y = _one_by_one(within, x) if y is None else y
         return _one_by_one(behind, y)
 
@@ -144,16 +148,26 @@ def _one_by_one(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-def _by_program(network: Network, order: Sequence[nn.Module], layers: Sequence[nn.Module], x: Tensor) -> Tensor | None:
+def _planar(x: Tensor) -> bool:
+    """Whether an image is read as it lies, in NCHW."""
+    return x.shape[1] <= native.FEW_CHANNELS and not x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _facts(x: Tensor) -> tuple:
+    """What the choice of a program rests on beside the network."""
+    facts = (x.shape, x.dtype, _planar(x), torch.get_num_threads(), current_mode(), forced_backend())
+    return (*facts, torch.are_deterministic_algorithms_enabled())
+
+
+def _by_program(
+    network: Network, order: Sequence[nn.Module], layers: Sequence[nn.Module], is_all: bool, x: Tensor
+) -> Tensor | None:
     """What blocks and stages make of x, by one program; None where another way serves. `layers` are the same as the
-    host calls them.
+    host calls them, `is_all` says that it calls no others.
     """
     if unfit(x) is not None or autocast_enabled("cpu"):
         return None
-    planar = x.shape[1] <= native.FEW_CHANNELS and not x.is_contiguous(memory_format=torch.channels_last)
-    found = network.__dict__.get(FOUND)
-    facts = (x.shape, x.dtype, planar, torch.get_num_threads(), current_mode(), forced_backend())
-    facts += (torch.are_deterministic_algorithms_enabled(),)
+    found, facts = network.__dict__.get(FOUND), _facts(x)
     if found is not None and facts in found.serving and observer.get() is None:
         y = found.serving[facts](x, partial(found.stands, network, order, x))
         if y is not None:
@@ -166,6 +180,7 @@ def _by_program(network: Network, order: Sequence[nn.Module], layers: Sequence[n
         return None
     left = iter(plans)
     staged = [[next(left) for _ in some] for some in links]
+    planar = _planar(x)
     program, whole = made(staged, x, planar)
     if program is None:
         return None
@@ -177,7 +192,7 @@ def _by_program(network: Network, order: Sequence[nn.Module], layers: Sequence[n
         found = network.__dict__[FOUND] = _Found(network, order, links, staged)
     if len(found.serving) >= _SERVING_KEPT:
         found.serving.clear()
-    found.serving[facts] = program
+    found.serving[facts], found.is_all = program, is_all and found.frozen
     found.count()
     if observer.get() is not None:
         y = x
@@ -212,7 +227,8 @@ class _Found:
     """The blocks of a network, stage by stage, and their plans, which are current.
 
     Attributes: `of`, the network and what it calls in its order; `links`, the blocks of each stage; `plans`, likewise;
-    `serving`, the program that serves calls of the same facts.
+    `serving`, the program that serves calls of the same facts; `frozen`, that all blocks are; `is_all`, that they are
+    and the network calls nothing else.
     """
 
     def __init__(self, network: Network, order: Sequence[nn.Module], links: list[list[Fused]], plans: list[list[Plan]]):
@@ -221,8 +237,8 @@ class _Found:
         self._each = [*zip(chain.from_iterable(links), chain.from_iterable(plans), strict=True)]
         pieces = {*network.__dict__.get(PIECES, {}).values()}
         self._looked_at = [(child, plan) for child, plan in self._each if not plan.frozen]
-        self._frozen = all(child in pieces for child, _ in self._looked_at)
-        if not self._frozen:
+        self.frozen, self.is_all = all(child in pieces for child, _ in self._looked_at), False
+        if not self.frozen:
             return
         blocks = [child for child, _ in self._each]
         self._states = [child.__dict__ for child in blocks]
@@ -232,6 +248,8 @@ class _Found:
         self._tables = [m._modules for m in around]
         self._children = [dict(table) for table in self._tables]
         self._hooks = [table for m in (*around[1:], *blocks) for table in hooks(m)]
+        self._modules = [*around, *blocks]
+        self._classes = [*map(_CLASS, self._modules)]
         self._sizes, self._kept = self._read()
 
     def _read(self) -> tuple[list[int], list]:
@@ -248,18 +266,35 @@ class _Found:
         for _, plan in self._each:
             plan.calls += 1
 
-    def stands(self, network: Network, order: Sequence[nn.Module], x: Tensor) -> bool:
-        """Whether it is still true of this very network, which calls these in this order.
-
-        Of what was frozen, as far as can be told at once: it has a state that is let go with the promise, and an
-        attribute that was added may be a replaced method.
+    def again(self, network: Network, x: Tensor) -> Tensor | None:
+        """What the program of calls like this one makes of x, where all that the network calls is frozen, and is known
+        without asking the network for its order; None where another way may serve.
         """
+        if network is not self.of[0] or unfit(x) is not None or autocast_enabled("cpu") or observer.get() is not None:
+            return None
+        program = self.serving.get(_facts(x))
+        y = program(x, partial(self._stays, x)) if program is not None else None
+        if y is not None:
+            self.count()
+        return y
+
+    def stands(self, network: Network, order: Sequence[nn.Module], x: Tensor) -> bool:
+        """Whether it is still true of this very network, which calls these in this order."""
         if (network, *order) != self.of or not self._each[0][0].follows(self._each[0][1], x):
             return False
-        if not self._frozen:
-            same = _links(order) == self.links
-            return same and all(is_fused(child) and child.follows(plan, x) for child, plan in self._each)
-        if any(self._hooks) or not all(child.follows(plan, x) for child, plan in self._looked_at):
+        if self.frozen:
+            return self._stays(x)
+        same = _links(order) == self.links
+        return same and all(is_fused(child) and child.follows(plan, x) for child, plan in self._each)
+
+    def _stays(self, x: Tensor) -> bool:
+        """Whether what was frozen is as it was, as far as can be told at once: it has a state that is let go with the
+        promise, and an attribute that was added may be a replaced method.
+        """
+        if any(self._hooks) or not self.of[0].is_frozen or not self._each[0][0].follows(self._each[0][1], x):
+            return False
+        if not all(child.follows(plan, x) for child, plan in self._looked_at):
             return False
         sizes, kept = self._read()
-        return sizes == self._sizes and all(map(is_, kept, self._kept)) and self._tables == self._children
+        same = sizes == self._sizes and all(map(is_, kept, self._kept))
+        return same and self._tables == self._children and [*map(_CLASS, self._modules)] == self._classes
