@@ -37,8 +37,8 @@ class Network(Freezable):
     The blocks that follow one another are one program. Where csrc/cpu cannot serve, or a trial found the stages faster
     each for itself, they are called as the host calls them.
 
-    A layer that stands in no block keeps its class, by which counters, pruners and quantisers know it, and is called as
-    ever. A frozen network keeps a block of its own around it, which no module holds, and takes it into the program.
+    A layer that stands in no block keeps its class, by which counters, pruners and quantisers know it. The network keeps
+    a block of its own around it, which no module holds, for its program; where that does not serve it is called as ever.
     """
 
     host: type[nn.Module]
@@ -54,7 +54,7 @@ class Network(Freezable):
         raise NotImplementedError
 
     def could_take_in(self) -> Iterator[nn.Module]:
-        """The layers that stand in no block and would be in the program of the frozen network."""
+        """The layers that stand in no block and would be in the network's program."""
         for named, cls in self._loose_layers():
             with suppress(Refused):
                 cls.around(*named).read_form()
@@ -68,11 +68,11 @@ class Network(Freezable):
                 yield named, cls
 
     def _in_groups(self, x: Tensor) -> list[tuple[nn.Module, tuple[nn.Module, ...]]]:
-        """What the host's forward calls one after another, each by itself; for inputs like x to a frozen network, those
-        that stand in no block together, with the block around them.
+        """What the host's forward calls one after another, each by itself; those that stand in no block together, with
+        the block around them, where it has a plan for inputs like x.
         """
         order = [(layer, (layer,)) for layer in self.in_order()]
-        if not self.loose or not self.is_frozen or unfit(x) is not None:
+        if not self.loose or unfit(x) is not None:
             return order
         kept = self.__dict__.get(PIECES, {})
         for named, cls in self._loose_layers():
@@ -270,7 +270,9 @@ class _Found:
         """What the program of calls like this one makes of x, where all that the network calls is frozen, and is known
         without asking the network for its order; None where another way may serve.
         """
-        if network is not self.of[0] or unfit(x) is not None or autocast_enabled("cpu") or observer.get() is not None:
+        if network is not self.of[0] or not network.is_frozen or observer.get() is not None:
+            return None
+        if unfit(x) is not None or autocast_enabled("cpu"):
             return None
         program = self.serving.get(_facts(x))
         y = program(x, partial(self._stays, x)) if program is not None else None
@@ -280,21 +282,22 @@ class _Found:
 
     def stands(self, network: Network, order: Sequence[nn.Module], x: Tensor) -> bool:
         """Whether it is still true of this very network, which calls these in this order."""
-        if (network, *order) != self.of or not self._each[0][0].follows(self._each[0][1], x):
+        if (network, *order) != self.of:
             return False
         if self.frozen:
             return self._stays(x)
-        same = _links(order) == self.links
+        block, plan = self._each[0]
+        same = block.follows(plan, x) and _links(order) == self.links
         return same and all(is_fused(child) and child.follows(plan, x) for child, plan in self._each)
 
     def _stays(self, x: Tensor) -> bool:
         """Whether what was frozen is as it was, as far as can be told at once: it has a state that is let go with the
         promise, and an attribute that was added may be a replaced method.
         """
-        if any(self._hooks) or not self.of[0].is_frozen or not self._each[0][0].follows(self._each[0][1], x):
+        if [*map(_CLASS, self._modules)] != self._classes or any(self._hooks):
             return False
-        if not all(child.follows(plan, x) for child, plan in self._looked_at):
+        block, plan = self._each[0]
+        if not block.follows(plan, x) or not all(child.follows(plan, x) for child, plan in self._looked_at):
             return False
         sizes, kept = self._read()
-        same = sizes == self._sizes and all(map(is_, kept, self._kept))
-        return same and self._tables == self._children and [*map(_CLASS, self._modules)] == self._classes
+        return sizes == self._sizes and all(map(is_, kept, self._kept)) and self._tables == self._children

@@ -153,7 +153,7 @@ def _host_modules(model: nn.Module, train: bool) -> list[tuple[str, nn.Module, s
             found.append((path, module, kept[id(module)] or "not rebuilt yet: call regnet_fast.rebuild(model)"))
         elif module._parameters or not module._modules:  # a norm may have its activation for a child
             if not isinstance(module, _SILENT):
-                known = "; in a frozen network on a CPU it is a step of the program" if module in loose else ""
+                known = "; on a CPU it may be a step of the network's program" if module in loose else ""
                 found.append((path, module, f"{type(module).__name__} is no part of a fused block{known}"))
         else:
             for name, child in module.named_children():

@@ -41,7 +41,7 @@ LOOSE = {
     ("regnetz_040", "final_conv"): ("hook", "other layer", "nothing in its place"),
     ("resnetv2_18", "norm"): ("hook", "other layer", "nothing in its place", "weights", "statistics", "training"),
 }
-"""Layers that stand in no block and belong to the program of a frozen network, and what may happen to them."""
+"""Layers that stand in no block and belong to a network's program, and what may happen to them."""
 ORDERS = ("change, promise, call", "promise, change, call", "promise, call, change", "change, call", "call, change")
 """When a model is changed, for one that is frozen and for one that is not."""
 
@@ -269,7 +269,7 @@ def test_a_hook_that_was_removed_leaves_one_program(name, x, ran):
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "path", "kind"), [(*place, kind) for place, kinds in LOOSE.items() for kind in kinds])
 def test_a_layer_in_no_block_is_followed(name, path, kind, x):
-    """It is a part of a frozen network's program, and looked at in every call."""
+    """It is a part of the network's program, and looked at in every call."""
 
     def change(model):
         torch.manual_seed(1)
@@ -300,13 +300,15 @@ def test_a_layer_in_no_block_is_followed(name, path, kind, x):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["regnetv_040", "regnetz_040", "resnetv2_18", "resnetv2_50"])
-def test_layers_in_no_block_belong_to_a_frozen_network(name, dtype, ran, monkeypatch):
+@pytest.mark.parametrize("promise", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("name", ["regnetv_040", "regnetz_040", "resnetv2_18", "resnetv2_50", "resnet18"])
+def test_layers_in_no_block_belong_to_the_program(name, promise, dtype, ran, monkeypatch):
     """None of timm's layers is called, the result is that of float64, and autocast and autograd are timm's."""
     theirs = copy.deepcopy(made(name, 1000)).to(dtype)
     exact, eager = copy.deepcopy(theirs).double(), copy.deepcopy(theirs).to(memory_format=LAST)
     ours, plain = (regnet_fast.rebuild(copy.deepcopy(theirs)).model for _ in range(2))
-    regnet_fast.freeze(ours)
+    if promise:
+        regnet_fast.freeze(ours)
     called = []
     for shape in [(1, 3, 64, 64), (3, 3, 47, 65)]:
         x = torch.randn(shape).to(dtype)
@@ -383,6 +385,23 @@ def test_a_layer_in_no_block_is_taken_in_again(name, path, x, ran, monkeypatch):
     ours(x)
     gc.collect()
     assert before() is None and len(ran[-1]._run._places) == steps
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("network", [*PLACES, "resnet18"])
+def test_a_frozen_network_is_not_asked_for_its_order(network, x, ran, monkeypatch):
+    """Where all that it calls is one program; one that took its place, or is not frozen any more, is."""
+    _, ours = twins(network)
+    expected, asked = regnet_fast.freeze(ours)(x), []
+    in_order = type(ours).in_order
+    monkeypatch.setattr(type(ours), "in_order", lambda self: asked.append(self) or in_order(self))
+    assert torch.equal(ours(x), expected) and not asked and len(ran) == 2
+    other = copy.copy(ours)
+    other.__dict__.update(ours.__dict__)
+    assert torch.equal(other(x), expected) and asked
+    asked.clear()
+    close(ours.eval()(x), expected)
+    assert asked
 
 
 @torch.no_grad()
