@@ -1,4 +1,5 @@
-"""regnet_fast: timm's RegNet, RepVGG and ResNetV2 with fused blocks, the same weights, keys and calls.
+"""regnet_fast: fused blocks for convolutional networks of timm, torchvision and transformers, with the same weights,
+keys and calls.
 
 Nothing is imported before it is used. Names that are not defined here are timm's, so that `import regnet_fast as timm`
 runs code written for timm.

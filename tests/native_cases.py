@@ -73,7 +73,7 @@ def problems() -> Iterator[ConvProblem]:
 
 
 def depthwise_problems() -> Iterator[ConvProblem]:
-    """Of channels that fill vectors and of others, of all kernels that csrc/cpu has a way of its own for, and others."""
+    """Of channels that fill vectors and of others; of the kernels that have a way of their own, and of others."""
     for c, size, dtype in itertools.product((1, 8, 16, 17, 24, 31, 40, 144, 257, 300), SIZES, (F32, BF16)):
         for kernel, stride in ((3, 1), (3, 2), (5, 1), (5, 2)):
             residual, activation = c % 2 == 1, "hardswish" if stride == 1 else "relu"

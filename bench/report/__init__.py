@@ -1,4 +1,5 @@
-"""The reports of all results: a page per machine with its figure, the losses, and the tables in README and docs.
+"""The reports of all results: a page per machine with its figure, one that filters all models, the losses, and the
+tables in README and docs.
 
 The same JSON gives the same bytes.
 """
@@ -11,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .. import record
-from . import figures, tables
+from . import figures, page, tables
 from .markdown import Block, Code, Figure, Heading, ReportError, escape, fill, render
 from .tables import KINDS, REFERENCES, Results, Run, groups, timed
 
@@ -54,7 +55,7 @@ def load_results(folder: Path) -> Results:
 def write(folder: Path, check: bool = False) -> list[Path]:
     """Bring every report up to date, and return the files that were not; with `check`, only return them.
 
-    In the folder: report.md and figures/ for each machine, and losses.md. In a repository that holds it as
+    In the folder: report.md and figures/ for each machine, losses.md and models.html. In a repository that holds it as
     bench/results: also what stands between `<!-- bench:... -->` markers in its Markdown files, at the top and in docs/.
     `check` looks at Markdown alone, since figures differ between versions of matplotlib. Without matplotlib the figures
     stay as they are, and a line on standard error says so.
@@ -79,6 +80,9 @@ def write(folder: Path, check: bool = False) -> list[Path]:
         for machine, runs in results.items()
     }
     files[folder / "losses.md"] = render(losses_report(results))
+    models = {machine: conditions(runs["models"]) for machine, runs in results.items() if "models" in runs}
+    if (drawn_page := page.draw(results, models)) is not None:
+        files[folder / page.FILE] = drawn_page
     files |= _filled(folder, results)
     if not check:
         files |= {paths[machine]: svg for machine, svg in drawn.items() if svg is not None}

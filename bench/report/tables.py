@@ -16,7 +16,10 @@ Results = dict[str, dict[str, Run]]
 """Runs by machine (the name of its folder) and kind."""
 
 KINDS = {"models": "Models, inference", "train": "Training steps", "blocks": "Blocks", "ops": "Operations"}
-FAMILIES = ("regnetx_032", "regnety_016", "regnetz_b16", "regnetv_040", "repvgg_a2", "resnetv2_50")
+FAMILIES = (
+    *("regnetx_032", "regnety_016", "regnetz_b16", "regnetv_040", "repvgg_a2", "resnetv2_50"),
+    *("resnet50", "resnext50_32x4d", "seresnet50", "efficientnet_b0", "mobilenetv3_large_100", "mobileone_s1"),
+)
 """One model of each family."""
 
 OURS = "regnet_fast"

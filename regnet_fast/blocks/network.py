@@ -37,8 +37,9 @@ class Network(Freezable):
     The blocks that follow one another are one program. Where csrc/cpu cannot serve, or a trial found the stages faster
     each for itself, they are called as the host calls them.
 
-    A layer that stands in no block keeps its class, by which counters, pruners and quantisers know it. The network keeps
-    a block of its own around it, which no module holds, for its program; where that does not serve it is called as ever.
+    A layer that stands in no block keeps its class, by which counters, pruners and quantisers know it. For its program
+    the network keeps a block of its own around it, which no module holds; where that does not serve it is called as
+    ever.
     """
 
     host: type[nn.Module]

@@ -11,7 +11,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Faster RegNet, RepVGG and ResNetV2 with timm's weights, keys and calls.",
+    help="Faster convolutional networks of timm, torchvision and transformers: the same weights, keys and calls.",
 )
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from bench import record, report
 from bench.record import RecordError
-from bench.report import figures, tables
+from bench.report import figures, page, tables
 
 CPU, GPU = "cpu-test-2-threads", "test-gpu"
 HOSTILE = "a | b <i onclick=alert(1)>\n\n<!-- /bench:summary -->\n# `c` $d$ [e](javascript:f) \\| &amp;"
@@ -451,6 +453,7 @@ def test_markers_that_cannot_be_filled(results, text, told):
 def test_check_finds_what_is_stale_and_writes_nothing(results):
     readme = put(results, "README.md", "<!-- bench:summary -->\nold\n<!-- /bench:summary -->\n")
     expected = [readme, results / CPU / "report.md", results / "losses.md", results / GPU / "report.md"]
+    expected.append(results / page.FILE)
     assert set(report.write(results, check=True)) == set(expected)
     assert "old" in readme.read_text() and not (results / "losses.md").exists()
     assert set(report.write(results)) == set(expected)
@@ -622,3 +625,81 @@ def test_without_matplotlib_the_rest_is_written(tmp_path, monkeypatch, capsys):
     assert folder / CPU / "report.md" in report.write(folder)
     assert "figures need matplotlib: pip install matplotlib" in capsys.readouterr().err
     assert not (folder / CPU / "figures").exists()
+
+
+# The page of all models
+
+
+def page_of(results):
+    report.write(results)
+    text = (results / page.FILE).read_text()
+    (data,) = re.findall(r"^const \{.*?\} = (\{.*?\})$(?=\nconst form)", text, re.DOTALL | re.MULTILINE)
+    return text, json.loads(data)
+
+
+def test_the_page_has_every_case_and_needs_nothing_beside_itself(results):
+    text, data = page_of(results)
+    runs = report.load_results(results)
+    expected = [(machine, c["id"]) for machine, of in runs.items() for c in tables.with_ours(of["models"])]
+    assert [(c["machine"], f"{c['model']}/b{c['batch']}/{c['dtype']}") for c in data["cases"]] == expected
+    assert set(data["conditions"]) == set(runs)
+    assert not re.search(r"https?:|\bsrc=|\bhref=|@import|url\(", text)
+
+
+def test_the_page_takes_any_text(results):
+    (results / CPU / "models.json").write_text(json.dumps(run("models", case(), machine=f"</script>{HOSTILE}")))
+    text, data = page_of(results)
+    assert text.count("</script>") == 1 and "<i onclick" not in text
+    assert f"</script>{HOSTILE}" in data["conditions"][CPU]
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [
+        ("resnet50", "resnet"),
+        ("resnetv2_50", "resnetv2"),
+        ("mobilenetv3_large_100", "mobilenetv3"),
+        ("regnety_016", "regnety"),
+    ],
+)
+def test_a_family_is_the_name_without_its_size(model, family):
+    assert page.family(model) == family
+
+
+def test_no_page_without_models(results):
+    for machine in (CPU, GPU):
+        (results / machine / "models.json").unlink()
+    report.write(results)
+    assert not (results / page.FILE).exists()
+
+
+def test_the_page_filters_in_a_browser(results, tmp_path):
+    """Chromium draws a row for each model that is chosen, and ratios below 1 as slower."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium")
+    cases = [case("resnet50", ours=30.0), case("regnety_016"), case("resnet50", 8), case("resnet50", dtype="bfloat16")]
+    (results / CPU / "models.json").write_text(json.dumps(run("models", *cases)))
+    text, _ = page_of(results)
+
+    def rows(**chosen):
+        given = "".join(f"form.elements.{name}.value = {value!r};" for name, value in chosen.items())
+        html = tmp_path / "chosen.html"
+        html.write_text(text.replace("\ndraw()\n", f"\n{given}\ndraw()\n"))
+        options = (
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+        )
+        done = subprocess.run([browser, *options, html.as_uri()], capture_output=True, text=True, timeout=60)
+        table = done.stdout.partition('<table id="rows">')[2].partition("</table>")[0]
+        return re.findall(r"<th>(.*?)</th>", table), re.findall(r'class="(.*?)".*?<span>(.*?)</span>', table)
+
+    as_created = {"machine": CPU, "ours": "as created"}
+    assert rows(**as_created)[0] == ["resnet50", "regnety_016"]
+    names, bars = rows(**as_created, family="resnet")
+    assert names == ["resnet50"] and ("bar slower", "0.50x") in bars
+    assert rows(**as_created, batch="8")[0] == ["resnet50"]
+    assert rows(**as_created, family="regnety", dtype="bfloat16")[0] == []

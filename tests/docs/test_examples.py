@@ -1,6 +1,7 @@
 """The examples run, and show what they say."""
 
 import importlib.util
+import runpy
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,14 @@ def test_a_difference_is_told(digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(digits, "train", lambda name, *_: [{**result[0], "accuracy": curve[name]}])
     assert digits.main(["--seeds", "2", "--figure", str(tmp_path / "d.svg")]) == 1
     assert "DIFFER" in capsys.readouterr().out
+
+
+def test_tour(capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    runpy.run_path(str(EXAMPLES / "tour.py"))
+    told = capsys.readouterr().out
+    assert "largest error" in told and "loss" in told and "input" in told
 
 
 def test_every_example_is_run_here():
