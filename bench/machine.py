@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import cases, record, runner
+from .report.tables import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 BOTH = ("float32", "bfloat16")
@@ -42,9 +43,10 @@ class Step:
         return shlex.join([*words, "--rounds", str(self.rounds), "--json", os.path.relpath(file, ROOT)])
 
 
+MODELS = (*FAMILIES, "regnety_002")
 TRAINED = ("regnety_002", "regnety_016", "repvgg_a2")
 CPU_STEPS = (
-    Step("models", (*cases.MODELS, "regnetx_004", "resnetv2_18"), (1, 8, 32), BOTH, rounds=5, processes=3),
+    Step("models", MODELS, (1, 8), BOTH),
     Step("ops", ("regnety_016",), (1, 8), BOTH, peers=("timm*",)),
     Step("train", TRAINED, (16,), ("float32",), peers=("timm*", "regnet_fast channels_last"), processes=3),
 )

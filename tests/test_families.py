@@ -5,11 +5,15 @@ A sample of each kind of block in `make test`; every architecture of which somet
 
 import copy
 import gc
+from functools import partial
 
 import pytest
 import timm
 import torch
 from helpers import assert_close_to_reference, compare, randomize_bn
+from timm.layers import BlurPool2d, EcaModule
+from timm.models import resnet
+from timm.models._efficientnet_blocks import ConvBnAct, EdgeResidual, InvertedResidual, SqueezeExcite
 from torch import nn
 
 import regnet_fast
@@ -24,6 +28,7 @@ SAMPLE = (
     "resnet26d",
     "resnext50_32x4d",
     "seresnext26t_32x4d",
+    "ecaresnet26t",
     "hrnet_w18_small",
     "seresnext26ts",
     "gernet_s",
@@ -35,6 +40,8 @@ SAMPLE = (
     "mobilenetv4_conv_small",
     "mnasnet_small",
     "tf_efficientnet_lite0",
+    "tf_mobilenetv3_small_minimal_100",
+    "tf_efficientnetv2_b0",
     "efficientnetv2_rw_t",
 )
 WHOLE = (
@@ -44,6 +51,8 @@ WHOLE = (
     "efficientnet_b0",
     "mobilenetv3_small_050",
     "mobilenetv4_conv_small",
+    "tf_mobilenetv3_small_minimal_100",
+    "tf_efficientnetv2_b0",
 )
 MOST_PARAMETERS = 150e6
 
@@ -118,8 +127,8 @@ def test_stages_and_logits_in_bfloat16(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_frozen_network_is_one_program(name, dtype):
-    """From the image to the logits; of a network that is not frozen the layers around the blocks are the host's."""
+def test_a_network_is_one_program(name, dtype):
+    """From the image to the logits, frozen or not."""
     theirs = randomized(name)
     if name.startswith("mobileone"):
         theirs = timm.utils.reparameterize_model(theirs)
@@ -129,11 +138,13 @@ def test_a_frozen_network_is_one_program(name, dtype):
     with torch.inference_mode():
         eager, reference = theirs.to(memory_format=torch.channels_last)(x), exact(x.double())
         assert_close_to_reference(ours(x), eager, reference, name)
-        regnet_fast.freeze(ours)
-        with regnet_fast.backend("native"):
-            found = ours(x)
-        assert_close_to_reference(found, eager, reference, f"{name}, frozen")
-        assert isinstance(ours, Network) and serving(ours).shape == reference.shape
+        for frozen in (False, True):
+            if frozen:
+                regnet_fast.freeze(ours)
+            with regnet_fast.backend("native"):
+                found = ours(x)
+            assert_close_to_reference(found, eager, reference, f"{name}, frozen: {frozen}")
+            assert isinstance(ours, Network) and serving(ours).shape == reference.shape
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "efficientnet_b0"])
@@ -162,17 +173,108 @@ def test_what_is_changed_around_the_blocks_is_seen(name):
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["eca", "cbam"])
+SIZES = ((7, 9), (8, 8), (1, 4), (2, 5), (16, 33))
+
+
+@pytest.mark.parametrize("backend", ["native", "aten", "reference"])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 2), (4, 1), (3, 3)])
+def test_a_border_by_the_size_of_the_image(kernel, stride, backend):
+    """timm's padding "same", of a depthwise and of a dense convolution."""
+    facts = {"stride": stride, "pad_type": "same"}
+    depthwise = InvertedResidual(16, 24, dw_kernel_size=kernel, se_layer=SqueezeExcite, **facts)
+    for channels, block in ((16, depthwise), (3, EdgeResidual(3, 8, exp_kernel_size=kernel, **facts))):
+        theirs = randomize_bn(nn.Sequential(block).eval(), 0)
+        ours, exact = regnet_fast.rebuild(copy.deepcopy(theirs)).model, copy.deepcopy(theirs).double()
+        with torch.no_grad(), regnet_fast.backend(backend):
+            for size in SIZES:
+                x = torch.randn(3, channels, *size)
+                assert_close_to_reference(ours(x), theirs(x), exact(x.double()), f"{size}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_borders_of_a_whole_network(dtype):
+    """Of images of every remainder, in its program."""
+    theirs = randomized("tf_mobilenetv3_small_minimal_100").to(dtype)
+    ours, exact = regnet_fast.rebuild(copy.deepcopy(theirs)).model, copy.deepcopy(theirs).double()
+    with torch.no_grad():
+        for size in ((64, 64), (65, 97), (70, 75), (95, 33)):
+            x = torch.randn(2, 3, *size).to(dtype)
+            assert_close_to_reference(ours(x), theirs(x), exact(x.double()), f"{size}")
+        assert serving(ours) is not None
+
+
+def test_a_step_in_training_of_such_a_border_is_the_hosts():
+    ours = nn.Sequential(InvertedResidual(16, 24, stride=2, pad_type="same"))
+    theirs = copy.deepcopy(ours).train()
+    regnet_fast.rebuild(ours).model.train()
+    x = torch.randn(4, 16, 9, 9)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert any(
+        "a border that training does not have" in row.reason for row in regnet_fast.explain(ours, x.shape, train=True)
+    )
+
+
+def test_an_input_added_behind_an_activation():
+    theirs = randomize_bn(ConvBnAct(16, 16, 3, skip=True, drop_path_rate=0.5).eval(), 0)
+    ours, x = regnet_fast.rebuild(nn.Sequential(copy.deepcopy(theirs))).model, torch.randn(2, 16, 9, 9)
+    with torch.no_grad():
+        assert_close_to_reference(ours(x), theirs(x), copy.deepcopy(theirs).double()(x.double()), "evaluation")
+        assert {row.backend for row in regnet_fast.explain(ours, x.shape)} != {"host"}
+    for model in (ours.train(), theirs.train()):
+        torch.manual_seed(0)
+        model(x).square().mean().backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("block", [resnet.BasicBlock, resnet.Bottleneck])
+def test_efficient_channel_attention(block, dtype):
+    """As part of a network's program, of blocks by every backend, and in training by timm."""
+    facts = {"block_args": {"attn_layer": "eca"}, "num_classes": 5}
+    theirs = randomize_bn(resnet.ResNet(block, [1, 1, 2, 1], channels=(8, 16, 24, 136), **facts).eval(), 0)
+    compare(copy.deepcopy(theirs), torch.randn(2, 3, 64, 71).to(dtype), block.__name__)
+    theirs = theirs.to(dtype)
+    ours, exact = regnet_fast.rebuild(copy.deepcopy(theirs)).model, copy.deepcopy(theirs).double()
+    x = torch.randn(3, 3, 64, 64).to(dtype)
+    with torch.no_grad():
+        for backend in ("native", "aten", "reference"):
+            with regnet_fast.backend(backend):
+                found = ours(x)
+            assert_close_to_reference(found, theirs(x), exact(x.double()), f"{block.__name__}, {backend}")
+    rows = regnet_fast.explain(ours, (2, 3, 64, 64), train=True)
+    assert any("no fused form in training mode" in row.reason for row in rows)
+    assert "channel_conv" in {row.operation for row in regnet_fast.explain(ours, (2, 3, 64, 64))}
+
+
+@pytest.mark.parametrize("attention", ["ceca", "cbam", partial(EcaModule, use_mlp=True)])
 def test_other_attention_is_kept_with_its_reason(attention):
     block = timm.models.resnet.Bottleneck(64, 16, attn_layer=attention).eval()
     report = regnet_fast.rebuild(block)
-    assert not report.rebuilt and "not SEModule" in report.kept[0][2]
+    expected = "not SEModule" if isinstance(attention, str) else "more than one plain convolution"
+    assert not report.rebuilt and expected in report.kept[0][2]
 
 
-def test_anti_aliasing_is_kept_with_its_reason():
-    model = timm.create_model("resnetblur18" if timm.is_model("resnetblur18") else "resnetblur50", device="meta")
-    kept = regnet_fast.rebuild(model).kept
-    assert kept and all("aa is" in reason for _, _, reason in kept)
+@pytest.mark.parametrize("attention", [None, "se"])
+@pytest.mark.parametrize("blur", [nn.AvgPool2d, BlurPool2d])
+@pytest.mark.parametrize("block", [resnet.BasicBlock, resnet.Bottleneck])
+def test_anti_aliasing(block, blur, attention):
+    """A pooling before the last convolution; in training the block is timm's."""
+    facts = {"aa_layer": blur, "block_args": {"attn_layer": attention}, "num_classes": 5}
+    theirs = randomize_bn(resnet.ResNet(block, [1, 1, 1, 1], channels=(8, 16, 24, 32), **facts).eval(), 0)
+    report = regnet_fast.rebuild(copy.deepcopy(theirs))
+    assert len(report.rebuilt) >= 4 and not report.kept
+    for size in (64, 96 if blur is nn.AvgPool2d else 71):  # of odd maps timm's shortcut is larger than what is pooled
+        compare(copy.deepcopy(theirs), torch.randn(2, 3, size, size), f"{blur.__name__}, {size}")
+    rows = regnet_fast.explain(report.model, (2, 3, 64, 64), train=True)
+    reason = "no fused form in training mode" if attention else "its last convolution reads a pooling"
+    assert any(reason in row.reason for row in rows)
+
+
+def test_other_anti_aliasing_is_kept_with_its_reason():
+    block = resnet.Bottleneck(64, 16, stride=2, aa_layer=partial(nn.MaxPool2d, 2)).eval()
+    (kept,) = regnet_fast.rebuild(block).kept
+    assert "aa is" in kept[2] and "MaxPool2d" in kept[2]
 
 
 def test_a_model_without_a_known_block_is_timms():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..backends import Deferred, computed, pixel_means
 from .units import (
     ActivationUnit,
+    ChannelConvUnit,
     ConvUnit,
     GateUnit,
     HostNormUnit,
@@ -130,15 +131,28 @@ def _with_shortcut(
 
 @dataclass(eq=False)
 class Single(Form):
-    """One convolution unit: stems, a final convolution, a stand-alone layer."""
+    """One convolution unit: stems, a final convolution, a stand-alone layer. With `join` its input is added behind the
+    activation.
+    """
 
     unit: ConvUnit
+    join: JoinUnit | None = None
+    drop_path: nn.Module | None = None
+
+    @property
+    def casts_input(self) -> bool:
+        return self.join is None
+
+    def check_channels(self) -> None:
+        super().check_channels()
+        _check_sum(self.unit, None, self.join is not None, self.unit)
 
     def laid_out(self, x: Tensor) -> Tensor:
-        return self.unit.laid_out(x)
+        return self.unit.laid_out(x) if self.join is None else super().laid_out(x)
 
     def run(self, x: Tensor, own: bool = False) -> Tensor:
-        return self.unit(x)
+        y = self.unit(x)
+        return y if self.join is None else self.join(y, None, x)
 
 
 @dataclass(eq=False)
@@ -182,19 +196,20 @@ class Bottleneck(Form):
     `join(conv3(...) * se(conv3(...)) + shortcut(x))`.
 
     `shortcut` is a unit on the pooled input, `identity` adds x itself, and with neither nothing is added. `before` is a
-    convolution of x that conv1 reads in its place.
+    convolution of x that conv1 reads in its place, `blur` a pooling of what the last convolution reads.
     """
 
     conv1: ConvUnit
     conv2: ConvUnit
     conv3: ConvUnit | None = None
-    squeeze_excite: SqueezeExciteUnit | None = None
+    squeeze_excite: SqueezeExciteUnit | ChannelConvUnit | None = None
     shortcut: ConvUnit | None = None
     pool: nn.Module | None = None
     identity: bool = False
     drop_path: nn.Module | None = None
     join: JoinUnit | None = None
     before: ConvUnit | None = None
+    blur: nn.Module | None = None
 
     @property
     def casts_input(self) -> bool:
@@ -243,6 +258,9 @@ class Bottleneck(Form):
             residual, into_residual = shortcut, True
             if shortcut is None:
                 residual = self.shortcut(x if self.pool is None else self.pool(x))
+        if self.blur is not None:
+            y = self.blur(y)
+            y = y.contiguous(memory_format=torch.channels_last) if isinstance(y, Tensor) else y
         if self.join is None:
             return self.last(y, gate, residual, consume=True, into_residual=into_residual)
         if self.squeeze_excite is None:
@@ -265,7 +283,7 @@ class PreAct(Form):
     conv2: ConvUnit
     conv3: ConvUnit | None = None
     norm3: NormActUnit | HostNormUnit | None = None
-    squeeze_excite: SqueezeExciteUnit | None = None
+    squeeze_excite: SqueezeExciteUnit | ChannelConvUnit | None = None
     shortcut: ConvUnit | None = None
     pool: nn.Module | None = None
     identity: bool = True
@@ -307,7 +325,7 @@ class RepVgg(Form):
     """One convolution, [squeeze-excite], activation."""
 
     conv: ConvUnit
-    squeeze_excite: SqueezeExciteUnit | None = None
+    squeeze_excite: SqueezeExciteUnit | ChannelConvUnit | None = None
     gate: GateUnit | None = None
     casts_input: bool = True
     drop_path: nn.Module | None = None

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends import ConvProblem, NormActProblem, native
+from ..backends import ConvProblem, Geometry, NormActProblem, native
 from ..backends.cpu_library import Step
 from ..ops.convolution import PackedConv
 from ..ops.norm_act import PackedNormAct
 from ..ops.squeeze_excite import PackedSqueezeExcite
 from .forms import Form, Head, Stem
-from .units import ActivationUnit, LinearUnit, PackedJoin, Refused, Unit
+from .units import ActivationUnit, Bordered, Borders, LinearUnit, PackedChannelConv, PackedJoin, Refused, Unit
 
 _INPUT, _OUTPUT = 0, 1
 _BEHIND = 256  # bytes behind a buffer
@@ -155,8 +156,9 @@ class Recorder:
     def bound(self, form: Form) -> Form:
         """The form over units that note what they are called for."""
         bound = form.bind(self._unit)
-        if isinstance(getattr(form, "pool", None), nn.Module):
-            bound.pool = self._layer(form.pool)
+        for name in ("pool", "blur"):
+            if isinstance(getattr(form, name, None), nn.Module):
+                setattr(bound, name, self._layer(getattr(form, name)))
         if isinstance(form, Stem):
             bound.rest = tuple(map(self._layer, form.rest))
         if isinstance(form, Head):
@@ -202,10 +204,13 @@ class Recorder:
         packed = self.weights.get(unit)
         if packed is None:
             packed = self.weights[unit] = unit.pack(self.input.dtype)
+        if isinstance(packed, Bordered):
+            return Noted(packed.conv, partial(self._conv, borders=packed.unit.borders))
         for kind, note in (
             (PackedConv, self._conv),
             (PackedNormAct, self._affine),
             (PackedSqueezeExcite, self._gate),
+            (PackedChannelConv, self._gate_along_channels),
             (ActivationUnit, self._activated),
             (PackedJoin, self._joined),
         ):
@@ -228,6 +233,7 @@ class Recorder:
         means: bool = False,
         consume: bool = False,
         into_residual: bool = False,
+        borders: Callable[[Sequence[int]], Borders] | None = None,
     ) -> Map | tuple[Map, Means]:
         if x.shape[1] != conv.weight.shape[1] * conv.geometry.groups:
             raise Refused(f"a map of {x.shape[1]} channels meets a weight of the shape {tuple(conv.weight.shape)}")
@@ -239,11 +245,17 @@ class Recorder:
         out_channels, _, *kernel = conv.weight.shape
         problem = ConvProblem(x.shape, out_channels, tuple(kernel), conv.geometry, *facts)
         shape = problem.output_shape
+        if borders is not None:  # of which those behind may be larger than those before
+            around = borders(x.shape[2:])
+            problem = replace(problem, geometry=conv.geometry._replace(padding=tuple(first for first, _ in around)))
+            size = (n + sum(both) for n, both in zip(x.shape[2:], around, strict=True))
+            shape = (*shape[:2], *conv.geometry.output_size([*size], kernel))
         _check(problem)
         if residual is not None and residual.shape != shape:
             raise Refused(f"a map of the shape {residual.shape} is added to one of the shape {shape}")
         y = residual.buffer if into_residual else self.buffer(*shape, dtype=x.dtype)
         step = native.conv_step(problem, x.buffer, y, -1 if residual is None else residual.buffer)
+        step.out_height, step.out_width = shape[2:]
         if gate is not None:
             step.gate = gate.buffer
         if x.affine is not None:
@@ -335,6 +347,16 @@ class Recorder:
             weight, bias = excite.weights[2 * i : 2 * i + 2]
             hidden = self._linear((excite, i), hidden, weight, bias, name)
         return Gate(hidden.buffer)
+
+    def _gate_along_channels(self, conv: PackedChannelConv, means: Means, dtype: torch.dtype | None = None) -> Gate:
+        (n, channels), size = means.shape, conv.weight.shape[2]
+        facts = Geometry(padding=(0, size // 2)), conv.gate_activation, False, False, torch.float32, "cpu"
+        problem = ConvProblem((n, 1, 1, channels), 1, (1, size), *facts)
+        _check(problem)
+        step = native.conv_step(problem, means.buffer, self.buffer(n, channels))
+        self._give_weights((conv, 0), step, lambda: (conv.weight[:, :, None], None))
+        self.steps.append(step)
+        return Gate(step.y)
 
     def _classified(self, unit: LinearUnit, means: Map) -> Map:
         weight = unit.linear.weight.detach().flatten(1)

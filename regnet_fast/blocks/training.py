@@ -20,7 +20,7 @@ from ..backends.reference import activate, channel_means
 from ..ops import training as ops
 from ..ops.training import Affine, Branch, Excite, Map, Normed, NormStatistics, without_autocast
 from . import forms
-from .units import BranchesUnit, ConvUnit, NormActUnit, Refused, SqueezeExciteUnit
+from .units import BorderedConvUnit, BranchesUnit, ConvUnit, NormActUnit, Refused, SqueezeExciteUnit
 
 
 def _is_of_batch(norm: nn.Module) -> bool:
@@ -204,12 +204,16 @@ def check(form: forms.Form) -> None:
         if isinstance(unit, ConvUnit):
             if unit.then is not None:
                 raise Refused(f"{unit.path} is followed by {type(unit.then).__name__}")
+            if isinstance(unit, BorderedConvUnit):
+                raise Refused(f"{unit.path} has a border that training does not have")
             if unit.standardize is not None:
                 raise Refused(f"{unit.path} standardises its weights")
             if unit.conv.bias is not None:
                 raise Refused(f"{unit.path} has a bias")
         if not isinstance(unit, (ConvUnit, NormActUnit, SqueezeExciteUnit, forms.GateUnit)):
             raise Refused(f"{unit.path} has no fused form in training mode")
+    if isinstance(form, forms.Bottleneck) and form.blur is not None:
+        raise Refused("its last convolution reads a pooling")
     if isinstance(form, forms.Bottleneck) and form.before is not None and form.shortcut is not None:
         raise Refused("its shortcut reads what no other convolution does")
     if isinstance(form, forms.PreAct) and (form.conv3 or form.conv2).norm is not None:

@@ -6,7 +6,7 @@ operations (traceable, differentiable). `pack(dtype)` gives the same callable wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -143,6 +143,64 @@ class ConvUnit(Unit):
     def pack(self, dtype: torch.dtype) -> Callable:
         packed = PackedUnit(self, dtype)
         return packed if self.then is None else PackedConvThenNorm(packed, self.then, self.activation)
+
+
+Borders = tuple[tuple[int, int], tuple[int, int]]
+"""Zeros before and behind the rows, and the columns."""
+
+
+@dataclass(eq=False)
+class BorderedConvUnit(ConvUnit):
+    """A `ConvUnit` of a map that gets a border of zeros first: `border`, or else one by the size of the map, as in
+    TensorFlow's padding "same", for `ceil(size / stride)` results; of an odd number the larger half is behind.
+    """
+
+    border: Borders | None = None
+
+    def borders(self, size: Sequence[int]) -> Borders:
+        """Of a map of such a size."""
+        if self.border is not None:
+            return self.border
+        conv, found = self.conv, []
+        for n, kernel, stride, dilation in zip(size, conv.kernel_size, conv.stride, conv.dilation, strict=True):
+            total = max((-(-n // stride) - 1) * stride + (kernel - 1) * dilation + 1 - n, 0)
+            found.append((total // 2, total - total // 2))
+        return found[0], found[1]
+
+    def bordered(self, x: Tensor) -> Tensor:
+        """x with its border, in the layout of x."""
+        (top, bottom), (left, right) = self.borders(x.shape[2:])
+        return F.pad(x, (left, right, top, bottom))
+
+    def check(self) -> None:
+        super().check()
+        if self.conv.padding != (0, 0):
+            raise Refused(f"{self.path} has a border of its own beside another one")
+        if self.then is not None:
+            raise Refused(f"{self.path} has a border of its own, and {type(self.then).__name__} behind it")
+
+    def __call__(self, x: Tensor, *arguments, **options):
+        return super().__call__(self.bordered(x), *arguments, **options)
+
+    def pack(self, dtype: torch.dtype) -> Callable:
+        return Bordered(self, PackedUnit(self, dtype))
+
+
+class Bordered:
+    """A packed convolution of a map that gets its border first."""
+
+    def __init__(self, unit: BorderedConvUnit, conv: PackedConv):
+        self.unit, self.conv = unit, conv
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def beside(self, other: Callable, x: Tensor) -> None:
+        """Never, since it reads another map."""
+
+    def __call__(self, x: Tensor, *arguments, **options):
+        bordered = self.unit.bordered(computed(x))
+        return self.conv(bordered.contiguous(memory_format=torch.channels_last), *arguments, **options)
 
 
 class PackedUnit(PackedConv):
@@ -298,6 +356,43 @@ class SqueezeExciteUnit(Unit):
             t.float() for t in (self.fc1.weight.flatten(1), self.fc1.bias, self.fc2.weight.flatten(1), self.fc2.bias)
         ]
         return PackedSqueezeExcite(*weights, self.activation, self.gate_activation)
+
+
+@dataclass(eq=False)
+class ChannelConvUnit(Unit):
+    """Efficient channel attention: from float32 channel means to a gate in the dtype of the feature map, by a
+    convolution along the channels, `gate_activation(conv1d(means))`: `unit(means, dtype)`.
+
+    Source: Q. Wang et al., "ECA-Net", CVPR 2020, arXiv 1910.03151.
+    """
+
+    path: str
+    conv: nn.Conv1d
+    gate_activation: str = "sigmoid"
+
+    def check(self) -> None:
+        shape = tuple(self.conv.weight.shape)
+        if shape[:2] != (1, 1) or shape[2] % 2 == 0 or self.conv.padding != (shape[2] // 2,):
+            raise Refused(f"{self.path} has a weight of shape {shape} and a border of {self.conv.padding}")
+
+    def __call__(self, means: Tensor, dtype: torch.dtype) -> Tensor:
+        y = F.conv1d(means[:, None], self.conv.weight.to(means.dtype), padding=self.conv.padding)[:, 0]
+        return activate(y, self.gate_activation).to(dtype)
+
+    def pack(self, dtype: torch.dtype) -> Callable:
+        return PackedChannelConv(self.conv.weight.float(), self.gate_activation)
+
+
+class PackedChannelConv:
+    """The same, of means or of (N, T, C) parts whose sum over T they are."""
+
+    def __init__(self, weight: Tensor, gate_activation: str):
+        self.weight, self.gate_activation = weight, gate_activation
+
+    def __call__(self, means: Tensor, dtype: torch.dtype) -> Tensor:
+        means = means if means.dim() == 2 else means.sum(1)
+        y = F.conv1d(means[:, None], self.weight.to(means.dtype), padding=self.weight.shape[2] // 2)[:, 0]
+        return activate(y, self.gate_activation).to(dtype)
 
 
 @dataclass(eq=False)

@@ -16,6 +16,8 @@ from . import timm
 _HOSTS = {
     "timm.models.regnet": ".timm",
     "torchvision.models.regnet": ".torchvision",
+    "segmentation_models_pytorch.encoders._senet": ".segmentation_models",
+    "segmentation_models_pytorch.encoders._efficientnet": ".segmentation_models",
     "transformers.models.regnet.modeling_regnet": ".transformers",
     "transformers.models.resnet.modeling_resnet": ".transformers",
 }

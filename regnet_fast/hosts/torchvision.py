@@ -14,7 +14,7 @@ from torchvision.ops.misc import SqueezeExcitation
 from ..blocks import forms
 from ..blocks.chain import Chain
 from ..blocks.fused import Fused
-from ..blocks.units import ConvUnit, Refused, SqueezeExciteUnit
+from ..blocks.units import ConvUnit, JoinUnit, Refused, SqueezeExciteUnit
 from .modules import ACTIVATIONS, activation, conv_norm, squeeze_excite
 
 
@@ -137,17 +137,17 @@ class _Inverted(Fused):
             else:
                 units.append(_unit(own, layer))
         added = self.use_res_connect
-        if added and (len(units) < 2 or units[-1].activation != "none"):
-            raise Refused("its input is added behind an activation")
         if gate is not None and gates != len(units) - 1:
             raise Refused("its squeeze-excite is not before the last convolution")
-        if len(units) == 1 and gate is None:
-            return forms.Single(units[0])
-        if len(units) not in (2, 3):
-            raise Refused(f"{path} has {len(units)} convolutions")
         depth = getattr(self, "stochastic_depth", None) if added else None
         if depth is not None and (type(depth) is not StochasticDepth or depth.mode != "row"):
             raise Refused(f"stochastic_depth is {depth}, not one of whole images")
+        if len(units) == 1 and gate is None:
+            return forms.Single(units[0], JoinUnit("", "none") if added else None, depth)
+        if len(units) not in (2, 3):
+            raise Refused(f"{path} has {len(units)} convolutions")
+        if added and units[-1].activation != "none":
+            raise Refused("its input is added behind an activation")
         return forms.Bottleneck(*units, squeeze_excite=gate, identity=added, drop_path=depth)
 
 

@@ -16,7 +16,7 @@ from ..backends.passes import describe
 from ..blocks.fused import Freezable, Fused, Plan, freeze
 from ..blocks.network import Network
 from ..blocks.training import compute_dtype
-from ..blocks.units import LinearUnit, PackedConvThenNorm, PackedUnit, Unit
+from ..blocks.units import Bordered, ChannelConvUnit, HostNormUnit, LinearUnit, PackedConvThenNorm, PackedUnit, Unit
 from ..hosts.registry import candidates
 from ..models import why_not
 from ..observer import observing
@@ -27,6 +27,7 @@ from ..trials import cpu
 from ..trials.serving import serving, why
 from .counting import Kernel, KernelCounter
 
+_TORCH = "torch", "torch", "too little to have a kernel of its own"
 _OPERANDS = {PackedUnit: 3, PackedNormAct: 2, PackedSqueezeExcite: 1}
 """How many operands a problem is posed by: x, gate and residual; x and gate; means."""
 
@@ -309,14 +310,21 @@ class _Recorded:
 
     def _rows(self, args: tuple, kwargs: dict, y: Any, tuned: bool) -> list[Row]:
         packed, norm = self.packed, None
+        if isinstance(packed, Bordered):
+            packed, args = packed.conv, (packed.unit.bordered(args[0]), *args[1:])
         if isinstance(packed, PackedConvThenNorm):
             packed, norm = packed.conv, packed.norm
         if isinstance(self.unit, LinearUnit):
             features = self.unit.linear.weight.shape[0]
             shape = f"{_size(args[0].shape)} -> {features}"
             return [Row(self.layer, "linear", shape, "torch", "torch linear", "", 2 * args[0].numel() * features)]
-        if not isinstance(packed, Packed):
+        if isinstance(self.unit, ChannelConvUnit):
+            (n, channels), size = args[0].shape[:: args[0].dim() - 1], self.unit.conv.weight.shape[2]
+            return [Row(self.layer, "channel_conv", f"{n}x{channels}, {size}", *_TORCH, 2 * n * channels * size)]
+        if isinstance(self.unit, HostNormUnit):
             return [_host_row(self.layer, packed.norm, (args[0],), y, _norm_reason(packed.norm))]
+        if not isinstance(packed, Packed):
+            return [Row(self.layer, type(self.unit).__name__.removesuffix("Unit").lower(), _size(y.shape), *_TORCH, 0)]
         count = 2 if norm is not None else _OPERANDS[type(packed)]  # the host's norm stands before the residual
         operands = args[:count]
         if norm is None and kwargs.get("means"):

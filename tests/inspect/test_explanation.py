@@ -246,3 +246,21 @@ def test_a_layer_that_a_frozen_network_would_take_in_is_told():
     assert told() == {"stem": True, "final_conv": True}
     model.final_conv = torch.nn.GELU()
     assert told() == {"stem": True, "final_conv": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "by_torch"),
+    [
+        ("seresnext26t_32x4d", {"join"}),
+        ("ecaresnet26t", {"join", "channel_conv"}),
+        ("efficientnetv2_rw_t", {"join"}),
+        ("tf_mobilenetv3_small_minimal_100", set()),
+    ],
+)
+def test_every_kind_of_unit_has_a_row(name, by_torch):
+    """Where no program serves; the sums and gates that torch computes as well."""
+    model = regnet_fast.create_model(name).eval()
+    with backend("aten"):
+        rows = regnet_fast.explain(model, (1, 3, 64, 64))
+    assert {row.operation for row in rows if row.backend == "torch"} == by_torch
+    assert all(row.shape and row.label for row in rows)

@@ -20,8 +20,8 @@ class _Residual(Fused):
     """What the blocks share: `ConvNormAct`s, a squeeze-excite before the last one or behind it, and a shortcut."""
 
     def _form(self, *paths: str) -> forms.Bottleneck:
-        inner = layers.squeeze_excite("attn", self.attn)
-        behind = layers.squeeze_excite("attn_last", self.attn_last)
+        inner = layers.attention("attn", self.attn)
+        behind = layers.attention("attn_last", self.attn_last)
         if inner is not None and behind is not None:
             raise Refused("it has a squeeze-excite before its last convolution and one behind it")
         act = layers.activation("act", self.act)
@@ -83,7 +83,7 @@ class _Reparameterisable(Fused):
     """What RepVGG and MobileOne share: branches that are one convolution, and squeeze-excite behind their sum."""
 
     def _form(self, kxk: Sequence[tuple[str, nn.Module]], pointwise: tuple[str, nn.Module | None]) -> forms.RepVgg:
-        squeeze_excite = layers.squeeze_excite("attn", self.attn)
+        squeeze_excite = layers.attention("attn", self.attn)
         activation = layers.activation("act", self.act)
         after = activation if squeeze_excite is None else "none"
 

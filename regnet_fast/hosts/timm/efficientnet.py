@@ -61,9 +61,8 @@ class ConvBnAct(_Skipping, blocks.ConvBnAct):
 
     def fused_form(self) -> forms.Single:
         self._without("aa")
-        if self.has_skip:
-            raise Refused("its input is added behind the activation")
-        return forms.Single(self._unit("conv", "bn1"))
+        join = JoinUnit("", "none") if self.has_skip else None
+        return forms.Single(self._unit("conv", "bn1"), join, layers.drop_path(self.drop_path))
 
 
 @register_notrace_module

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from timm.layers import (
     BatchNormAct2d,
+    Conv2dSame,
     DropPath,
+    EcaModule,
     FrozenBatchNormAct2d,
     SelectAdaptivePool2d,
     SEModule,
@@ -21,7 +23,15 @@ from timm.layers.drop import DropBlock2d
 from timm.models import byobnet, resnetv2
 from torch import nn
 
-from ...blocks.units import ConvUnit, HostNormUnit, NormActUnit, Refused, SqueezeExciteUnit
+from ...blocks.units import (
+    BorderedConvUnit,
+    ChannelConvUnit,
+    ConvUnit,
+    HostNormUnit,
+    NormActUnit,
+    Refused,
+    SqueezeExciteUnit,
+)
 from .. import modules
 
 ACTIVATIONS = {
@@ -32,7 +42,7 @@ ACTIVATIONS = {
     HardSigmoid: "hardsigmoid",
     Sigmoid: "sigmoid",
 }
-CONVS = (nn.Conv2d, StdConv2d)
+CONVS = (nn.Conv2d, StdConv2d, Conv2dSame)
 _FORWARD_INTERMEDIATES = resnetv2.ResNetV2.forward_intermediates.__code__
 NORM_ACTS = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
 BATCH_NORMS = (*NORM_ACTS, *modules.BATCH_NORMS)
@@ -84,7 +94,8 @@ def standardization(path: str, conv: nn.Module) -> float | None:
 
 def conv_norm(conv_path: str, conv: nn.Module, norm_path: str, norm: nn.Module | None, after: str = "none") -> ConvUnit:
     """A convolution and the norm after it; `after` is the activation behind the block's sum."""
-    unit = ConvUnit(conv_path, conv, standardize=standardization(conv_path, conv), activation=after)
+    kind = BorderedConvUnit if type(conv) is Conv2dSame else ConvUnit
+    unit = kind(conv_path, conv, standardize=standardization(conv_path, conv), activation=after)
     if norm is None:
         return unit
     if not modules.folds(norm, BATCH_NORMS):
@@ -118,6 +129,20 @@ def norm_act(path: str, norm: nn.Module) -> NormActUnit | HostNormUnit:
     if not modules.folds(norm, BATCH_NORMS):
         return HostNormUnit(path, norm)
     return NormActUnit(path, norm, norm_activation(path, norm))
+
+
+def attention(path: str, module: nn.Module) -> SqueezeExciteUnit | ChannelConvUnit | None:
+    """timm's SEModule or EcaModule as a unit, None where there is none."""
+    return _channel_conv(path, module) if type(module) is EcaModule else squeeze_excite(path, module)
+
+
+def _channel_conv(path: str, module: EcaModule) -> ChannelConvUnit:
+    conv = module.conv
+    if module.conv2 is not None or type(conv) is not nn.Conv1d or conv.bias is not None:
+        raise Refused(f"{path} is more than one plain convolution along the channels")
+    if (conv.stride, conv.dilation, conv.padding_mode) != ((1,), (1,), "zeros"):
+        raise Refused(f"{path} has a convolution with a stride, a dilation or another border")
+    return ChannelConvUnit(path, conv, activation(f"{path}.gate", module.gate))
 
 
 def squeeze_excite(path: str, module: nn.Module) -> SqueezeExciteUnit | None:

@@ -5,22 +5,27 @@ Each class subclasses timm's own, keeps its state and its constructor, and reads
 
 from __future__ import annotations
 
+from timm.layers import BlurPool2d
 from timm.models import register_notrace_module, resnet
 from torch import nn
 
 from ...blocks import forms
 from ...blocks.fused import Fused
 from ...blocks.units import JoinUnit, Refused
+from .. import modules
 from . import layers
+
+_BLURS = (nn.Identity, nn.AvgPool2d, BlurPool2d)
 
 
 class _Residual(Fused):
     """What both blocks share: convolutions by number, each with its norm, then squeeze-excite, shortcut, activation."""
 
     def _form(self, count: int) -> forms.Bottleneck:
-        for path in ("aa", "drop_block"):
-            layers.check_inert(path, getattr(self, path))
-        squeeze_excite = None if self.se is None else layers.squeeze_excite("se", self.se)
+        layers.check_inert("drop_block", self.drop_block)
+        if type(self.aa) not in _BLURS:
+            raise Refused(f"aa is {modules.class_name(self.aa)}, which has no fused form")
+        squeeze_excite = None if self.se is None else layers.attention("se", self.se)
         acts = [layers.activation(f"act{i}", getattr(self, f"act{i}")) for i in range(1, count + 1)]
         join = None if squeeze_excite is None else JoinUnit(f"act{count}", acts.pop())
         units = [
@@ -33,6 +38,7 @@ class _Residual(Fused):
             **_downsample(self.downsample),
             drop_path=layers.drop_path(self.drop_path),
             join=join,
+            blur=None if type(self.aa) is nn.Identity else self.aa,
         )
 
 
