@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
-from operator import attrgetter, is_
-from typing import ClassVar
+from operator import attrgetter, itemgetter
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,12 @@ from .chain import Chain, current_plans, is_fused, made, told
 from .fused import FOUND, PIECES, STATE, Freezable, Fused, Plan, unfit
 from .program import Program
 from .units import Refused
-from .watch import hooks, not_derived, only_forwards, transformed
+from .watch import calls_forward, hooks, not_derived, only_forwards, transformed
 
 _CALLED = ("forward_features", "forward_head")
 """What the host's forward calls of the network itself, and somebody may put their own in its place."""
-_CLASS = attrgetter("__class__")
+_CHECKPOINTING = "grad_checkpointing"
+_CLASS, _CHILDREN, _CHECKPOINTS = attrgetter("__class__"), itemgetter("_modules"), itemgetter(_CHECKPOINTING)
 _SERVING_KEPT = 8
 """For how many kinds of calls it is kept which program serves."""
 
@@ -95,7 +96,7 @@ class Network(Freezable):
             return super().forward(x)
         if not x.is_cpu or forced_backend() not in (None, "native") or transformed() is not None:
             return super().forward(x)
-        if any(name in self.__dict__ for name in _CALLED) or getattr(self, "grad_checkpointing", False):
+        if any(name in self.__dict__ for name in _CALLED) or getattr(self, _CHECKPOINTING, False):
             return super().forward(x)
         if _methods(type(self)) != self._methods:
             return super().forward(x)
@@ -170,8 +171,10 @@ def _by_program(
         return None
     found, facts = network.__dict__.get(FOUND), _facts(x)
     if found is not None and facts in found.serving and observer.get() is None:
+        seen = found.look()
         y = found.serving[facts](x, partial(found.stands, network, order, x))
         if y is not None:
+            found.seen, found.is_all = seen, is_all
             found.count()
             return y
         found = None
@@ -193,7 +196,7 @@ def _by_program(
         found = network.__dict__[FOUND] = _Found(network, order, links, staged)
     if len(found.serving) >= _SERVING_KEPT:
         found.serving.clear()
-    found.serving[facts], found.is_all = program, is_all and found.frozen
+    found.serving[facts], found.is_all = program, is_all
     found.count()
     if observer.get() is not None:
         y = x
@@ -214,7 +217,7 @@ def _links(order: Sequence[nn.Module]) -> list[list[nn.Module]] | None:
     """
     links: list[list[nn.Module]] = []
     for i, stage in enumerate(order):
-        if not only_forwards(stage) or getattr(stage, "grad_checkpointing", False):
+        if not only_forwards(stage) or getattr(stage, _CHECKPOINTING, False):
             return None
         own = list(stage.links()) if isinstance(stage, Chain) else [stage]
         if i == 1 and not isinstance(order[0], Chain):
@@ -224,37 +227,50 @@ def _links(order: Sequence[nn.Module]) -> list[list[nn.Module]] | None:
     return links
 
 
+class _Seen(NamedTuple):
+    """What a network and its blocks are as far as can be told at once: an attribute that was added may be a replaced
+    method, and what is derived from the weights is let go where they may have changed.
+    """
+
+    classes: list[type]
+    attributes: list[int]
+    checkpointing: list[bool]
+    children: list[dict[str, nn.Module | None]]
+    derived: list[object]
+
+
 class _Found:
     """The blocks of a network, stage by stage, and their plans, which are current.
 
     Attributes: `of`, the network and what it calls in its order; `links`, the blocks of each stage; `plans`, likewise;
-    `serving`, the program that serves calls of the same facts; `frozen`, that all blocks are; `is_all`, that they are
-    and the network calls nothing else.
+    `serving`, the program that serves calls of the same facts; `is_all`, whether the network calls nothing else;
+    `seen`, what it looked like when all of this was last true.
     """
 
     def __init__(self, network: Network, order: Sequence[nn.Module], links: list[list[Fused]], plans: list[list[Plan]]):
         self.of, self.links, self.plans = (network, *order), links, plans
         self.serving: dict[tuple, Program] = {}
+        self.is_all = False
         self._each = [*zip(chain.from_iterable(links), chain.from_iterable(plans), strict=True)]
         pieces = {*network.__dict__.get(PIECES, {}).values()}
         self._looked_at = [(child, plan) for child, plan in self._each if not plan.frozen]
-        self.frozen, self.is_all = all(child in pieces for child, _ in self._looked_at), False
-        if not self.frozen:
-            return
+        self._frozen = all(child in pieces for child, _ in self._looked_at)
         blocks = [child for child, _ in self._each]
-        self._states = [child.__dict__ for child in blocks]
         inside = {id(m) for child in blocks if child not in pieces for m in child.modules()}
         around = [m for m in network.modules() if id(m) not in inside]
-        self._around = [m.__dict__ for m in around]
-        self._tables = [m._modules for m in around]
-        self._children = [dict(table) for table in self._tables]
+        self._around, self._blocks = [m.__dict__ for m in around], [child.__dict__ for child in blocks]
         self._hooks = [table for m in (*around[1:], *blocks) for table in hooks(m)]
         self._modules = [*around, *blocks]
-        self._classes = [*map(_CLASS, self._modules)]
-        self._sizes, self._kept = self._read()
+        self._classes = {*map(type, self._modules)}
+        self._checkpointed = [state for state in self._around if _CHECKPOINTING in state]
+        self.seen = self.look()
 
-    def _read(self) -> tuple[list[int], list]:
-        return [*map(len, self._around), *map(len, self._states)], [state.get(STATE) for state in self._states]
+    def look(self) -> _Seen:
+        """What the network is now."""
+        sizes = [*map(len, self._around), *map(len, self._blocks)]
+        children, derived = [*map(dict, map(_CHILDREN, self._around))], [state.get(STATE) for state in self._blocks]
+        checkpointing = [*map(_CHECKPOINTS, self._checkpointed)]
+        return _Seen([*map(_CLASS, self._modules)], sizes, checkpointing, children, derived)
 
     def of_these(
         self, network: Network, order: Sequence[nn.Module], links: list[list[Fused]], plans: list[list[Plan]]
@@ -268,12 +284,10 @@ class _Found:
             plan.calls += 1
 
     def again(self, network: Network, x: Tensor) -> Tensor | None:
-        """What the program of calls like this one makes of x, where all that the network calls is frozen, and is known
-        without asking the network for its order; None where another way may serve.
+        """What the program of calls like this one makes of x, where the network is as it was seen, without asking it
+        for its order; None where another way may serve.
         """
-        if network is not self.of[0] or not network.is_frozen or observer.get() is not None:
-            return None
-        if unfit(x) is not None or autocast_enabled("cpu"):
+        if network is not self.of[0] or observer.get() is not None or unfit(x) is not None or autocast_enabled("cpu"):
             return None
         program = self.serving.get(_facts(x))
         y = program(x, partial(self._stays, x)) if program is not None else None
@@ -285,20 +299,24 @@ class _Found:
         """Whether it is still true of this very network, which calls these in this order."""
         if (network, *order) != self.of:
             return False
-        if self.frozen:
+        if self._frozen:
             return self._stays(x)
         block, plan = self._each[0]
         same = block.follows(plan, x) and _links(order) == self.links
         return same and all(is_fused(child) and child.follows(plan, x) for child, plan in self._each)
 
     def _stays(self, x: Tensor) -> bool:
-        """Whether what was frozen is as it was, as far as can be told at once: it has a state that is let go with the
-        promise, and an attribute that was added may be a replaced method.
-        """
-        if [*map(_CLASS, self._modules)] != self._classes or any(self._hooks):
+        """Whether the network is as it was seen, nobody listens, and the plans that no promise holds are current."""
+        seen = self.seen
+        if [*map(_CLASS, self._modules)] != seen.classes or any(self._hooks):
+            return False
+        if not all(map(calls_forward, self._classes)) or [*map(_CHILDREN, self._around)] != seen.children:
+            return False
+        if [*map(_CHECKPOINTS, self._checkpointed)] != seen.checkpointing:
             return False
         block, plan = self._each[0]
         if not block.follows(plan, x) or not all(child.follows(plan, x) for child, plan in self._looked_at):
             return False
-        sizes, kept = self._read()
-        return sizes == self._sizes and all(map(is_, kept, self._kept)) and self._tables == self._children
+        if not all(state.get(STATE) is derived for state, derived in zip(self._blocks, seen.derived, strict=True)):
+            return False
+        return [*map(len, self._around), *map(len, self._blocks)] == seen.attributes

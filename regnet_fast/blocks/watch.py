@@ -220,8 +220,13 @@ def only_forwards(module: nn.Module) -> bool:
         any(hooks(module))
         or "forward" in module.__dict__
         or module._compiled_call_impl is not None
-        or type(module).__call__ is not _CALL
+        or not calls_forward(type(module))
     )
+
+
+def calls_forward(cls: type[nn.Module]) -> bool:
+    """Whether calls of a class are torch's, of its `forward`."""
+    return cls.__call__ is _CALL
 
 
 def not_derived(module: nn.Module) -> bool:
