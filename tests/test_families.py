@@ -63,14 +63,18 @@ def every(sample) -> list:
 
 
 def randomized(name: str, **options) -> nn.Module:
-    model = timm.create_model(name, **options).eval()
-    return randomize_bn(model, 0)
+    model, only = timm.create_model(name, **options).eval(), size(name)
+    return randomize_bn(model, 0, None if only == 64 else (4, 3, only, only))
 
 
 def size(name: str) -> int:
-    """The smallest image of an architecture that stays a map to its end."""
-    fixed = timm.get_pretrained_cfg(name).fixed_input_size
-    return timm.get_pretrained_cfg(name).input_size[-1] if fixed else 64
+    """The smallest image of an architecture that stays a map to its end, or the only one that its attention takes."""
+    model = timm.create_model(name, device="meta").eval()
+    try:
+        model(torch.empty(1, 3, 64, 64, device="meta"))
+    except (AssertionError, RuntimeError):
+        return model.default_cfg["input_size"][-1]
+    return 64
 
 
 @pytest.fixture(autouse=True)
