@@ -64,7 +64,7 @@ def every(sample) -> list:
 
 def randomized(name: str, **options) -> nn.Module:
     model, only = timm.create_model(name, **options).eval(), size(name)
-    return randomize_bn(model, 0, None if only == 64 else (4, 3, only, only))
+    return randomize_bn(model, 0, (4, 3, *(2 * [128 if only == 64 else only])))
 
 
 def size(name: str) -> int:
