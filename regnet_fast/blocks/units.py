@@ -176,6 +176,9 @@ class BorderedConvUnit(ConvUnit):
         super().check()
         if self.conv.padding != (0, 0):
             raise Refused(f"{self.path} has a border of its own beside another one")
+        sizes = [] if self.border is None else [n for both in self.border for n in both]
+        if min(sizes, default=0) < 0 or (any(sizes) and tuple(self.conv.kernel_size) == (1, 1)):
+            raise Refused(f"{self.path} has the border {self.border}, which is no border of its kernel")
         if self.then is not None:
             raise Refused(f"{self.path} has a border of its own, and {type(self.then).__name__} behind it")
 

@@ -73,3 +73,12 @@ def test_a_block_of_other_layers_is_kept_with_its_reason(name):
     setattr(block, name, torch.nn.Conv2d(96 if name[1] == "d" else 4, 96, 1, groups=1, padding_mode="circular"))
     (kept,) = regnet_fast.rebuild(block).kept
     assert name in kept[2] and "circular" in kept[2]
+
+
+@pytest.mark.parametrize(("name", "border"), [("_expand_conv", (0, 1, 0, 1)), ("_depthwise_conv", (-1, 1, 0, 1))])
+def test_a_border_that_a_kernel_does_not_have_is_the_hosts(name, border):
+    """A 1x1 convolution that makes its map larger; a border that cuts."""
+    block = smp.encoders.get_encoder("efficientnet-b0", weights=None)._blocks[1].eval()
+    getattr(block, name).static_padding = torch.nn.ZeroPad2d(border)
+    (kept,) = regnet_fast.rebuild(block).kept
+    assert name in kept[2] and "no border of its kernel" in kept[2]
