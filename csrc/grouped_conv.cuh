@@ -94,8 +94,8 @@ DEVICE void read_through(unsigned at, const float* scale, const float* shift, in
 // pixels under one tap of a convolution with stride 2 are then beside each other.
 template <int ROWS, int COLUMNS, int CHUNKS, bool ALTERNATE = false>
 struct Tile {
-    static constexpr int PITCH = odd_pitch(CHUNKS);
-    static constexpr int BYTES = ROWS * COLUMNS * PITCH;
+    static constexpr int HEIGHT = ROWS, WIDTH = COLUMNS, PIXELS = ROWS * COLUMNS;
+    static constexpr int PITCH = odd_pitch(CHUNKS), BYTES = PIXELS * PITCH;
 
     static constexpr DEVICE int offset(int row, int column) {
         int place = ALTERNATE ? column / 2 + column % 2 * ((COLUMNS + 1) / 2) : column;

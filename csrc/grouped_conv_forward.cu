@@ -2,10 +2,13 @@
 //
 //     y[p, g, n] = activation(sum_(tap, c) read(x)[STRIDE p + tap - 1, g, c] * weight[g, n, tap, c] + bias[g, n])
 //     read(x) = read_activation(x * scale + shift)             with NORM; else x. Zero outside the image
+//     read(x)[p, k] = read_activation(sum_c x[p, c] * in_weight[k, c] + in_bias[k])     with IN: a 1x1 convolution
 //     parts[tile, g, n] = sum of y over the tile's pixels / pixels of an image
 //     moments[worker, :, g, n] = count, mean and centred sum of squares of y over the worker's tiles
 //
-//   x (images, height, columns, groups * WIDTH), y (images, out_height, out_columns, groups * WIDTH): T
+//   x (images, height, columns, groups * WIDTH; with IN, 8 IN channels), y (images, out_height, out_columns, groups *
+//   WIDTH): T
+//   in_weight (groups * WIDTH, 8 IN): T, in_bias (groups * WIDTH) or null: float, with IN
 //   weight (groups * WIDTH, 9 * WIDTH), tap by tap: T; bias (groups * WIDTH) or null: float
 //   scale, shift (groups * WIDTH): float, with NORM
 //   parts (images * tiles of an image, groups * WIDTH): float, with PARTS
@@ -18,16 +21,20 @@
 // tiles at the edges have, is found before the first. The sum runs over (tap, chunk of eight channels) as one index, so
 // that any multiple of eight fills the matrix instruction. Warps: WARPS_M over pixels, WARPS_N over units of UNIT times
 // eight output channels.
+//
+// With IN the map between the two convolutions is never in memory: a block makes the tile of it, with its halo and for
+// the channels of its slab alone, from the tile of x, whose chunks it has all, and rounds it as if it had been written.
 #include "grouped_conv.cuh"
 #include "moments.cuh"
 
 template <
     class T, int WIDTH, int GROUPS, int CHUNK, int OUT_TILE, int UNIT, int STRIDE, int TILE_H, int TILE_W, int WARPS_M,
-    int WARPS_N, int STAGES, int ACTIVATION, bool PARTS, bool NORM, int READ_ACTIVATION, bool MOMENTS>
+    int WARPS_N, int STAGES, int ACTIVATION, bool PARTS, bool NORM, int READ_ACTIVATION, bool MOMENTS, int IN>
 KERNEL(32 * WARPS_M * WARPS_N, 65536 / (168 * 32 * WARPS_M * WARPS_N))
 grouped_conv_forward(
-    const T* x, const float* scale, const float* shift, const T* weight, const float* bias, T* y, float* parts,
-    float* moments, int images, int height, int columns, int out_height, int out_columns, int groups) {
+    const T* x, const float* scale, const float* shift, const T* in_weight, const float* in_bias, const T* weight,
+    const float* bias, T* y, float* parts, float* moments, int images, int height, int columns, int out_height,
+    int out_columns, int groups) {
     constexpr int THREADS = 32 * WARPS_M * WARPS_N, PIXELS = TILE_H * TILE_W;
     constexpr int SIXTEENS = ceil_div(PIXELS, 16 * WARPS_M), UNITS_IN_GROUP = OUT_TILE / (8 * UNIT);
     constexpr int UNITS = GROUPS * UNITS_IN_GROUP, STEPS = ceil_div(WIDTH, CHUNK), OUT_TILES = ceil_div(WIDTH, OUT_TILE);
@@ -37,16 +44,24 @@ grouped_conv_forward(
     static_assert(GROUPS == 1 || (RESIDENT && OUT_TILE == WIDTH), "several groups only as a whole");
     static_assert(ONE_UNIT || (RESIDENT && OUT_TILE == WIDTH), "several units for a warp only of whole groups");
     static_assert(!(PARTS && MOMENTS), "one kind of sums");
+    static_assert(IN == 0 || (RESIDENT && !NORM), "a convolution before whole groups");
 
     using Halo = Tile<(TILE_H - 1) * STRIDE + 3, (TILE_W - 1) * STRIDE + 3, GROUPS * CHUNKS, STRIDE == 2>;
-    using Copies = Share<Halo, 1, THREADS, true>;
+    using Source = Tile<Halo::HEIGHT, Halo::WIDTH, IN ? IN : GROUPS * CHUNKS, STRIDE == 2>;
+    using Copies = Share<Source, 1, THREADS, true>;
     constexpr int WEIGHT_PITCH = odd_pitch(DEPTH), WEIGHT_BYTES = GROUPS * OUT_TILE * WEIGHT_PITCH;
-    constexpr int STAGE_BYTES = Halo::BYTES + (RESIDENT ? 0 : WEIGHT_BYTES);
+    constexpr int STAGE_BYTES = Source::BYTES + (RESIDENT ? 0 : WEIGHT_BYTES);
     constexpr int RESULT_PITCH = odd_pitch(UNIT), RESULT_BYTES = SIXTEENS * 16 * RESULT_PITCH;
     constexpr int RESULTS = ceil_div(RESULT_BYTES, 16 * 32);
     constexpr int ROWS = GROUPS * OUT_TILE, ROWS_OF_THREAD = ceil_div(ROWS, THREADS);
+    // Of the map behind a convolution in front a warp makes MADE_EIGHTS for AT_ONCE pixels in each of its PASSES.
+    constexpr int MADE_EIGHTS = ceil_div(ROWS / 8, WARPS_N), IN_ROWS = MADE_EIGHTS * WARPS_N * 8;
+    constexpr int IN_WEIGHT_BYTES = IN ? IN_ROWS * odd_pitch(IN) : 0, BY_TWO = ceil_div(Halo::PIXELS, 32 * WARPS_M);
+    constexpr int AT_ONCE = MADE_EIGHTS <= 3 && BY_TWO % 2 == 0 ? 64 : 32;
+    constexpr int PASSES = IN ? ceil_div(Halo::PIXELS, AT_ONCE * WARPS_M) : 0;
     const unsigned stages = shared_base(), weights = stages + STAGES * STAGE_BYTES;
-    const unsigned results = weights + (RESIDENT ? WEIGHT_BYTES : 0);
+    const unsigned in_weights = weights + (RESIDENT ? WEIGHT_BYTES : 0), made = in_weights + IN_WEIGHT_BYTES;
+    const unsigned results = made + (IN ? Halo::BYTES : 0);
     const unsigned column_sums = results + WARPS_M * WARPS_N * RESULT_BYTES;
     const unsigned counts = column_sums + WARPS_M * ROWS * 8;  // of the pixels of each warp's rows
 
@@ -65,9 +80,10 @@ grouped_conv_forward(
     const int term = thread_x() % DEPTH;
     const WeightShare<ROWS, DEPTH, WIDTH, THREADS, !RESIDENT> weight_copies(
         first_channel, known_rows, Terms<CHUNKS>::tap(term), Terms<CHUNKS>::chunk(term) * 8);
+    const int in_channels = IN ? IN * 8 : channels, in_last_rows = height - (down - 1) * TILE_H * STRIDE;
+    const int in_last_columns = columns - (across - 1) * TILE_W * STRIDE;
     const Copies copies(
-        columns, channels, RESIDENT ? known_groups * CHUNKS : CHUNKS, height - (down - 1) * TILE_H * STRIDE,
-        columns - (across - 1) * TILE_W * STRIDE);
+        columns, in_channels, IN ? IN : RESIDENT ? known_groups * CHUNKS : CHUNKS, in_last_rows, in_last_columns);
     const unsigned last_chunks = Copies::chunks(WIDTH % CHUNK / 8);
     struct Result {
         int pixel, n;  // of the tile, of the unit's eights
@@ -100,6 +116,14 @@ grouped_conv_forward(
         int pixel = warp_m * SIXTEENS * 16 + i * 8 + lane / 4;
         own.add(RESULTS + i, pixel < PIXELS, pixel / TILE_W, pixel % TILE_W, last_rows, last_columns);
     }
+    // With IN: which of this lane's pixels of the map between the convolutions are in the image.
+    Edges<IN ? PASSES * AT_ONCE / 8 : 1> own_made;
+#pragma unroll
+    for (int i = 0; i < PASSES * AT_ONCE / 8; ++i) {
+        int pass = i / (AT_ONCE / 8), place = (pass * WARPS_M + warp_m) * AT_ONCE + i % (AT_ONCE / 8) * 8 + lane / 4;
+        int row = Halo::row(place) - 1, column = Halo::column(place) - 1;
+        own_made.add(i, place < Halo::PIXELS, row, column, in_last_rows, in_last_columns);
+    }
     // What a step, a tile or with wide groups CHUNK of its channels, has still to know when its pixels are there.
     struct Step {
         int channel, pixel;  // of the tile's first one in y
@@ -115,8 +139,9 @@ grouped_conv_forward(
             const int pixel = (tile.image * height + top * STRIDE - 1) * columns + left * STRIDE - 1;
             unsigned inside = copies.edges.inside(tile);
             if (WIDTH % CHUNK && channel_ahead + CHUNK > WIDTH) inside &= last_chunks;
-            copies.copy(stage, x + (long long)pixel * channels + (first_in + channel_ahead), inside);
-            if constexpr (!RESIDENT) weight_copies.copy(stage + Halo::BYTES, weight, channel_ahead);
+            copies.copy(stage, x + (long long)pixel * in_channels + (IN ? 0 : first_in + channel_ahead), inside);
+            if constexpr (IN > 0) inside = own_made.inside(tile);
+            if constexpr (!RESIDENT) weight_copies.copy(stage + Source::BYTES, weight, channel_ahead);
             next[STAGES - 2] = {
                 channel_ahead, (tile.image * out_height + top) * out_columns + left, inside, own.inside(tile)};
             channel_ahead += CHUNK;
@@ -161,7 +186,53 @@ grouped_conv_forward(
         }
     };
 
+    // The slab's channels of the map behind a convolution in front, from a tile of x.
+    auto make = [&](unsigned stage, unsigned inside) {
+        if constexpr (IN > 0) {
+            const int first = warp_n * MADE_EIGHTS * 8;
+#pragma unroll 1
+            for (int place = warp_m * AT_ONCE; place < Halo::PIXELS; place += AT_ONCE * WARPS_M) {
+                unsigned from[AT_ONCE / 16];
+#pragma unroll
+                for (int j = 0; j < AT_ONCE / 16; ++j) {
+                    int pixel = place + j * 16 + lane % 16;
+                    from[j] = stage + (pixel < Halo::PIXELS ? pixel : 0) * Source::PITCH;
+                }
+                float values[AT_ONCE / 16][MADE_EIGHTS][4];
+#pragma unroll
+                for (int n = 0; n < MADE_EIGHTS; ++n) {
+                    const int row = first + n * 8;
+                    Floats2 of = {0.0f, 0.0f};
+                    if (in_bias && row < known_rows) of = load_two(in_bias, int(first_channel) + row + lane % 4 * 2);
+#pragma unroll
+                    for (int i = 0; i < AT_ONCE / 4; ++i) values[i / 4][n][i % 4] = i % 2 ? of.y : of.x;
+                }
+                multiply<T, IN, AT_ONCE / 16, MADE_EIGHTS, IN>(
+                    values, from, in_weights + first * odd_pitch(IN), [](int k) { return k * 16; });
+#pragma unroll
+                for (int i = 0; i < AT_ONCE / 8; ++i, inside >>= 1) {
+                    const int pixel = place + i * 8 + lane / 4;
+                    if (pixel >= Halo::PIXELS) continue;
+#pragma unroll
+                    for (int n = 0; n < MADE_EIGHTS; ++n) {
+                        if (IN_ROWS > ROWS && first + n * 8 >= ROWS) continue;
+                        const float* two = &values[i / 2][n][i % 2 * 2];
+                        unsigned pair = inside & 1 ? narrow_activated<T, READ_ACTIVATION>(two[0], two[1]) : 0;
+                        store_shared(made + pixel * Halo::PITCH + first * 2 + n * 16 + lane % 4 * 4, pair);
+                    }
+                }
+            }
+            sync_block();  // the whole tile is made
+        }
+    };
+
     if constexpr (RESIDENT) weight_copies.copy(weights, weight, 0);
+    for (int at = thread_x(); at < IN_ROWS * IN; at += THREADS) {
+        const int row = at / (IN ? IN : 1), chunk = at % (IN ? IN : 1);
+        copy_async(
+            in_weights + row * odd_pitch(IN) + chunk * 16,
+            in_weight + ((long long)(first_channel + row) * IN + chunk) * 8, row < known_rows);
+    }
 #pragma unroll
     for (int step = 0; step < STAGES - 1; ++step) {
         if (STAGES == 3) next[0] = next[STAGES - 2];
@@ -183,6 +254,8 @@ grouped_conv_forward(
         sync_block();  // this step's pixels are there, and nobody reads those of the step before any more
         if (STAGES == 3) next[0] = next[STAGES - 2];
         copy_step(STAGES == 3 ? after(after(stage)) : after(stage), step + STAGES - 1 < steps);
+        if constexpr (IN > 0) make(stage, now.copied);
+        const unsigned map = IN ? made : stage;
         const bool last = now.channel + CHUNK >= WIDTH;
         const unsigned to_sum = now.own >> RESULTS;
         auto compute = [&](int unit) {
@@ -191,9 +264,9 @@ grouped_conv_forward(
             if constexpr (RESIDENT) begin(out);
             unsigned from[SIXTEENS];
 #pragma unroll
-            for (int j = 0; j < SIXTEENS; ++j) from[j] = stage + pixels[j] + which * CHUNKS * 16;
+            for (int j = 0; j < SIXTEENS; ++j) from[j] = map + pixels[j] + which * CHUNKS * 16;
             multiply<T, DEPTH, SIXTEENS, UNIT, DEPTH>(
-                sums, from, (RESIDENT ? weights : stage + Halo::BYTES) + row * WEIGHT_PITCH, taps);
+                sums, from, (RESIDENT ? weights : stage + Source::BYTES) + row * WEIGHT_PITCH, taps);
             if (!last) return;
 
             float share = 0.0f;  // 1 / the pixels of the warp's rows

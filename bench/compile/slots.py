@@ -67,12 +67,19 @@ def opcode(text: str) -> str:
 def sizes_of(launch: Launch) -> dict[str, int]:
     """The compile-time sizes in a launch's instantiation."""
     facts = launch.kernel.partition("<")[2].rstrip(">").split(", ")
-    return {name: int(fact) for name, fact in zip(SIZES, facts[1:], strict=False)}
+    return {name: int(fact) for name, fact in zip(SIZES, facts[1:], strict=False)} | {"in": int(facts[-1])}
+
+
+def _halo(s: dict[str, int]) -> int:
+    """Pixels that a tile is computed from."""
+    return ((s["tile_h"] - 1) * s["stride"] + 3) * ((s["tile_w"] - 1) * s["stride"] + 3)
 
 
 def _trips(contents: set[str], sizes: dict[str, int], threads: int) -> int:
     """How often a warp goes through an inner loop with such instructions for one step."""
     s = sizes
+    if "HMMA" in contents and s["in"] and "STG" not in contents:  # pixels behind a convolution in front
+        return -(-_halo(s) // (64 * s["warps_m"]))
     if "HMMA" in contents:  # units
         return -(-s["groups"] * s["out_tile"] // (8 * s["unit"] * s["warps_n"]))
     if "LDGSTS" in contents:  # a wide group's weights
@@ -81,8 +88,7 @@ def _trips(contents: set[str], sizes: dict[str, int], threads: int) -> int:
     if "SHFL" in contents:  # the moments of each eight channels of a unit
         return s["unit"]
     if {"LDG", "STS"} <= contents:  # chunks that are read through the norm
-        pixels = ((s["tile_h"] - 1) * s["stride"] + 3) * ((s["tile_w"] - 1) * s["stride"] + 3)
-        return -(-pixels * (s["groups"] * s["chunk"] // 8 | 1) // threads)
+        return -(-_halo(s) * (s["groups"] * s["chunk"] // 8 | 1) // threads)
     if "LDS" in contents and not contents & {"LDG", "LDGSTS", "STG", "STS"}:  # the warps' moments
         return s["warps_m"]
     raise ValueError(f"a loop that nothing is known of: {sorted(contents)}")

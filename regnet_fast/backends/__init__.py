@@ -20,6 +20,7 @@ from types import ModuleType
 from . import cuda, cudnn, native, onednn, reference, triton
 from .activations import ACTIVATIONS
 from .problem import (
+    BackToBackProblem,
     ConvProblem,
     Deferred,
     Geometry,
@@ -35,6 +36,7 @@ from .problem import (
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
+    "BackToBackProblem",
     "BackendError",
     "ConvProblem",
     "Deferred",

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..settings import settings
 from . import reference
 from .activations import ACTIVATIONS
-from .problem import Apart, Call, ConvProblem, NormActProblem, Problem, Run
+from .problem import Apart, Call, ConvProblem, InTurn, NormActProblem, Problem, Run
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -103,6 +103,7 @@ def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None, vari
 
 
 prepare_pair = Apart.by(PlainConv)
+prepare_back_to_back = InTurn.by(PlainConv)
 prepare_squeeze_excite = reference.prepare_squeeze_excite
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..observer import observer
 from . import cpu_library
 from .cpu_library import CHECK, Step
-from .problem import Apart, ConvProblem, Geometry, NormActProblem, Problem, Run, SqueezeExciteProblem
+from .problem import Apart, ConvProblem, Geometry, InTurn, NormActProblem, Problem, Run, SqueezeExciteProblem
 
 CONV, MEANS, AFFINE, LARGEST, AVERAGE, WINDOW_MEAN = range(6)
 """The kinds of steps."""
@@ -48,7 +48,8 @@ def refuse(problem: Problem) -> str | None:
         return f"csrc/cpu computes on a CPU, not on {problem.device}"
     if problem.dtype not in (torch.float32, torch.bfloat16):
         return f"csrc/cpu computes in float32 and bfloat16, not in {problem.dtype}"
-    for name in (problem.activation, getattr(problem, "gate_activation", "none")):
+    others = (getattr(problem, name, "none") for name in ("gate_activation", "first_activation"))
+    for name in (problem.activation, *others):
         if name not in ACTIVATION_CODES:
             return f"csrc/cpu has no {name}"
     if isinstance(problem, ConvProblem):
@@ -381,5 +382,6 @@ def _starts(name: str, **arguments: Tensor | None) -> bool:
 
 prepare_conv = Conv
 prepare_pair = Apart.by(prepare_conv)
+prepare_back_to_back = InTurn.by(prepare_conv)
 prepare_squeeze_excite = SqueezeExcite
 prepare_norm_act = NormAct

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import native, winograd
 from .activations import ACTIVATIONS
-from .problem import Apart, ConvProblem, Geometry, NormActProblem, Problem, Run, SqueezeExciteProblem
+from .problem import Apart, ConvProblem, Geometry, InTurn, NormActProblem, Problem, Run, SqueezeExciteProblem
 
 
 def refuse(problem: Problem) -> str | None:
@@ -206,6 +206,7 @@ def prepare_conv(
 
 
 prepare_pair = Apart.by(prepare_conv)
+prepare_back_to_back = InTurn.by(prepare_conv)
 
 
 class SqueezeExcite(Run):

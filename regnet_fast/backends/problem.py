@@ -157,7 +157,7 @@ class PairProblem:
         stride = other.geometry.stride[0]
         widths = first.out_channels, other.out_channels
         pair = cls(first.input_shape, *widths, first.activation, stride, first.dtype, first.device)
-        return pair if (pair.first, pair.other) == (first, other) else None
+        return pair if pair.both == (first, other) else None
 
     @property
     def first(self) -> ConvProblem:
@@ -174,6 +174,10 @@ class PairProblem:
         return ConvProblem(self.input_shape, out_channels, (1, 1), Geometry((stride, stride)), *facts)
 
     @property
+    def both(self) -> tuple[ConvProblem, ConvProblem]:
+        return self.first, self.other
+
+    @property
     def flops(self) -> int:
         return self.first.flops + self.other.flops
 
@@ -182,7 +186,57 @@ class PairProblem:
         return self.first.bytes + self.other.bytes - math.prod(self.input_shape) * self.dtype.itemsize
 
 
-Problem = ConvProblem | SqueezeExciteProblem | NormActProblem | PairProblem
+@dataclass(frozen=True)
+class BackToBackProblem:
+    """A 1x1 convolution and a grouped one of its result, as a block's first two: `activation(conv3x3(y) + bias)` of
+    `y = first_activation(conv1x1(x) + first_bias)`; and with `means` the channel means of that.
+    """
+
+    input_shape: tuple[int, int, int, int]
+    out_channels: int
+    groups: int
+    first_activation: str
+    activation: str
+    stride: int
+    dtype: torch.dtype
+    device: str
+    means: bool = False
+    op: str = "back_to_back"
+
+    @classmethod
+    def of(cls, first: ConvProblem, second: ConvProblem) -> BackToBackProblem | None:
+        """The two as one problem, or None where they are not of this form."""
+        facts = first.activation, second.activation, second.geometry.stride[0], first.dtype, first.device, second.means
+        found = cls(first.input_shape, second.out_channels, second.geometry.groups, *facts)
+        return found if found.groups > 1 and found.both == (first, second) else None
+
+    @property
+    def first(self) -> ConvProblem:
+        """The 1x1 convolution."""
+        facts = self.first_activation, False, False, self.dtype, self.device
+        return ConvProblem(self.input_shape, self.out_channels, (1, 1), Geometry(), *facts)
+
+    @property
+    def second(self) -> ConvProblem:
+        """The grouped one."""
+        geometry = Geometry((self.stride, self.stride), (1, 1), (1, 1), self.groups)
+        facts = self.activation, False, False, self.dtype, self.device, self.means
+        return ConvProblem(self.first.output_shape, self.out_channels, (3, 3), geometry, *facts)
+
+    @property
+    def both(self) -> tuple[ConvProblem, ConvProblem]:
+        return self.first, self.second
+
+    @property
+    def flops(self) -> int:
+        return self.first.flops + self.second.flops
+
+    @property
+    def bytes(self) -> int:
+        return self.first.bytes + self.second.bytes - 2 * math.prod(self.first.output_shape) * self.dtype.itemsize
+
+
+Problem = ConvProblem | SqueezeExciteProblem | NormActProblem | PairProblem | BackToBackProblem
 
 
 class Run:
@@ -191,7 +245,8 @@ class Run:
 
     - a convolution is `run(x, gate, residual, consume, into_residual)`: `consume` allows it to overwrite x,
       `into_residual` to write its result there. It is packed for one input shape, or serves every shape;
-    - a pair is `run(x)`, which gives both results;
+    - a pair is `run(x)`, which gives both results; two convolutions back to back are `run(x)`, which gives the second
+      one's, and with `means` these too;
     - squeeze-excite is `run(means)`, and a scale, shift and activation `run(x, gate, consume)`.
 
     Attributes:
@@ -238,28 +293,38 @@ class Call(Run):
 
 
 class Apart(Run):
-    """The convolutions of a pair one after the other: `Apart.by(prepare_conv)` is a backend's `prepare_pair`."""
+    """Two convolutions of one map in two launches: `Apart.by(prepare_conv)` is a backend's `prepare_pair`."""
 
     label = "two convolutions"
 
-    def __init__(self, *runs: Run):
-        self.runs = runs
+    def __init__(self, problem: PairProblem | BackToBackProblem, *runs: Run):
+        self.problem, self.runs = problem, runs
 
     @classmethod
     def by(cls, prepare_conv: Callable[..., Run]) -> Callable[..., Run]:
-        def prepare_pair(
-            problem: PairProblem,
+        def prepare(
+            problem: PairProblem | BackToBackProblem,
             weight: Tensor,
             bias: Tensor | None,
             other_weight: Tensor,
             other_bias: Tensor | None,
         ) -> Run:
-            return cls(prepare_conv(problem.first, weight, bias), prepare_conv(problem.other, other_weight, other_bias))
+            first, other = problem.both
+            return cls(problem, prepare_conv(first, weight, bias), prepare_conv(other, other_weight, other_bias))
 
-        return prepare_pair
+        return prepare
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(run(x, None, None, False, False) for run in self.runs)
+
+
+class InTurn(Apart):
+    """Two convolutions back to back in two launches: `InTurn.by(prepare_conv)` is a `prepare_back_to_back`."""
+
+    def __call__(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        first, second = self.runs
+        operands = first(x, None, None, False, False), None, None, True, False
+        return second.with_means(*operands) if self.problem.means else second(*operands)
 
 
 class Deferred:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .problem import Apart, Call, ConvProblem, Geometry, NormActProblem, Problem, Run, SqueezeExciteProblem
+from .problem import Apart, Call, ConvProblem, Geometry, InTurn, NormActProblem, Problem, Run, SqueezeExciteProblem
 
 LABEL = "plain torch"
 
@@ -77,6 +77,7 @@ def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None) -> R
 
 
 prepare_pair = Apart.by(prepare_conv)
+prepare_back_to_back = InTurn.by(prepare_conv)
 
 
 def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> Run:

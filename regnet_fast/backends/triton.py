@@ -15,8 +15,10 @@ from torch import Tensor
 from . import activations
 from .problem import (
     Apart,
+    BackToBackProblem,
     ConvProblem,
     Deferred,
+    InTurn,
     NormActProblem,
     PairProblem,
     Problem,
@@ -34,8 +36,8 @@ _MOST = 2**31 - 2**16  # of what kernels count in 32 bits, with room for the las
 
 def refuse(problem: Problem) -> str | None:
     """Why there is no kernel for a problem, or None."""
-    if isinstance(problem, PairProblem):
-        return refuse(problem.first) or refuse(problem.other)
+    if isinstance(problem, (PairProblem, BackToBackProblem)):
+        return next(filter(None, map(refuse, problem.both)), None)
     reason = _refuse_device(problem.device)
     if reason is not None:
         return reason
@@ -227,6 +229,9 @@ def variants(problem: Problem) -> tuple[str, ...]:
 def prepare_pair(problem: PairProblem, *weights: Tensor | None, variant: str = "apart") -> Run:
     """Two convolutions of one map bound to their weights."""
     return PAIRS[variant].by(prepare_conv)(problem, *weights)
+
+
+prepare_back_to_back = InTurn.by(prepare_conv)
 
 
 class SqueezeExcite(Run):

@@ -241,13 +241,16 @@ class Bottleneck(Form):
         gates_input = self.squeeze_excite is not None and self.join is None
         means, shortcut = None, None
         first = x if self.before is None else self.before(x)
-        if self.conv3 is None and gates_input:
+        both = None if self.conv3 is None else self.conv1.ahead(self.conv2, first, gates_input)
+        if both is not None:
+            y, means = both
+        elif self.conv3 is None and gates_input:
             y, means = self.conv1(first, means=True)
         elif self.before is not None:
             y = self.conv1(first)
         else:
             y, shortcut = _with_shortcut(self.conv1, self.shortcut, self.pool, x)
-        if self.conv3 is not None:
+        if self.conv3 is not None and both is None:
             if gates_input:
                 y, means = self.conv2(y, means=True)
             else:

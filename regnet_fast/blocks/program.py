@@ -385,6 +385,9 @@ class Noted:
     def beside(self, other: Any, x: Map) -> None:
         """Never: each convolution reads for itself."""
 
+    def ahead(self, second: Any, x: Map, means: bool) -> None:
+        """Never: each convolution writes its map."""
+
 
 _WINDOW = ("kernel_size", "stride", "padding", "dilation")
 

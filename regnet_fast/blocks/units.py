@@ -59,6 +59,10 @@ class Unit:
         """`self(x)` and `other(x)` where both are computed from one read of x, else None."""
         return None
 
+    def ahead(self, second: Callable, x: Tensor, means: bool) -> tuple[Tensor, Tensor | None] | None:
+        """`second(self(x))`, and with `means` these, where both are computed without a map between them, else None."""
+        return None
+
     def check(self) -> None:
         """Raise `Refused` where the shapes of its weights do not fit each other."""
         for path, norm in self.norms():
@@ -201,6 +205,9 @@ class Bordered:
     def beside(self, other: Callable, x: Tensor) -> None:
         """Never, since it reads another map."""
 
+    def ahead(self, second: Callable, x: Tensor, means: bool) -> None:
+        """Never, since it reads another map."""
+
     def __call__(self, x: Tensor, *arguments, **options):
         bordered = self.unit.bordered(computed(x))
         return self.conv(bordered.contiguous(memory_format=torch.channels_last), *arguments, **options)
@@ -228,6 +235,9 @@ class PackedConvThenNorm:
         self.laid_out = conv.laid_out
 
     def beside(self, other: Callable, x: Tensor) -> None:
+        """Never, since the norm reads the convolution's result."""
+
+    def ahead(self, second: Callable, x: Tensor, means: bool) -> None:
         """Never, since the norm reads the convolution's result."""
 
     def __call__(

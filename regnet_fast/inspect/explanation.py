@@ -301,6 +301,18 @@ class _Recorded:
             self.rows += [replace(first, launches=launches), second]
         return both
 
+    def ahead(self, second: _Recorded, x: Tensor, means: bool) -> tuple[Tensor, Tensor | None] | None:
+        both = self.packed.ahead(second.packed, x, means)
+        if both is not None:
+            problem, label = self.packed.both.explain(x, means)
+            rows = [
+                Row(one.layer, of.op, _shape(of), "cuda", label, why(problem), of.flops)
+                for one, of in zip((self, second), problem.both, strict=True)
+            ]
+            launches = self.counter.take(self.layer, problem.flops)
+            self.rows += [replace(rows[0], launches=launches), rows[1]]
+        return both
+
     @staticmethod
     def _run(call: Callable, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
         """The result, and whether a table chose how it was computed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from ..backends import (
     ACTIVATIONS,
+    BackendError,
+    BackToBackProblem,
     ConvProblem,
     Deferred,
     Geometry,
@@ -51,6 +54,7 @@ class PackedConv(Packed):
         self.weight, self.bias, self.geometry, self.activation = weight, bias, geometry, activation
         self._unpacked: dict[tuple, Run] = {}
         self._here: dict[tuple, PackedConv] = {}
+        self.both: BackToBack | None = None
 
     @property
     def op(self) -> str:
@@ -65,7 +69,7 @@ class PackedConv(Packed):
         one = self._here.get(facts)
         if one is None:
             one = copy.copy(self)
-            one._runs, one._provisional, one._unpacked = {}, {}, {}
+            one._runs, one._provisional, one._unpacked, one.both = {}, {}, {}, None
             self._here = {**self._here, facts: one}
         return one
 
@@ -156,8 +160,19 @@ class PackedConv(Packed):
         partner = other.run_for(x)
         return run.beside(partner, x) if type(partner) is type(run) and beside_allowed(self, other, x) else None
 
+    def ahead(self, second: object, x: Tensor | Deferred, means: bool) -> tuple[Tensor, Tensor | None] | None:
+        """`second(self(x))`, and its means where they are asked, where the backend computes both without a map between
+        them; else None.
+        """
+        if x.__class__ is Deferred or (x.device.type == "cpu" and forced_backend() is None):
+            return None
+        both = self.both
+        if both is None or both.second is not second:
+            both = self.both = BackToBack(self, second)
+        return both(x, means)
+
     def pin(self) -> tuple:
-        return super().pin(), self._unpacked
+        return super().pin(), self._unpacked, self.both and self.both.pin()
 
     def __call__(
         self,
@@ -186,6 +201,53 @@ class PackedConv(Packed):
             return run.with_means(x, gate, residual, consume, into_residual)
         y = run(x, gate, residual, consume, into_residual)
         return (y, pixel_means(y)) if means else y
+
+
+class BackToBack(Packed):
+    """A 1x1 convolution and a grouped one of its result, where one launch computes both, with weights of their own."""
+
+    _apart = Run()
+    """What is kept where two launches are the way."""
+
+    def __init__(self, first: PackedConv, second: object):
+        super().__init__()
+        self.first, self.second = first, second
+        self._fits = isinstance(second, PackedConv) and first.op == "pointwise_conv" and second.op == "grouped_conv"
+
+    def key(self, x: Tensor, means: bool) -> tuple:
+        return x.shape, means
+
+    def problem(self, x: Tensor, means: bool) -> BackToBackProblem | None:
+        """None where they are not of this form."""
+        first = self.first.problem(x)
+        between = torch.empty(first.output_shape, dtype=x.dtype, device="meta")
+        second = replace(self.second.problem(between), device=first.device, means=means)
+        return BackToBackProblem.of(first, second)
+
+    def run_for(self, x: Tensor, means: bool) -> Run:
+        """`Packed.run_for`; two launches where they are not of this form."""
+        if self.problem(x, means) is None:
+            return self._kept(self.key(x, means), self._apart)
+        return super().run_for(x, means)
+
+    def bind(self, problem: BackToBackProblem, by: Serving) -> Run:
+        if by.name != "cuda" or by.options.get("variant", "fused") != "fused":
+            return self._apart
+        return by.module.prepare_back_to_back(problem, *self.first.folded(), *self.second.folded(), **by.options)
+
+    def __call__(self, x: Tensor, means: bool) -> tuple[Tensor, Tensor | None] | None:
+        """The second one's result, and its means or parts of them where they are asked; None where nothing is fused."""
+        if not self._fits:
+            return None
+        run = self._runs.get((x.shape, means))
+        if run is None:
+            try:
+                run = self.run_for(x, means)
+            except BackendError:  # one of them alone may have a backend, or a reason to tell
+                return None
+        if run is self._apart:
+            return None
+        return run(x) if means else (run(x), None)
 
 
 def _decides(x: Tensor | Deferred) -> bool:

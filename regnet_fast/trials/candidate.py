@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..backends import (
     BACKENDS,
+    BackToBackProblem,
     ConvProblem,
     Geometry,
     NormActProblem,
@@ -32,6 +33,7 @@ _PREPARE = {
     SqueezeExciteProblem: "prepare_squeeze_excite",
     NormActProblem: "prepare_norm_act",
     PairProblem: "prepare_pair",
+    BackToBackProblem: "prepare_back_to_back",
 }
 Bound = Callable[..., Tensor | tuple[Tensor, ...]]
 """What a call of a problem gives: one result, or several together."""
@@ -82,7 +84,7 @@ def prepare(problem: Problem, weights: Sequence[Tensor | None], candidate: Candi
 def bound(module: ModuleType, problem: Problem, weights: Sequence[Tensor | None], **options: str) -> Bound:
     """The weights bound by a backend, as the problem calls them."""
     run = getattr(module, _PREPARE[type(problem)])(problem, *weights, **options)
-    return run.with_means if getattr(problem, "means", False) else run
+    return run.with_means if isinstance(problem, ConvProblem) and problem.means else run
 
 
 def to_json(problem: Problem) -> dict[str, Any]:

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import ConvProblem, NormActProblem, PairProblem, Problem, reference
+from ..backends import (
+    BackToBackProblem,
+    ConvProblem,
+    NormActProblem,
+    PairProblem,
+    Problem,
+    SqueezeExciteProblem,
+    reference,
+)
 from ..inspect.judging import ERROR_RATIO, judge
 from .candidate import Bound, bound
 
@@ -30,7 +38,7 @@ _APART = 8.0
 _SUMMED = 8.0
 """What stands in the place of the rule's 2 for means, which may be summed in any order: eager's is a good one."""
 
-_SECOND = {ConvProblem: "the means", PairProblem: "the other convolution"}
+_SECOND = {ConvProblem: "the means", BackToBackProblem: "the means", PairProblem: "the other convolution"}
 """What the second result of a problem is called, where there is one."""
 
 
@@ -82,9 +90,10 @@ def make(problem: Problem, seed: int) -> Case:
         weights = normal((c,), 0.3, torch.float32) + 1, normal((c,), 0.5, torch.float32)
         gate = normal((n, c)).sigmoid() if problem.gate else None
         return Case(problem, weights, (normal(problem.input_shape), gate, False), kept)
-    if isinstance(problem, PairProblem):
-        first = make(problem.first, seed)
-        other = make(replace(problem.other, input_shape=(1, problem.input_shape[1], 1, 1)), seed + 1)
+    if isinstance(problem, (PairProblem, BackToBackProblem)):
+        first, other = problem.both
+        point = (1, other.input_shape[1], 1, 1)  # the weights alone are taken
+        first, other = make(first, seed), make(replace(other, input_shape=point), seed + 1)
         return Case(problem, first.weights + other.weights, first.call[:1], first.guarded + other.guarded)
     c, r = problem.channels, problem.hidden
     shapes = ((r, c), c**-0.5), ((r,), 0.5), ((c, r), r**-0.5), ((c,), 0.5)
@@ -109,7 +118,7 @@ def guarded(t: Tensor, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
 @singledispatch
 def odd(problem: Problem) -> Problem:
     """A small problem of the same kind with an odd size, for which other tiles are cut."""
-    if isinstance(problem, (ConvProblem, NormActProblem, PairProblem)):
+    if not isinstance(problem, SqueezeExciteProblem):
         height, width = (max(5, 2 * k + 1) for k in getattr(problem, "kernel", (1, 1)))
         return replace(problem, input_shape=(3, problem.input_shape[1], height + 2, width))
     return replace(problem, batch=3)
@@ -167,7 +176,7 @@ def verify(
         if len(found) != len(expected):
             raise Wrong(f"it gives {len(found)} result where there are {len(expected)}")
         for i, result in enumerate(zip(found, expected, eager, exact, strict=True)):
-            ratio = _SUMMED if i and one.__class__ is ConvProblem else ERROR_RATIO
+            ratio = _SUMMED if i and one.__class__ is not PairProblem else ERROR_RATIO
             try:
                 worst = max(worst, _judged(*result, pick, ratio))
             except Wrong as wrong:

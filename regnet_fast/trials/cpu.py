@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..backends import (
+    BackToBackProblem,
     ConvProblem,
     Geometry,
     NormActProblem,
@@ -301,6 +302,9 @@ def words(problem: Any) -> str:
     text = f"{problem.op} {'x'.join(map(str, problem.input_shape))}"
     if isinstance(problem, PairProblem):
         text += f" -> {problem.out_channels} and {problem.other_channels}, stride {problem.stride}"
+    if isinstance(problem, BackToBackProblem):
+        text += f" -> {problem.out_channels}, {problem.first_activation}, 3x3 of {problem.groups} groups"
+        text += f", stride {problem.stride}"
     if isinstance(problem, ConvProblem):
         text += f" -> {problem.out_channels}, {'x'.join(map(str, problem.kernel))}"
         g, usual = problem.geometry, Geometry()

@@ -19,6 +19,7 @@ import regnet_fast.functional as R
 from regnet_fast import store
 from regnet_fast.backends import (
     BackendError,
+    BackToBackProblem,
     ConvProblem,
     Geometry,
     NormActProblem,
@@ -34,6 +35,8 @@ from regnet_fast.backends.cuda import driver, extension, launcher, nvrtc, plans,
 from regnet_fast.backends.cuda.plans import Target
 from regnet_fast.inspect import info
 from regnet_fast.observer import observing
+from regnet_fast.trials.candidate import bound
+from regnet_fast.trials.check import by_reference, make, results
 
 PROBLEM = ConvProblem(
     *((2, 48, 9, 7), 48, (3, 3), Geometry(padding=(1, 1), groups=2), "relu", False, False),
@@ -123,6 +126,47 @@ def test_what_is_prepared_computes_the_convolution(simulated, changes):
         assert y.is_contiguous(memory_format=torch.channels_last) and run.label == "CUDA C++, stand-in"
 
 
+BOTH = BackToBackProblem((2, 24, 9, 7), 48, 2, "silu", "relu", 1, torch.bfloat16, "cpu", means=True)
+
+
+@pytest.mark.parametrize("variant", ["fused", "in turn"])
+@pytest.mark.parametrize("changes", [{}, {"stride": 2, "dtype": torch.float16, "means": False}], ids=str)
+def test_two_convolutions_back_to_back(simulated, monkeypatch, variant, changes):
+    """And by operands that are not aligned."""
+    if variant == "in turn":
+        monkeypatch.setattr(cuda.triton, "refuse", lambda problem: None)
+        monkeypatch.setattr(cuda.triton, "prepare_conv", reference.prepare_conv)
+    problem = dataclasses.replace(BOTH, **changes)
+    assert cuda.refuse(problem) is None and variant in cuda.variants(problem)
+    case = make(problem, 3)
+    found = results(bound(cuda, problem, case.weights, variant=variant)(*case.call))
+    eager, exact = (by_reference(problem, case.weights, case.call, dtype) for dtype in (None, torch.float64))
+    assert_close_to_reference(found[0], eager[0], exact[0], variant)
+    assert len(found) == len(exact) == 1 + problem.means
+    for means in found[1:]:
+        torch.testing.assert_close(means.double(), found[0].double().mean((2, 3)), rtol=1e-5, atol=1e-6)
+    moved = [None if t is None else shifted(t) for t in case.weights]
+    again = results(bound(cuda, problem, moved, variant=variant)(*map(shifted, case.call)))
+    assert all(map(torch.equal, found, again))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"first_activation": "gelu"}, "gelu"),
+        ({"activation": "gelu"}, "gelu"),
+        ({"groups": 48}, "a depthwise convolution behind another"),
+        ({"stride": 3}, "a stride of 3"),
+        ({"input_shape": (2, 20, 9, 7)}, "multiples of 8"),
+        ({"input_shape": (256, 160, 14, 14), "out_channels": 576, "groups": 24}, "more than the map between"),
+        ({"dtype": torch.float32}, "not in float32"),
+    ],
+    ids=str,
+)
+def test_two_convolutions_that_it_does_not_join(simulated, changes, words):
+    assert words in cuda.refuse(dataclasses.replace(BOTH, **changes))
+
+
 def shifted(t):
     """The same tensor, two bytes further than an aligned one."""
     strides, flat = t.stride(), torch.zeros(t.numel() + 8, dtype=t.dtype)
@@ -209,16 +253,18 @@ def test_explain_says_what_runs():
 
     with launcher.standing_in(unrun, Target(90, 3)), backend(OTHERS):
         rows = {row.layer: row for row in regnet_fast.explain(ours, (2, 3, 32, 32))}
-    row = rows["2.b1.conv2.conv"] if "2.b1.conv2.conv" in rows else rows["2.b1.conv2"]
-    assert (row.backend, row.label, row.reason) == ("cuda", "CUDA C++, stand-in", "")
-    assert row.launches[0].name == "grouped_conv_forward.grouped_conv_forward"
-    weights = 56 * 8 * 9 * 2 + 56 * 4
-    maps = 2 * 56 * (8 * 8 + 4 * 4) * 2
-    assert weights + maps <= row.launches[0].bytes <= weights + maps + 2 * 56 * 4 * 4
+    first, second = rows["2.b1.conv1.conv"], rows["2.b1.conv2.conv"]
+    for row in (first, second):
+        assert (row.backend, row.label, row.reason) == ("cuda", "CUDA C++, both in one, stand-in", "")
+    assert [kernel.name for kernel in first.launches] == ["grouped_conv_forward.grouped_conv_forward"]
+    assert first.launches[0].flops == first.flops + second.flops and second.launches == ()
+    weights = 56 * (24 + 8 * 9) * 2 + 2 * 56 * 4
+    maps = 2 * (24 * 8 * 8 + 56 * 4 * 4) * 2
+    assert weights + maps <= first.launches[0].bytes <= weights + maps + 2 * 56 * 4 * 4
     gate = rows["2.b1.se"]
     assert (gate.backend, gate.label, gate.reason) == ("cuda", "CUDA C++, stand-in", "")
     assert [kernel.name for kernel in gate.launches] == ["squeeze_excite.squeeze_excite"] * 2
-    other = rows["2.b1.conv1.conv"] if "2.b1.conv1.conv" in rows else rows["2.b1.conv1"]
+    other = rows["2.b1.conv3.conv"]
     assert other.backend in ("aten", "reference") and "grouped convolutions and squeeze-excite alone" in other.reason
 
 

@@ -68,6 +68,8 @@ def test_whole_models(stand_in, kind):
     heard = launched(stand_in)
     name = "depthwise_conv_forward" if kind == "depthwise" else "grouped_conv_forward"
     assert heard.count(name) == grouped >= 5
+    joined = [call for call in stand_in.calls if "grouped_conv_forward<" in call and not call.endswith(", 0>")]
+    assert bool(joined) == (kind != "depthwise"), "where it pays conv1 is a part of conv2's launch"
     excites = sum(type(module).__name__ == "SEModule" for module in host.modules())
     assert heard.count("squeeze_excite") == 2 * excites, "two launches of one kernel"
     assert ("squeeze_excite" in heard) == ("se_ratio" in options)

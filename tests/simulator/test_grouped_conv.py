@@ -30,7 +30,10 @@ class Forward:
     def __init__(self, problem, activation="none", parts=False, bias=True, read=None, moments=False):
         self.problem, self.activation, self.read = problem, activation, read
         dtype, channels = DTYPES[problem.dtype], problem.channels
-        self.x = nhwc(problem.images, channels, problem.height, problem.columns, dtype=dtype)
+        in_channels = problem.in_channels or channels
+        self.x = nhwc(problem.images, in_channels, problem.height, problem.columns, dtype=dtype)
+        self.in_weight = (torch.randn(channels, in_channels) / in_channels**0.5).to(dtype)
+        self.in_bias = torch.randn(channels) if bias else None
         self.weight = (torch.randn(channels, problem.width, 3, 3) / (9 * problem.width) ** 0.5).to(dtype)
         self.bias = torch.randn(channels) if bias else None
         self.scale, self.shift = torch.rand(channels) + 0.5, torch.randn(channels)
@@ -38,19 +41,26 @@ class Forward:
 
     def run(self, order="ascending", text=None, target=Target(arch=90, processors=3), config=None):  # noqa: B008
         p = self.problem
-        training = {"read": self.read, "moments": True} if self.read or self.has_moments else {}
+        training = {"read": self.read, "moments": self.has_moments}
         launch = plans.grouped_conv_forward(p, self.activation, self.has_parts, target, config, **training)
         y = nhwc(p.images, p.channels, *p.out_size, dtype=self.x.dtype).fill_(torch.nan)
         outputs = {"y": y, "parts": None, "moments": None}
         outputs |= {name: torch.full(shape, torch.nan) for name, shape in launch.buffers.items()}
-        norm = {name: getattr(self, name) if self.read else None for name in ("scale", "shift")}
-        run(launch, {"x": self.x, "weight": packed(self.weight), "bias": self.bias} | norm, outputs, order, text)
+        inputs = {"x": self.x, "weight": packed(self.weight), "bias": self.bias}
+        given = ("in_weight", "in_bias") if p.in_channels else ("scale", "shift") if self.read else ()
+        inputs |= dict.fromkeys(READS) | {name: getattr(self, name) for name in given}
+        run(launch, inputs, outputs, order, text)
         return y, outputs["moments"] if self.has_moments else outputs["parts"]
 
     def expected(self, dtype):
         bias, x = None if self.bias is None else self.bias.to(dtype), self.x.to(dtype)
+        if self.problem.in_channels:
+            in_bias = None if bias is None else self.in_bias.to(dtype)
+            x = F.conv2d(x, self.in_weight.to(dtype)[:, :, None, None], in_bias)
+        elif self.read:
+            x = x * self.scale.to(dtype)[:, None, None] + self.shift.to(dtype)[:, None, None]
         if self.read:
-            x = ACTIVATIONS[self.read](x * self.scale.to(dtype)[:, None, None] + self.shift.to(dtype)[:, None, None])
+            x = ACTIVATIONS[self.read](x)
             x = x if dtype == torch.float64 else x.to(self.x.dtype).to(dtype)
         y = F.conv2d(x, self.weight.to(dtype), bias, self.problem.stride, 1, 1, self.problem.groups)
         return ACTIVATIONS[self.activation](y)
@@ -79,6 +89,7 @@ class Forward:
         torch.testing.assert_close(merged["var"].double(), var, rtol=rtol, atol=1e-6)
 
 
+READS = ("scale", "shift", "in_weight", "in_bias")
 NARROW = (8, 16, 24, 40, 48, 56, 64)
 WIDE = (72, 112, 232)
 
@@ -101,6 +112,29 @@ def test_training(width, stride):
     one = Forward(problem, read=read, bias=False, moments=True)
     one.check()
     one.check("random", target=Target(90, 64))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("width", NARROW)
+@pytest.mark.parametrize("in_channels", [8, 72, 128])
+def test_a_convolution_in_front(in_channels, width, stride):
+    """The map between is of fewer and of more channels than x, of a number of groups that fills no slab."""
+    groups, dtype = max(2, 80 // width), "bfloat16" if width % 16 else "float16"
+    problem = GroupedConv(2, 15, 9, groups, width, stride, dtype, in_channels)
+    if "no tile" in (plans.refuse_in_front(problem, Target()) or ""):
+        assert width >= 40 and stride == 2 and in_channels == 128
+        return
+    Forward(problem, "silu", parts=True, read="relu").check()
+    Forward(problem, "none", bias=False, read="silu").check("random", target=Target(90, 64))
+
+
+def test_the_padding_behind_a_convolution_in_front_is_zero():
+    """Not the activation of its bias."""
+    for stride in (1, 2):
+        one = Forward(GroupedConv(1, 3, 2, 2, 16, stride, "float16", 24), read="relu")
+        one.in_bias += 30
+        one.check()
+    Forward(GroupedConv(1, 1, 1, 5, 24, 1, "bfloat16", 40), read="silu").check()
 
 
 @pytest.mark.parametrize("mean", [40.0, 3000.0])
@@ -172,9 +206,13 @@ BUGS = {
         "            // the warps' sums",
         "without|never",
     ),
-    "wrong rows of a fragment": ("+ lane % 16;", "+ (lane + 1) % 16;", None),
+    "wrong rows of a fragment": (" * 16 + lane % 16;\n        if", " * 16 + (lane + 1) % 16;\n        if", None),
     "wrong halves of a fragment": ("bool second = lane >= 16;", "bool second = lane % 16 >= 8;", None),
-    "wrong columns of a result": ("+ lane % 4 * 4, pair", "+ (lane + 1) % 4 * 4, pair", None),
+    "wrong columns of a result": (
+        "RESULT_PITCH + n * 16 + lane % 4 * 4, pair",
+        "RESULT_PITCH + n * 16 + (lane + 1) % 4 * 4, pair",
+        None,
+    ),
     "sums of what is outside": ("if (PARTS && to_sum >> i & 1)", "if (PARTS)", None),
     "wrong order of weights": ("lane / 16 * 8 + lane % 8", "lane / 8 % 2 * 8 + lane % 8", None),
     "wrong order of terms": ("k / 2 - 3 * CHUNKS : k - 8", "k / 2 - 3 * CHUNKS + 1 : k - 8", None),
@@ -207,6 +245,16 @@ BUGS = {
     "squares about zero": ("const Floats2 mean = {total.x * share,", "const Floats2 mean = {0.0f,", None),
     "moments beyond the image": ("if (!(to_sum >> i & 1)) continue;", "", None),
     "moments of one tile alone": ("merge(found[i], {load", "found[i] = {}, merge(found[i], {load", None),
+    "missing barrier behind what is made": (
+        "            sync_block();  // the whole tile is made",
+        "            // the whole tile is made",
+        "without a barrier|never",
+    ),
+    "activation of a bias for the padding": ("inside & 1 ? narrow_activated", "true ? narrow_activated", None),
+    "what is made in the wrong rows": ("values[i / 2][n][i % 2 * 2];", "values[i / 2][n][(i + 1) % 2 * 2];", None),
+    "what is made of the wrong pixels": ("pixel < Halo::PIXELS ? pixel : 0", "pixel > 0 ? pixel - 1 : 0", None),
+    "what is made by another slab's weights": ("(first_channel + row) * IN + chunk", "row * IN + chunk", None),
+    "a group of what is made too few": ("at < IN_ROWS * IN;", "at < (IN_ROWS - 8) * IN;", "never"),
     "result too small": ("SIXTEENS * 16 * RESULT_PITCH;", "8 * RESULT_PITCH;", "barrier|bytes|written"),
 }
 
@@ -222,6 +270,8 @@ def test_seeded_bugs_are_seen(bug):
         problem = GroupedConv(2, 15, 17, 4, 24, 1, "bfloat16")
         training = any(word in bug for word in ("moments", "squares", "norm"))
         options = {"read": "silu", "moments": True} if training else {"activation": "relu", "parts": True}
+        if " made" in bug or "for the padding" in bug:
+            problem, options = dataclasses.replace(problem, in_channels=40), {"read": "silu"}
         one = Forward(problem, **options)
         with pytest.raises((SimulationError, AssertionError)) as caught:
             one.check(order, text, Target(90, 1 if "tile of" in bug else 3))
@@ -242,6 +292,8 @@ def test_refusals():
         ({"height": 2**14, "columns": 2**12}, "an image of too many elements"),
         ({"height": 2, "columns": 2**22}, "an image of too many elements"),  # with the rows that a tile has beyond it
         ({"images": 2**26}, "too many pixels"),
+        ({"in_channels": 12}, "multiples of 8"),
+        ({"in_channels": 2**24}, "an image of too many elements"),
     ):
         bad = dataclasses.replace(good, **changes)
         assert words in plans.refuse(bad)
@@ -261,6 +313,23 @@ def test_some_configurations(width):
         problem = GroupedConv(2, 11, 19, 3 if width < 72 else 1, width, stride, "bfloat16")
         if config.shared_bytes(width, problem.stride) <= plans.SHARED_BYTES[90]:
             Forward(problem, "relu", parts=True).check("random", config=config)
+    problem = GroupedConv(2, 11, 19, 3 if width < 72 else 1, width, stride, "bfloat16", 48)
+    fits = grouped_forward._fitting(problem, Target(), False)
+    for config in random.sample(fits, min(5, len(fits))):
+        Forward(problem, "relu", parts=True, read="silu").check("random", config=config)
+
+
+def test_a_convolution_in_front_where_it_pays():
+    """Not where many channels would be read for every slab anew, nor where no tile fits."""
+    narrow, wide = (GroupedConv(256, 14, 14, 24, 24, 1, "bfloat16", channels) for channels in (72, 160))
+    first = GroupedConv(256, 112, 112, 3, 24, 2, "bfloat16", 32)
+    assert plans.refuse_in_front(first, Target()) is None
+    assert plans.refuse_in_front(narrow, Target()) is None
+    assert "more than the map between" in plans.refuse_in_front(wide, Target())
+    reason = plans.refuse_in_front(dataclasses.replace(wide, in_channels=1024), Target())
+    assert reason == "no tile that a 1x1 convolution of 1024 channels stands in front of fits sm_90"
+    with pytest.raises(ValueError, match=r"no configuration for .* fits sm_90"):
+        plans.grouped_conv_forward(dataclasses.replace(wide, in_channels=1024))
 
 
 def test_shared_memory_is_what_the_kernel_takes():
@@ -271,7 +340,7 @@ def test_shared_memory_is_what_the_kernel_takes():
         outputs = {"y": torch.zeros_like(one.x), "parts": torch.zeros(launch.buffers["parts"])}
         with pytest.raises(SimulationError, match=f"there are {less.shared} bytes"):
             inputs = {"x": one.x, "weight": packed(one.weight), "bias": one.bias}
-            run(less, inputs | dict.fromkeys(("scale", "shift", "moments")), outputs)
+            run(less, inputs | dict.fromkeys((*READS, "moments")), outputs)
 
 
 def test_every_problem_has_a_plan():

@@ -1,6 +1,7 @@
 """Problems of several results: each is held to float64's, in this process."""
 
 import dataclasses
+import json
 from functools import partial
 
 import planted
@@ -10,13 +11,24 @@ from test_session import PAIR, PROBLEM
 
 import regnet_fast.functional as R
 from regnet_fast import backends
-from regnet_fast.backends import Geometry, PairProblem, cudnn, onednn, reference, triton
-from regnet_fast.backends.problem import Run
+from regnet_fast.backends import (
+    BackToBackProblem,
+    Geometry,
+    PairProblem,
+    Selection,
+    cuda,
+    cudnn,
+    onednn,
+    reference,
+    triton,
+)
+from regnet_fast.backends.problem import Call, Run
 from regnet_fast.ops import convolution
 from regnet_fast.ops.convolution import PackedConv
-from regnet_fast.trials import candidate
+from regnet_fast.trials import candidate, serving
 from regnet_fast.trials.candidate import Candidate
 from regnet_fast.trials.check import Wrong, verify
+from regnet_fast.trials.cpu import words
 
 PAIR_OF = (8, 1, "relu"), (24, 2, "none")
 MEANS = dataclasses.replace(PROBLEM, means=True)
@@ -204,6 +216,65 @@ def test_a_pair_is_computed_from_one_read_by_a_verdict_alone(monkeypatch, chosen
     one.beside(other, x)
     assert asked == [PAIR] * 2
     convolution._beside.cache_clear()
+
+
+BOTH = BackToBackProblem((2, 16, 9, 7), 24, 3, "silu", "relu", 2, torch.bfloat16, "cpu", means=True)
+
+
+def test_two_convolutions_back_to_back_are_of_one_form():
+    assert BackToBackProblem.of(*BOTH.both) == BOTH
+    assert BOTH.second.output_shape == (2, 24, 5, 4) and BOTH.second.means and not BOTH.first.means
+    changes = ({"gate": True}, {"residual": True}, {"kernel": (5, 5)}, {"dtype": torch.float16}, {"out_channels": 48})
+    changes += tuple({"geometry": BOTH.second.geometry._replace(groups=groups)} for groups in (1, 24))
+    changes += tuple({"geometry": BOTH.second.geometry._replace(**{name: (2, 1)})} for name in ("stride", "dilation"))
+    for change in changes:
+        found = BackToBackProblem.of(BOTH.first, dataclasses.replace(BOTH.second, **change))
+        assert (found is None) == (change != {"geometry": BOTH.second.geometry._replace(groups=24)})
+    assert BackToBackProblem.of(dataclasses.replace(BOTH.first, geometry=Geometry((2, 2))), BOTH.second) is None
+    assert candidate.from_json(json.loads(json.dumps(candidate.to_json(BOTH)))) == BOTH
+    assert words(BOTH) != words(dataclasses.replace(BOTH, first_activation="none"))
+
+
+@pytest.mark.parametrize("module", [cudnn, onednn, reference], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("means", [False, True])
+def test_two_convolutions_in_turn(module, means):
+    problem = dataclasses.replace(BOTH, means=means)
+    with torch.inference_mode():
+        assert verify(problem, partial(candidate.bound, module), PEER) < 3
+
+
+@pytest.mark.parametrize("chosen", [None, "aten", "cuda:in turn", "cuda:fused"])
+def test_two_convolutions_are_joined_by_a_verdict_alone(monkeypatch, chosen):
+    asked, problem = [], dataclasses.replace(BOTH, device="cuda:0")
+
+    def look(problem):
+        asked.append(problem)
+        return chosen and Candidate.named(chosen), True
+
+    monkeypatch.setattr(serving.session, "look", look)
+    monkeypatch.setattr(serving, "library", lambda name, device: {"cuda": cuda, "aten": reference}[name])
+    monkeypatch.setattr(serving, "select", lambda problem: Selection("aten", reference))
+    run = Call(lambda x: (x, "means"), "")
+    monkeypatch.setattr(cuda, "prepare_back_to_back", lambda problem, *weights, variant: run)
+    first = R.pack_conv(torch.randn(24, 16, 1, 1).bfloat16(), activation="silu")
+    second = R.pack_conv(torch.randn(24, 8, 3, 3).bfloat16(), stride=2, padding=1, groups=3, activation="relu")
+    x = OnGpu((2, 16, 9, 7))
+    for _ in range(2):
+        assert first.ahead(second, x, True) == ((x, "means") if chosen == "cuda:fused" else None)
+    assert asked == [problem], "the verdict is looked up once"
+    assert second.ahead(first, x, True) is None and first.ahead(object(), x, True) is None
+    assert first.ahead(second, backends.Deferred(Run(), torch.randn(2, 16, 9, 7), None), True) is None
+    assert first.ahead(second, torch.randn(2, 16, 9, 7), True) is None, "nothing is asked on a CPU"
+    assert len(asked) == 1
+
+
+class OnGpu:
+    """What is asked of a map on a GPU."""
+
+    dtype, device = torch.bfloat16, torch.device("cuda:0")
+
+    def __init__(self, shape):
+        self.shape = torch.Size(shape)
 
 
 def test_what_is_normalised_as_it_is_read_has_no_verdict(monkeypatch):

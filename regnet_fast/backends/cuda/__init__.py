@@ -6,12 +6,13 @@ Nothing of CUDA is touched, and nothing compiled, before it is asked to serve on
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .. import activations
-from ..problem import ConvProblem, Problem, Run, SqueezeExciteProblem
+from .. import activations, triton
+from ..problem import BackToBackProblem, ConvProblem, InTurn, Problem, Run, SqueezeExciteProblem
 from . import launcher, plans
 from .plans import DepthwiseConv, Launch
 from .plans import GroupedConv as Groups
@@ -28,6 +29,8 @@ def refuse(problem: Problem) -> str | None:
         return reason
     if isinstance(problem, SqueezeExciteProblem):
         return _refuse_squeeze_excite(problem)
+    if isinstance(problem, BackToBackProblem):
+        return _refuse_back_to_back(problem)
     if not isinstance(problem, ConvProblem) or problem.geometry.groups == 1:
         return "csrc/ has kernels for grouped convolutions and squeeze-excite alone"
     return refuse_conv(problem) or no_way((_launch(problem, means) for means in (False, True)), problem.device)
@@ -48,6 +51,25 @@ def refuse_conv(problem: ConvProblem) -> str | None:
     geometry = {"kernel": problem.kernel, "padding": padding, "dilation": dilation}
     refuse_plan = plans.refuse_depthwise if problem.depthwise else plans.refuse
     return refuse_plan(plan_of(problem), arch=launcher.target(problem.device).arch, **geometry)
+
+
+def _refuse_back_to_back(problem: BackToBackProblem) -> str | None:
+    reason = activations.refuse(problem.first_activation) or refuse_conv(problem.second)
+    if reason is not None or problem.second.depthwise:
+        return reason or "a depthwise convolution behind another"
+    plan, target = _plan_of_both(problem), launcher.target(problem.device)
+    reason = plans.refuse(plan, arch=target.arch) or plans.refuse_in_front(plan, target)
+    return reason or no_way((_launch_both(problem),), problem.device)
+
+
+def variants(problem: Problem) -> tuple[str, ...]:
+    """The variants that can compute a problem: two convolutions back to back in one launch, or Triton's and one of
+    csrc/ in turn.
+    """
+    if not isinstance(problem, BackToBackProblem):
+        return ("",)
+    in_turn = triton.refuse(problem.first) is None and refuse(problem.second) is None
+    return ("fused", "in turn") if in_turn else ("fused",)
 
 
 def no_way(launches: Iterable[Launch], device: str) -> str | None:
@@ -78,6 +100,15 @@ def _launch(problem: ConvProblem, means: bool) -> Launch:
         return plans.depthwise_conv_forward(plan_of(problem), problem.activation, means)
     target = launcher.target(problem.device)
     return plans.grouped_conv_forward(plan_of(problem), problem.activation, means, target)
+
+
+def _plan_of_both(problem: BackToBackProblem) -> Groups:
+    return replace(plan_of(problem.second), in_channels=problem.input_shape[1])
+
+
+def _launch_both(problem: BackToBackProblem) -> Launch:
+    options = {"target": launcher.target(problem.device), "read": problem.first_activation}
+    return plans.grouped_conv_forward(_plan_of_both(problem), problem.activation, problem.means, **options)
 
 
 def packed_weight(problem: ConvProblem, weight: Tensor) -> Tensor:
@@ -118,8 +149,47 @@ class GroupedConv(Run):
         kernel = self._kernel(means)
         y = x.new_empty_strided(self._shape, self._strides)
         parts = x.new_empty(kernel.launch.buffers["parts"], dtype=torch.float32) if means else None
-        kernel(x=aligned(x), weight=self.weight, bias=self.bias, y=y, parts=parts, scale=None, shift=None, moments=None)
+        kernel(x=aligned(x), weight=self.weight, bias=self.bias, y=y, parts=parts, **_NOTHING_READ)
         return y, parts
+
+
+_NOTHING_READ = dict.fromkeys(("scale", "shift", "in_weight", "in_bias", "moments"))
+
+
+class BackToBack(Run):
+    """A 1x1 convolution and a grouped 3x3 of its result in one launch, bound to their weights."""
+
+    def __init__(
+        self,
+        problem: BackToBackProblem,
+        weight: Tensor,
+        bias: Tensor | None,
+        second_weight: Tensor,
+        second_bias: Tensor | None,
+    ):
+        packed = weight.flatten(1).contiguous(), packed_weight(problem.second, second_weight)
+        biases = (None if t is None else aligned(t.float().contiguous()) for t in (bias, second_bias))
+        names = ("in_weight", "weight", "in_bias", "bias")
+        self._given = dict(zip(names, (*map(aligned, packed), *biases), strict=True))
+        self._kernel = launcher.Kernel(_launch_both(problem), weight.device)
+        self.problem = problem
+        self.label = f"{LABEL}, both in one, {launcher.way(self._kernel.launch, problem.device)}"
+        _, k, h, w = self._shape = problem.second.output_shape
+        self._strides = (k * h * w, 1, k * w, k)  # channels_last
+
+    def __call__(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        kernel, means = self._kernel, self.problem.means
+        y = x.new_empty_strided(self._shape, self._strides)
+        parts = x.new_empty(kernel.launch.buffers["parts"], dtype=torch.float32) if means else None
+        kernel(x=aligned(x), y=y, parts=parts, scale=None, shift=None, moments=None, **self._given)
+        return (y, parts) if means else y
+
+
+def prepare_back_to_back(problem: BackToBackProblem, *weights: Tensor | None, variant: str = "fused") -> Run:
+    """Two convolutions bound to their weights by a variant."""
+    if variant == "fused":
+        return BackToBack(problem, *weights)
+    return InTurn(problem, triton.prepare_conv(problem.first, *weights[:2]), prepare_conv(problem.second, *weights[2:]))
 
 
 def aligned(t: Tensor) -> Tensor:

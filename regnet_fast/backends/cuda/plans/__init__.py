@@ -21,7 +21,7 @@ from .depthwise import DepthwiseConv, depthwise_conv_backward, depthwise_conv_fo
 from .gate import GATES, refuse_squeeze_excite, squeeze_excite
 from .grouped import FEW, MANY, WIDEST, GroupedConv, refuse
 from .grouped_backward import BackwardConfig, BackwardWork, backward_config, grouped_conv_backward
-from .grouped_forward import ForwardConfig, forward_config, grouped_conv_forward, merged_moments
+from .grouped_forward import ForwardConfig, forward_config, grouped_conv_forward, merged_moments, refuse_in_front
 from .launch import ACTIVATIONS, PROCESSORS, SHARED_BYTES, TYPES, Launch, Target
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "merged_moments",
     "refuse",
     "refuse_depthwise",
+    "refuse_in_front",
     "refuse_squeeze_excite",
     "squeeze_excite",
 ]

@@ -12,7 +12,9 @@ _TALLEST = 18  # rows of a tile with its halo, which are counted whether the ima
 
 @dataclass(frozen=True)
 class GroupedConv:
-    """A 3x3 convolution with padding 1 of (images, height, columns, groups * width), as wide as its result."""
+    """A 3x3 convolution with padding 1 of (images, height, columns, groups * width), as wide as its result. With
+    `in_channels` that map is what a 1x1 convolution makes of one with so many channels.
+    """
 
     images: int
     height: int
@@ -21,6 +23,7 @@ class GroupedConv:
     width: int
     stride: int
     dtype: str
+    in_channels: int = 0
 
     @property
     def channels(self) -> int:
@@ -74,7 +77,9 @@ def refuse(
         return f"groups of {problem.width} channels: only multiples of 8 from 8 to {WIDEST}"
     if min(problem.images, problem.height, problem.columns, problem.groups) < 1:
         return "an empty map"
-    if max(problem.height, _TALLEST) * problem.columns * problem.channels > MOST:
+    if problem.in_channels % 8:
+        return f"a convolution in front of {problem.in_channels} channels: only multiples of 8"
+    if max(problem.height, _TALLEST) * problem.columns * max(problem.channels, problem.in_channels) > MOST:
         return "an image of too many elements to count in 32 bits"
     if problem.images * problem.height * problem.columns > MOST:
         return "too many pixels to count in 32 bits"
