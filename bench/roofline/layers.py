@@ -233,10 +233,11 @@ def _of_csrc(launch: Launch, tensors: dict[str, Tensor | None], gpu: Gpu) -> Hea
     slabs = -(-y.shape[1] // (of["groups"] * of["out_tile"]))
     count = y.shape[0] * -(-y.shape[2] // of["tile_h"]) * -(-y.shape[3] // of["tile_w"])
     halo = ((of["tile_h"] - 1) * of["stride"] + 3) * ((of["tile_w"] - 1) * of["stride"] + 3)
-    weights = 9 * of["groups"] * of["width"] * of["out_tile"]
+    weights = of["groups"] * of["out_tile"] * (9 * of["width"] + 8 * of["in"])
     loads = count * slabs if of["chunk"] < of["width"] else blocks
-    values = count * slabs * halo * of["groups"] * of["width"] + loads * weights + y.numel()
-    flops = 2 * y.numel() * 9 * of["width"]
+    read = 8 * of["in"] or of["groups"] * of["width"]
+    values = count * slabs * halo * read + loads * weights + y.numel()
+    flops = 2 * y.numel() * 9 * of["width"] + 2 * count * halo * 8 * of["in"] * y.shape[1]
     return replace(found, cached=2 * values, flops=flops, blocks=blocks, trips=count * slabs / blocks)
 
 

@@ -7,6 +7,7 @@ of them. The standard library and `plans` are all that is imported: a build has 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from regnet_fast.backends.cuda import plans
@@ -72,6 +73,27 @@ def of_convs(convs: Iterable[Conv], arch: int, dtypes: Sequence[str], batches: S
                 yield from plans.grouped_conv_backward(problem, activation=conv.activation, target=target, **TRAINING)
 
 
+def of_back_to_back(
+    models: Iterable[str] | None, arch: int, dtypes: Sequence[str], batches: Sequence[int]
+) -> Iterator[Launch]:
+    """What grouped convolutions take together with the 1x1 convolutions whose result they may read, where that pays."""
+    pointwise, target = list(_operations("pointwise_conv", models)), Target(arch, PROCESSORS[arch])
+    for conv in grouped_convs(models):
+        widths = {
+            facts["in"]
+            for facts in pointwise
+            if (facts["out"], facts["hw"], facts["stride"]) == (conv.groups * conv.width, conv.size * conv.stride, 1)
+        }
+        for in_channels in sorted(widths):
+            for dtype in dtypes:
+                for batch in batches:
+                    problem = replace(conv.problem(batch, dtype), in_channels=in_channels)
+                    if plans.refuse(problem, arch=arch) or plans.refuse_in_front(problem, target):
+                        continue
+                    for parts in (True, False):
+                        yield plans.grouped_conv_forward(problem, conv.activation, parts, target, read=conv.activation)
+
+
 def of_squeeze_excite(
     models: Iterable[str] | None, arch: int, dtypes: Sequence[str], batches: Sequence[int]
 ) -> Iterator[Launch]:
@@ -105,4 +127,5 @@ def of_models(
 ) -> Iterator[Launch]:
     """Everything that some models take, or all: their grouped convolutions, and squeeze-and-excitation."""
     yield from of_convs(grouped_convs(models), arch, dtypes, batches)
+    yield from of_back_to_back(models, arch, dtypes, batches)
     yield from of_squeeze_excite(models, arch, dtypes, batches)
