@@ -79,9 +79,10 @@ def _trips(contents: set[str], sizes: dict[str, int], threads: int) -> int:
     """How often a warp goes through an inner loop with such instructions for one step."""
     s = sizes
     if "HMMA" in contents and s["in"] and "STG" not in contents:  # pixels behind a convolution in front
-        by_two = -(-_halo(s) // (32 * s["warps_m"]))  # sixteens of pixels; four at once where it comes out even
-        eights = -(-s["groups"] * s["out_tile"] // (8 * s["warps_n"]))
-        return by_two // 2 if eights <= 3 and by_two % 2 == 0 else by_two
+        eights, by_two = -(-s["groups"] * s["out_tile"] // (8 * s["warps_n"])), -(-_halo(s) // (32 * s["warps_m"]))
+        if eights > 3:  # as the kernel has AT_ONCE
+            return -(-_halo(s) // (16 * s["warps_m"]))
+        return by_two // 2 if by_two % 2 == 0 else by_two
     if "HMMA" in contents:  # units
         return -(-s["groups"] * s["out_tile"] // (8 * s["unit"] * s["warps_n"]))
     if "LDGSTS" in contents:  # a wide group's weights

@@ -106,10 +106,10 @@ FEW, MANY = 1, 256
 """The batches that kernels are made for; the faster of the two serves every other one."""
 
 
-def resident_blocks(shared: int, threads: int, arch: int) -> int:
-    """Blocks of a processor at once, by shared memory and, with 168 registers a thread, by registers."""
+def resident_blocks(shared: int, threads: int, arch: int, registers: int = 168) -> int:
+    """Blocks of a processor at once, by shared memory and by registers."""
     held = (SHARED_BYTES[arch] + RESERVED_BYTES) // (shared + RESERVED_BYTES)
-    return max(1, min(held, 65536 // (168 * threads)))
+    return max(1, min(held, 65536 // (registers * threads)))
 
 
 def sectors(channels: int) -> int:

@@ -56,7 +56,7 @@ class ForwardConfig(Config):
 _TILES = ((8, 16), (8, 14), (8, 8), (7, 7), (4, 14), (4, 8), (4, 4))
 _ACCUMULATORS = 64  # of a thread at most, in whole tiles of 16x8
 _COPIES = 24  # of a thread at most
-_MADE = 256  # pixels behind a convolution in front, which a word has bits for
+_MADE = 128  # pixels behind a convolution in front for each of the warps that share them, in whole passes
 
 
 def _configs(width: int, groups: int) -> Iterator[ForwardConfig]:
@@ -104,9 +104,14 @@ def _cost(config: ForwardConfig, problem: GroupedConv, arch: int, processors: in
     products += cdiv(c.halo(p.stride), 32 * c.warps_m) * 32 * c.warps_m * p.in_channels * c.groups * c.out_tile
     busy = max(bytes_moved / BYTES_PER_CLOCK, products / PRODUCTS_PER_CLOCK)
     count = cdiv(p.images * tiles * slabs, processors)
-    together = min(count, resident_blocks(shared, threads, arch))
+    together = min(count, resident_blocks(shared, threads, arch, _registers(p, threads)))
     warps = min(1.0, together * threads / 256)  # fewer than eight warps do not keep a processor busy
     return count * (busy / warps + TILE_CLOCKS / min(together, 2)), shared
+
+
+def _registers(problem: GroupedConv, threads: int) -> int:
+    """Of a thread at most: as the kernel's launch bounds have it."""
+    return 255 if problem.in_channels and threads <= 128 else 168
 
 
 def _fitting(problem: GroupedConv, target: Target, moments: bool) -> list[ForwardConfig]:
@@ -186,7 +191,8 @@ def grouped_conv_forward(
     tiles = cdiv(out_height, c.tile_h) * cdiv(out_columns, c.tile_w)
     slabs = cdiv(p.groups, c.groups) * cdiv(p.width, c.out_tile)
     shared = c.shared_bytes(p.width, p.stride, moments, p.in_channels)
-    resident = resident_blocks(shared, 32 * c.warps_m * c.warps_n, target.arch)
+    threads = 32 * c.warps_m * c.warps_n
+    resident = resident_blocks(shared, threads, target.arch, _registers(p, threads))
     workers = min(p.images * tiles, max(1, resident * target.processors // slabs))
     facts = (
         TYPES[p.dtype], p.width, c.groups, c.chunk, c.out_tile, c.unit, p.stride, c.tile_h, c.tile_w, c.warps_m,
@@ -199,7 +205,7 @@ def grouped_conv_forward(
         "grouped_conv_forward.cu",
         f"grouped_conv_forward<{', '.join(map(str, facts))}>",
         (workers, slabs, 1),
-        32 * c.warps_m * c.warps_n,
+        threads,
         shared,
         ("x", "scale", "shift", "in_weight", "in_bias", "weight", "bias", "y", "parts", "moments", p.images, p.height,
          p.columns, out_height, out_columns, p.groups),
