@@ -119,7 +119,7 @@ sanitize:
 
 gpu-dry-run: $(VENV)/installed
 	rm -rf .cache/gpu-dry-run
-	$(VENV)/bin/python -m bench gpu --dry-run
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench gpu --dry-run
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check --output-format=concise .

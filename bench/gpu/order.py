@@ -53,7 +53,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a run is. The first name of each kind is the one that decides most; the largest batch is the first."""
+    """How large a run is. The first name of each kind is the one that decides most; the largest batch is the first.
+
+    Of `files`, a pattern in tests/gpu, those tests are run that the words of `tests` name.
+    """
 
     device: str
     dtype: str
@@ -68,6 +71,7 @@ class Scale:
     train: tuple[str, ...]
     train_batch: int
     ops: tuple[str, ...]
+    files: str
     tests: str
     eager: tuple[str, ...]
     ours: tuple[str, ...]
@@ -103,6 +107,7 @@ REAL = Scale(
     train=("regnety_032", "regnety_016", "repvgg_a2", "resnetv2_50"),
     train_batch=128,
     ops=("regnety_032", "regnety_016", "regnetx_032"),
+    files="test_*.py",
     tests="",
     eager=("timm channels_last", "timm channels_last graph"),
     ours=("regnet_fast graph", "regnet_fast cuda,aten", "regnet_fast cuda,triton*"),
@@ -124,6 +129,7 @@ DRY = Scale(
     train=("regnetx_002",),
     train_batch=4,  # smaller norms see too few values
     ops=("grouped_conv/152x152-k3s1g19-14-relu", "squeeze_excite/24-8"),
+    files="test_backends_on_a_gpu.py",
     tests="regnetx_002 and float32 and not tun",
     eager=("timm channels_last",),
     ours=("regnet_fast frozen",),
@@ -146,16 +152,18 @@ def items(scale: Scale) -> list[Item]:
     large = scale.batches[0]
     grouped = tuple(f"grouped_conv/{name}" for name in scale.grouped)
     convs = (*grouped, *scale.others)
-    kernels = {**NO_TRIALS, **scale.environment}
     alone = (*scale.eager, *scale.ours)
     beside = (*scale.eager, scale.compile, *scale.ours)
     runs = [(model, batch) for model in scale.models for batch in scale.batches]
     others = [(model, batch) for model in scale.families for batch in scale.batches]
+    operations = [
+        *_trials("start", grouped[:1], 2, scale),
+        *(_operation("cudnn", name, 30, large, scale, "", do="cudnn") for name in convs),
+        *_trials("kernels", convs, large, scale),
+        *_gates(scale),
+    ]
     return [  # before the first one comes `MACHINE`
-        _item(_trials("start", grouped[:1], 2, scale), kernels),
-        _item((_operation("cudnn", name, 30, large, scale, "", do="cudnn") for name in convs), kernels),
-        _item(_trials("kernels", convs, large, scale), kernels),
-        _item(_gates(scale), kernels),
+        _item(operations, {**NO_TRIALS, **scale.environment}),
         _item(_models("models", runs, 180, alone, scale), NO_TRIALS, fresh=True),
         _item(_sanitizer("memcheck")),
         _item(_models("compiled", runs, 240, beside, scale), fresh=True),
@@ -222,9 +230,9 @@ def _all_operations(scale: Scale) -> Iterator[Question]:
 
 
 def _tests(scale: Scale) -> Iterator[Question]:
-    """A question for each file of tests/gpu, so that a deadline costs one of them."""
+    """A question for each file, so that a deadline costs one of them."""
     only = ["-k", scale.tests] if scale.tests else []
-    for path in sorted((ROOT / "tests" / "gpu").glob("test_*.py")):
+    for path in sorted((ROOT / "tests" / "gpu").glob(scale.files)):
         words = ["-m", "not slow", *only, str(path.relative_to(ROOT))]
         facts = {"do": "tests", "words": words, "device": scale.device, "workers": scale.workers}
         yield Question("tests", path.name, 300, facts)
