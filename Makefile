@@ -49,7 +49,7 @@ help:
 	@echo "make host-suite   timm's own model tests on every architecture that fits in memory"
 	@echo "make bench        the CPU results in bench/results: an hour or two on an idle machine; goes on where it ended"
 	@echo "make gpu          what a GPU should measure, for BUDGET seconds with PYTHON's own torch; goes on where it ended"
-	@echo "make gpu-dry-run  the same order on tiny shapes, without a GPU: four to five minutes"
+	@echo "make gpu-dry-run  the same order on tiny shapes, without a GPU: two to three minutes"
 	@echo "make sanitize     the CUDA C++ kernels under compute-sanitizer, on a GPU with PYTHON's own torch"
 	@echo "make lint         ruff, and that every tensor names its dtype and device"
 
