@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from helpers import assert_close_to_reference, compare, randomize_bn
+from helpers import assert_close_to_reference, compare, in_channels_last, randomize_bn
 from timm.layers import BlurPool2d, EcaModule
 from timm.models import resnet
 from timm.models._efficientnet_blocks import ConvBnAct, EdgeResidual, InvertedResidual, SqueezeExcite
@@ -140,7 +140,7 @@ def test_a_network_is_one_program(name, dtype):
     x = torch.randn(2, 3, 96, 96).to(dtype)
     ours = regnet_fast.rebuild(copy.deepcopy(theirs)).model
     with torch.inference_mode():
-        eager, reference = theirs.to(memory_format=torch.channels_last)(x), exact(x.double())
+        eager, reference = in_channels_last(theirs)(x), exact(x.double())
         assert_close_to_reference(ours(x), eager, reference, name)
         for frozen in (False, True):
             if frozen:
