@@ -9,14 +9,14 @@ digits.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import channel_tiles
-from .channel_tiles import Config, launch_tiles, new_sums, shape_of, tiles
-from .common import SIZES, launch, unit
-from .tables import choose, fitting
+from .channel_tiles import Config, chosen_tiles, launch_of, new_sums, tiles
+from .common import SIZES, Launch, unit
+from .tables import Chosen, announce, fitting, planned
 
 BLOCKS = {"BLOCK_T": 64, "BLOCK_M": 16}
 
@@ -91,6 +91,22 @@ def merge_kernel(
     tl.store(var + cs, tl.sum(square, 0) / pixels, mask=cs < channels)
 
 
+@planned
+def _plan(
+    size: torch.Size, dtype: torch.dtype, device: torch.device, config: Config | None
+) -> tuple[Chosen, tuple[int, int, int], Launch, Launch]:
+    """The choice, the size of the parts, and what launches the sums and their merging."""
+    choice, channels = chosen_tiles(size, dtype, device, 1, 2, config), size[1]
+    config, shape = choice.config, choice.shape
+    count = tiles(config, shape)
+    merge = Launch(
+        merge_kernel, (triton.cdiv(channels, BLOCKS["BLOCK_M"]),),
+        (count, shape.pixels, config.block_p * config.steps, channels // unit(channels)), 4,
+        UNIT=unit(channels), **BLOCKS,
+    )  # fmt: skip
+    return choice, (count, 3, channels), launch_of(statistics_kernel, choice, shape.pixels), merge
+
+
 @fitting
 def statistics(x: Tensor, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel.
@@ -101,15 +117,13 @@ def statistics(x: Tensor, config: Config | None = None) -> tuple[Tensor, Tensor]
 
     Returns two float32 tensors of C values.
     """
-    shape, channels = shape_of(x, 1, 2), x.shape[1]
+    choice, size, launch, merge = _plan(x.shape, x.dtype, x.device, config)
 
     def run(config: Config) -> tuple[Tensor, Tensor]:
         return statistics(x, config)
 
-    config = choose(channel_tiles.__name__, shape, x.device, config, run)
-    parts, mean, var = (new_sums(size, x) for size in ((tiles(config, shape), 3, channels), (channels,), (channels,)))
-    launch_tiles(statistics_kernel, config, shape, x=x, parts=parts, pixels=shape.pixels)
-    sizes = (len(parts), shape.pixels, config.block_p * config.steps, channels // unit(channels))
-    grid = (triton.cdiv(channels, BLOCKS["BLOCK_M"]),)
-    launch(merge_kernel, grid, parts, mean, var, *sizes, UNIT=unit(channels), **BLOCKS, num_warps=4)
+    announce(choice, run)
+    parts, mean, var = new_sums(size, x), new_sums(size[2:], x), new_sums(size[2:], x)
+    launch(x, parts)
+    merge(parts, mean, var)
     return mean, var

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LIMITS, SIZES, launch, machine, narrow, unit
+from .common import SIZES, Launch, machine, narrow, unit
+from .tables import Chosen, chosen, planned
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,20 @@ def heuristic(shape: Shape) -> Config:
     return Config(block_p, block_c, steps, 4)
 
 
-def shape_of(x: Tensor, maps: int, sums: int, each_image: bool = False) -> Shape:
-    """The shape of a pass over channels_last maps like x, whose tiles stay within an image or not."""
-    n, channels, height, width = x.shape
+def chosen_tiles(
+    size: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    maps: int,
+    sums: int,
+    config: Config | None,
+    each_image: bool = False,
+) -> Chosen:
+    """The configuration of a pass over channels_last maps of a size, whose tiles stay within an image or not."""
+    n, channels, height, width = size
     images, pixels = (n, height * width) if each_image else (1, n * height * width)
-    return Shape(images, pixels, channels, x.element_size(), maps, sums, machine(x.device)[1])
+    shape = Shape(images, pixels, channels, dtype.itemsize, maps, sums, machine(device)[1])
+    return chosen(__name__, shape, device, config)
 
 
 def constants(config: Config, channels: int) -> dict[str, int]:
@@ -106,11 +116,12 @@ def tiles(config: Config, shape: Shape) -> int:
     return triton.cdiv(shape.pixels, config.block_p * config.steps)
 
 
-def launch_tiles(kernel: Any, config: Config, shape: Shape, **arguments: Any) -> None:
-    """Launch a pass over the whole map."""
+def launch_of(kernel: Any, choice: Chosen, *sizes: float, **more: Any) -> Launch:
+    """What launches a pass over the whole map; `sizes` are the kernel's but for its last, the `channel_units`."""
+    config, shape = choice.config, choice.shape
     grid = (shape.images * tiles(config, shape), triton.cdiv(shape.channels, config.block_c))
-    arguments |= {"channel_units": shape.channels // unit(shape.channels), **constants(config, shape.channels)}
-    launch(kernel, grid, **arguments, num_warps=config.warps, **LIMITS)
+    sizes = (*sizes, shape.channels // unit(shape.channels))
+    return Launch(kernel, grid, sizes, config.warps, **more, **constants(config, shape.channels))
 
 
 def new_sums(size: tuple[int, ...], like: Tensor) -> Tensor:
@@ -203,13 +214,19 @@ def total_kernel(
     tl.store(sums + batch * columns + ms, tl.sum(found, 0), mask=ms < columns)
 
 
+@planned
+def _plan(size: torch.Size, device: torch.device) -> Launch:
+    """What adds parts."""
+    batch, tiles, columns = size
+    grid, sizes = (batch, triton.cdiv(columns, BLOCKS["BLOCK_M"])), (tiles, columns // unit(columns))
+    return Launch(total_kernel, grid, sizes, 4, UNIT=unit(columns), **BLOCKS)
+
+
 def total(parts: Tensor) -> Tensor:
     """(B, M) sums of (B, T, M) float32 parts over T."""
     batch, tiles, columns = parts.shape
     if tiles == 1:
         return parts[:, 0]
     sums = new_sums((batch, columns), parts)
-    grid = (batch, triton.cdiv(columns, BLOCKS["BLOCK_M"]))
-    units = columns // unit(columns)
-    launch(total_kernel, grid, parts, sums, tiles, units, UNIT=unit(columns), **BLOCKS, num_warps=4)
+    _plan(parts.shape, parts.device)(parts, sums)
     return sums

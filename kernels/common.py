@@ -96,7 +96,7 @@ class Launch:
     version of Triton does not return what it compiled, Triton looks again.
     """
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], sizes: tuple[int, ...], warps: int, **constants: Any):
+    def __init__(self, kernel: Any, grid: tuple[int, ...], sizes: tuple[float, ...], warps: int, **constants: Any):
         self.kernel, self.grid, self.sizes = kernel, (*grid, 1, 1)[:3], sizes
         self.options = {**constants, "num_warps": warps, **LIMITS}
         self.behind = (*sizes, *(constants[name] for name in kernel.arg_names if name in constants))

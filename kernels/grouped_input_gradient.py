@@ -16,11 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LIMITS, SIZES, dot, interpreting, launch, machine, narrow, new_output, precision, too_large, unit
-from .tables import choose, fitting
+from .common import SIZES, Launch, dot, interpreting, machine, narrow, new_output, precision, too_large, unit
+from .tables import Chosen, announce, chosen, fitting, planned
 
 Affine = tuple[Tensor, Tensor | None, Tensor | None]
 """a, q and b, float32; the last two are given together, or neither."""
+
+NO_AFFINE = (None, None, None)
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,30 @@ def classes(
     return [one if one["TAPS_H"] and one["TAPS_W"] else one | {"TAPS_H": 0, "TAPS_W": 1} for one in found]
 
 
+@planned
+def _plan(
+    out_size: torch.Size, channels: int, dtype: torch.dtype, device: torch.device, affine: bool, slope: bool,
+    size: tuple[int, int], kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+    dilation: tuple[int, int], groups: int, product: str, config: Config | None,
+) -> tuple[Chosen, tuple[int, ...], list[Launch]]:  # fmt: skip
+    """The choice, the size of dx, and what launches it: a launch for all pixels with the same remainders."""
+    n, out_channels, *out_extents = out_size
+    pixels, geometry = size[0] * size[1], (kernel_size, stride, padding, dilation)
+    widths, taps = (channels // groups, out_channels // groups), kernel_size[0] * kernel_size[1]
+    operands = (dtype.itemsize, 1 + slope, product == "tf32")
+    shape = Shape(n * pixels, pixels, groups, *widths, taps, stride[0] * stride[1], *operands, *machine(device))
+    choice = chosen(__name__, shape, device, config)
+    config, launches = choice.config, []
+    across, units = groups * triton.cdiv(shape.width, config.block_n), [c // unit(c) for c in (channels, out_channels)]
+    for one in classes(*geometry):
+        rows, per_row = (triton.cdiv(size[i] - one[f"REST_{axis}"], stride[i]) for i, axis in enumerate("HW"))
+        tiles = triton.cdiv(rows * per_row, config.block_m)
+        if tiles:
+            sizes, fixed = (tiles, *out_extents, *size, *units), constants(config, shape, *geometry, dtype) | one
+            launches.append(Launch(kernel, (n * tiles, across), sizes, config.warps, **fixed))
+    return choice, (n, channels, *size), launches
+
+
 @fitting
 def input_gradient(
     dz: Tensor,
@@ -231,37 +257,18 @@ def input_gradient(
 
     Returns a new (N, C, H, W) tensor in channels_last. Sums in float32.
     """
-    n, out_channels, out_height, out_columns = dz.shape
-    channels, (height, columns) = weight.shape[0], size
-    dx = new_output((n, channels, height, columns), dz)
-    widths, taps = (channels // groups, out_channels // groups), kernel_size[0] * kernel_size[1]
-    a, q, b = (None, None, None) if affine is None else affine
-    operands = (dz.element_size(), 1 + (q is not None), precision(dz.dtype) == "tf32")
-    shape = Shape(
-        n * height * columns,
-        height * columns,
-        groups,
-        *widths,
-        taps,
-        stride[0] * stride[1],
-        *operands,
-        *machine(dz.device),
-    )
+    a, q, b = affine or NO_AFFINE
     geometry = (kernel_size, stride, padding, dilation)
+    choice, dx_size, launches = _plan(
+        dz.shape, weight.shape[0], dz.dtype, dz.device, a is not None, q is not None, size, *geometry, groups,
+        precision(dz.dtype), config,
+    )  # fmt: skip
 
     def run(config: Config) -> Tensor:
         return input_gradient(dz, y, affine, weight, size, *geometry, groups, config)
 
-    config = choose(__name__, shape, dz.device, config, run)
-    for one in classes(*geometry):
-        rows, per_row = (triton.cdiv(size[i] - one[f"REST_{axis}"], stride[i]) for i, axis in enumerate("HW"))
-        tiles = triton.cdiv(rows * per_row, config.block_m)
-        if tiles:
-            launch(
-                kernel,
-                (n * tiles, groups * triton.cdiv(shape.width, config.block_n)),
-                dz, None if q is None else y, a, q, b, weight, dx, tiles, out_height, out_columns, height, columns,
-                channels // unit(channels), out_channels // unit(out_channels),
-                **constants(config, shape, *geometry, dz.dtype), **one, num_warps=config.warps, **LIMITS,
-            )  # fmt: skip
+    announce(choice, run)
+    dx = new_output(dx_size, dz)
+    for launch in launches:
+        launch(dz, None if q is None else y, a, q, b, weight, dx)
     return dx

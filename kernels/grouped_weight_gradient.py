@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .channel_tiles import new_sums, total
-from .common import LIMITS, SIZES, activate, dot, interpreting, launch, machine, narrow, precision, too_large, unit
-from .grouped_input_gradient import Affine, geometry_constants
-from .tables import choose, fitting
+from .common import SIZES, Launch, activate, dot, interpreting, machine, narrow, precision, too_large, unit
+from .grouped_input_gradient import NO_AFFINE, Affine, geometry_constants
+from .tables import Chosen, announce, chosen, fitting, planned
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,32 @@ def constants(
     return found | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
 
 
+@planned
+def _plan(
+    size: torch.Size, out_size: torch.Size, dtype: torch.dtype, device: torch.device, norm: str | None, affine: bool,
+    slope: bool, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+    dilation: tuple[int, int], groups: int, product: str, config: Config | None,
+) -> tuple[Chosen, tuple[int, int, int], Launch]:  # fmt: skip
+    """The choice, the size of the parts, and what launches it; `norm` is the activation behind one."""
+    (n, channels, *extents), (_, out_channels, out_height, out_columns) = size, out_size
+    pixels, geometry = out_height * out_columns, (kernel_size, stride, padding, dilation)
+    widths, taps = (channels // groups, out_channels // groups), kernel_size[0] * kernel_size[1]
+    operands = (dtype.itemsize, 1 + slope, norm is not None, product == "tf32")
+    shape = Shape(n, pixels, groups, *widths, taps, stride[0] * stride[1], *operands, *machine(device))
+    choice = chosen(__name__, shape, device, config)
+    config = choice.config
+    tiles = triton.cdiv(pixels, config.block_k)
+    share = triton.cdiv(n * tiles, splits(config, shape))
+    count = triton.cdiv(n * tiles, share)
+    across = triton.cdiv(taps * widths[0], config.block_m) * triton.cdiv(widths[1], config.block_n)
+    units = (channels // unit(channels), out_channels // unit(out_channels))
+    launch = Launch(
+        kernel, (count, groups * across), (share, n * tiles, tiles, pixels, out_columns, *extents, *units),
+        config.warps, **constants(config, shape, *geometry, norm or "none", dtype),
+    )  # fmt: skip
+    return choice, (1, count, out_channels * taps * widths[0]), launch
+
+
 @fitting
 def weight_gradient(
     x: Tensor,
@@ -201,30 +227,18 @@ def weight_gradient(
 
     Returns a new float32 tensor (K, C / groups, KH, KW).
     """
-    n, channels, height, columns = x.shape
-    _, out_channels, out_height, out_columns = dz.shape
-    widths, taps = (channels // groups, out_channels // groups), kernel_size[0] * kernel_size[1]
-    a, q, b = (None, None, None) if affine is None else affine
-    scale, shift, activation = (None, None, "none") if norm is None else norm
-    operands = (x.element_size(), 1 + (q is not None), norm is not None, precision(x.dtype) == "tf32")
-    sizes = (n, out_height * out_columns, groups, *widths, taps, stride[0] * stride[1])
-    shape = Shape(*sizes, *operands, *machine(x.device))
+    a, q, b = affine or NO_AFFINE
+    scale, shift, activation = norm or (None, None, None)
     geometry = (kernel_size, stride, padding, dilation)
+    choice, size, launch = _plan(
+        x.shape, dz.shape, x.dtype, x.device, activation, a is not None, q is not None, *geometry, groups,
+        precision(x.dtype), config,
+    )  # fmt: skip
 
     def run(config: Config) -> Tensor:
         return weight_gradient(x, norm, dz, y, affine, *geometry, groups, config)
 
-    config = choose(__name__, shape, x.device, config, run)
-    tiles = triton.cdiv(shape.image_pixels, config.block_k)
-    share = triton.cdiv(n * tiles, splits(config, shape))
-    count = triton.cdiv(n * tiles, share)
-    parts = new_sums((1, count, out_channels * taps * widths[0]), x)
-    across = triton.cdiv(taps * widths[0], config.block_m) * triton.cdiv(widths[1], config.block_n)
-    launch(
-        kernel, (count, groups * across),
-        x, scale, shift, dz, None if q is None else y, a, q, b, parts,
-        share, n * tiles, tiles, shape.image_pixels, out_columns, height, columns,
-        channels // unit(channels), out_channels // unit(out_channels),
-        **constants(config, shape, *geometry, activation, x.dtype), num_warps=config.warps, **LIMITS,
-    )  # fmt: skip
-    return total(parts).view(out_channels, *kernel_size, widths[0]).permute(0, 3, 1, 2).contiguous()
+    announce(choice, run)
+    parts = new_sums(size, x)
+    launch(x, scale, shift, dz, None if q is None else y, a, q, b, parts)
+    return total(parts).view(dz.shape[1], *kernel_size, -1).permute(0, 3, 1, 2).contiguous()

@@ -104,13 +104,6 @@ def announce(one: Chosen, run: Callable[[Any], Any]) -> None:
         told.choice(Choice(sys.modules[one.kernel], one.shape, one.config, one.tuned, run))
 
 
-def choose(kernel: str, shape: Any, device: torch.device, config: Any, run: Callable[[Any], Any]) -> Any:
-    """`chosen`, announced: the configuration itself."""
-    one = chosen(kernel, shape, device, config)
-    announce(one, run)
-    return one.config
-
-
 _choice: ContextVar[Chosen] = ContextVar("regnet_fast_choice")
 """What was announced last."""
 

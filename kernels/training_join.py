@@ -11,29 +11,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import channel_tiles
 from .channel_tiles import (
     Config,
     before_activation,
-    launch_tiles,
+    chosen_tiles,
+    launch_of,
     load,
     new_sums,
     norm_of,
     normalised,
     place_of,
-    shape_of,
     store,
     tiles,
     total,
 )
-from .common import SIZES, activate, interpreting, new_output
-from .tables import choose, fitting
+from .common import SIZES, Launch, activate, interpreting, new_output
+from .tables import Chosen, announce, fitting, planned
 
 MOST_TERMS = 3
+
+
+class Form(NamedTuple):
+    """What a launch rests on of a `ReadMap`, but for its size; `factor` says what has its own: "image", "channel" or
+    "none".
+    """
+
+    dtype: torch.dtype | None = None
+    norm: bool = False
+    weight: bool = False
+    bias: bool = False
+    eps: float = 0.0
+    activation: str = "none"
+    factor: str = "none"
+    factor_dtype: torch.dtype | None = None
 
 
 class ReadMap(NamedTuple):
@@ -49,6 +64,16 @@ class ReadMap(NamedTuple):
     eps: float = 0.0
     activation: str = "none"
     factor: Tensor | None = None
+
+    def form(self) -> Form:
+        """What a launch rests on."""
+        x, mean, _, weight, bias, eps, activation, factor = self
+        kind = () if factor is None else ("image" if factor.dim() == 1 else "channel", factor.dtype)
+        return Form(x.dtype, mean is not None, weight is not None, bias is not None, eps, activation, *kind)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the kernels' order."""
+        return (*self[:5], self.factor)
 
 
 @triton.jit
@@ -178,20 +203,24 @@ def backward_kernel(
         _store_sums(part, 2 * (SUMS0 + SUMS1), sums2, norm2, cs, channels, SUMS2)
 
 
-def arguments_of(terms: Sequence[ReadMap]) -> dict[str, Any]:
-    """The kernels' arguments for the terms, of which the last may be missing."""
-    found = {}
-    for i, term in enumerate([*terms, *[None] * (MOST_TERMS - len(terms))]):
-        values = dict.fromkeys(("x", "mean", "var", "weight", "bias", "factor")) | {"eps": 0.0}
-        kind, activation = "none", "none"
-        if term is not None:
-            values = {name: getattr(term, name) for name in values}
-            activation = term.activation
-            if term.factor is not None:
-                kind = "image" if term.factor.dim() == 1 else "channel"
-        found |= {f"{name}{i}": value for name, value in values.items()}
-        found |= {f"ACTIVATION{i}": activation, f"FACTOR{i}": kind}
-    return found
+def _launch_of(
+    kernel: Any, choice: Chosen, size: torch.Size, forms: tuple[Form, ...], activation: str, **more: Any
+) -> Launch:
+    """What launches a pass over terms, of which the last may be missing."""
+    each = (*forms, *[Form()] * (MOST_TERMS - len(forms)))
+    for i, form in enumerate(each):
+        more |= {f"ACTIVATION{i}": form.activation, f"FACTOR{i}": form.factor}
+    sizes = (*(form.eps for form in each), choice.shape.pixels, size[2] * size[3])
+    return launch_of(kernel, choice, *sizes, ACTIVATION=activation, UPCAST=interpreting(), **more)
+
+
+@planned
+def _plan_join(
+    size: torch.Size, device: torch.device, forms: tuple[Form, ...], activation: str, config: Config | None
+) -> tuple[Chosen, Launch]:
+    """The choice, and what launches it."""
+    choice = chosen_tiles(size, forms[0].dtype, device, len(forms) + 1, 0, config)
+    return choice, _launch_of(join_kernel, choice, size, forms, activation)
 
 
 @fitting
@@ -205,16 +234,15 @@ def join(*terms: ReadMap, activation: str = "none", config: Config | None = None
     Returns a new channels_last tensor of their dtype. Computes in float32.
     """
     x = terms[0].x
-    y, shape = new_output(tuple(x.shape), x), shape_of(x, len(terms) + 1, 0)
+    choice, launch = _plan_join(x.shape, x.device, tuple([term.form() for term in terms]), activation, config)
 
     def run(config: Config) -> Tensor:
         return join(*terms, activation=activation, config=config)
 
-    launch_tiles(
-        join_kernel, choose(channel_tiles.__name__, shape, x.device, config, run), shape,
-        y=y, pixels=shape.pixels, image_pixels=x.shape[2] * x.shape[3],
-        ACTIVATION=activation, UPCAST=interpreting(), **arguments_of(terms),
-    )  # fmt: skip
+    announce(choice, run)
+    y = new_output(x.shape, x)
+    tensors = [t for term in terms for t in term.tensors()]
+    launch(*tensors, *[None] * (6 * (MOST_TERMS - len(terms))), y)
     return y
 
 
@@ -224,6 +252,29 @@ class Gradient(NamedTuple):
     dz: Tensor | None
     product: Tensor | None
     plain: Tensor | None
+
+
+@planned
+def _plan_backward(
+    size: torch.Size, dtype: torch.dtype, device: torch.device, forms: tuple[Form, ...], activation: str,
+    needs: tuple[bool, ...], extra: torch.dtype | None, config: Config | None,
+) -> tuple[Chosen | None, Launch | None, bool, list[bool], list[bool], tuple[int, int, int] | None]:  # fmt: skip
+    """The choice and what launches it, where anything is computed; whether there is a gradient that terms share, which
+    have their own, which have sums, and the size of their parts.
+    """
+    alone = [form.factor != "none" or form.activation != "none" for form in forms]
+    alone[0] = alone[0] or extra is not None
+    shared = activation != "none" and any(need and not one for need, one in zip(needs, alone, strict=True))
+    own = [need and one for need, one in zip(needs, alone, strict=True)]
+    summed = [need and form.norm for need, form in zip(needs, forms, strict=True)]
+    maps, sums = shared + sum(own), 2 * sum(summed)
+    if not maps and not sums:
+        return None, None, shared, own, summed, None
+    choice = chosen_tiles(size, dtype, device, 1 + (activation == "relu") + len(forms) + maps, sums, config)
+    constants = {f"SUMS{i}": int(i < len(forms) and summed[i]) for i in range(MOST_TERMS)}
+    launch = _launch_of(backward_kernel, choice, size, forms, activation, **constants)
+    parts = (1, tiles(choice.config, choice.shape), sums * size[1]) if sums else None
+    return choice, launch, shared, own, summed, parts
 
 
 @fitting
@@ -241,7 +292,7 @@ def join_backward(
     dz = (grad * activation'(sum) * factor + extra) * own_activation'(normalised)
 
     Args:
-        grad, y: channels_last; y only behind a relu.
+        grad, y: channels_last, of one dtype; y only behind a relu.
         needs: which terms need a gradient, by default all.
         extra: (N, C), contiguous: a summand of the first term alone.
         config: by default a tuned one, or that of `heuristic`.
@@ -249,39 +300,28 @@ def join_backward(
     Returns dz for each term in grad's dtype, and the sums where it has a norm. Terms without factor and activation
     share one dz, which is `grad` itself where there is no activation behind them either.
     """
-    needs = [True] * len(terms) if needs is None else needs
-    alone = [t.factor is not None or t.activation != "none" for t in terms]
-    alone[0] = alone[0] or extra is not None
-    shared = activation != "none" and any(need and not one for need, one in zip(needs, alone, strict=True))
-    summed = [need and term.mean is not None for need, term in zip(needs, terms, strict=True)]
-    out = new_output(tuple(grad.shape), grad) if shared else None
-    written = [need and one for need, one in zip(needs, alone, strict=True)]
-    outs = [new_output(tuple(grad.shape), grad) if one else None for one in written]
-    maps, count, channels = shared + sum(written), sum(summed), grad.shape[1]
-    sums = [None, None] * len(terms)
-    if maps or count:
-        shape = shape_of(grad, 1 + (activation == "relu") + len(terms) + maps, 2 * count)
+    needs = (True,) * len(terms) if needs is None else tuple(needs)
+    choice, launch, shared, own, summed, size = _plan_backward(
+        grad.shape, grad.dtype, grad.device, tuple([term.form() for term in terms]), activation, needs,
+        None if extra is None else extra.dtype, config,
+    )  # fmt: skip
+    out = new_output(grad.shape, grad) if shared else None
+    outs = [new_output(grad.shape, grad) if one else None for one in own]
+    parts = None if size is None else new_sums(size, grad)
+    if launch is not None:
 
         def run(config: Config) -> list[Gradient]:
             return join_backward(grad, y, terms, activation, needs, extra, config)
 
-        config = choose(channel_tiles.__name__, shape, grad.device, config, run)
-        parts = new_sums((1, tiles(config, shape), 2 * count * channels), grad) if count else None
-        each = {f"out{i}": None for i in range(MOST_TERMS)} | {f"SUMS{i}": 0 for i in range(MOST_TERMS)}
-        each |= {f"out{i}": one for i, one in enumerate(outs)} | {f"SUMS{i}": int(one) for i, one in enumerate(summed)}
-        launch_tiles(
-            backward_kernel, config, shape,
-            grad=grad, y=y if activation == "relu" else None, extra=extra, out=out, parts=parts,
-            pixels=shape.pixels, image_pixels=grad.shape[2] * grad.shape[3],
-            ACTIVATION=activation, UPCAST=interpreting(), **arguments_of(terms), **each,
-        )  # fmt: skip
-        if count:
-            found = iter(total(parts).view(2 * count, channels))
-            sums = [next(found) if one else None for one in summed for _ in range(2)]
-    results = [one if own else grad if out is None else out for one, own in zip(outs, alone, strict=True)]
+        announce(choice, run)
+        tensors = [t for term, one in zip(terms, outs, strict=True) for t in (*term.tensors(), one)]
+        tensors += [None] * (7 * (MOST_TERMS - len(terms)))
+        launch(grad, y if activation == "relu" else None, extra, out, *tensors, parts)
+    sums = iter(() if parts is None else total(parts).view(-1, grad.shape[1]).unbind())
+    shared = grad if out is None else out
     return [
-        Gradient(dz if need else None, *pair)
-        for dz, need, pair in zip(results, needs, zip(sums[::2], sums[1::2], strict=True), strict=True)
+        Gradient(shared if need and one is None else one, *((next(sums), next(sums)) if has else (None, None)))
+        for one, need, has in zip(outs, needs, summed, strict=True)
     ]
 
 

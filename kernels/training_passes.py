@@ -9,26 +9,26 @@ squeeze-and-excitation. `read` is that of `training_join`.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import channel_tiles
 from .channel_tiles import (
     Config,
-    launch_tiles,
+    chosen_tiles,
+    launch_of,
     load,
     new_sums,
     norm_of,
     normalised,
     place_of,
-    shape_of,
     store,
     tiles,
 )
-from .common import SIZES, activate, interpreting, new_output
-from .tables import choose, fitting
-from .training_join import ReadMap
+from .common import SIZES, Launch, activate, interpreting, new_output
+from .tables import Chosen, announce, fitting, planned
+from .training_join import Form, ReadMap
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -76,6 +76,27 @@ def image_kernel(
     tl.store(parts + tl.program_id(0).to(tl.int64) * channels + cs, sums, mask=cs < channels)
 
 
+@planned
+def _plan_affine(
+    size: torch.Size, dtype: torch.dtype, device: torch.device, slope: bool, identity: bool, config: Config | None
+) -> tuple[Chosen, Launch]:
+    """The choice, and what launches it."""
+    choice = chosen_tiles(size, dtype, device, 2 + slope + identity, 0, config)
+    return choice, launch_of(affine_kernel, choice, choice.shape.pixels, UPCAST=interpreting())
+
+
+@planned
+def _plan_image(
+    size: torch.Size, device: torch.device, form: Form, times: bool, share: float, config: Config | None
+) -> tuple[Chosen, tuple[int, int, int], Launch]:
+    """The choice, the size of the parts, and what launches it."""
+    choice = chosen_tiles(size, form.dtype, device, 1 + times, 1, config, each_image=True)
+    shape, count = choice.shape, tiles(choice.config, choice.shape)
+    sizes = (form.eps, share, count, shape.pixels)
+    launch = launch_of(image_kernel, choice, *sizes, ACTIVATION=form.activation)
+    return choice, (shape.images, count, shape.channels), launch
+
+
 @fitting
 def raw_gradient(
     dz: Tensor,
@@ -95,36 +116,31 @@ def raw_gradient(
 
     Returns a new channels_last tensor of dz's dtype.
     """
-    out, shape = new_output(tuple(dz.shape), dz), shape_of(dz, 2 + (q is not None) + (identity is not None), 0)
+    choice, launch = _plan_affine(dz.shape, dz.dtype, dz.device, q is not None, identity is not None, config)
 
     def run(config: Config) -> Tensor:
         return raw_gradient(dz, y, a, q, k, identity, config)
 
-    launch_tiles(
-        affine_kernel, choose(channel_tiles.__name__, shape, dz.device, config, run), shape,
-        dz=dz, y=None if q is None else y, identity=identity, out=out, a=a, q=q, k=k,
-        pixels=shape.pixels, UPCAST=interpreting(),
-    )  # fmt: skip
+    announce(choice, run)
+    out = new_output(dz.shape, dz)
+    launch(dz, None if q is None else y, identity, out, a, q, k)
     return out
 
 
 @fitting
 def image_parts(term: ReadMap, times: Tensor | None = None, share: float = 1.0, config: Config | None = None) -> Tensor:
-    """Parts of `share * sum(read(x) * times)` over the pixels of each image; the term has no factor.
+    """Parts of `share * sum(read(x) * times)` over the pixels of each image; the term has no factor, and `times` x's
+    dtype.
 
     Returns (N, T, C) float32 values, whose sums over T are the sums.
     """
     x = term.x
-    shape = shape_of(x, 1 + (times is not None), 1, each_image=True)
+    choice, size, launch = _plan_image(x.shape, x.device, term.form(), times is not None, share, config)
 
     def run(config: Config) -> Tensor:
         return image_parts(term, times, share, config)
 
-    config = choose(channel_tiles.__name__, shape, x.device, config, run)
-    parts = new_sums((shape.images, tiles(config, shape), shape.channels), x)
-    launch_tiles(
-        image_kernel, config, shape,
-        x=x, mean=term.mean, var=term.var, weight=term.weight, bias=term.bias, times=times, parts=parts,
-        eps=term.eps, share=share, tiles=parts.shape[1], image_pixels=shape.pixels, ACTIVATION=term.activation,
-    )  # fmt: skip
+    announce(choice, run)
+    parts = new_sums(size, x)
+    launch(x, term.mean, term.var, term.weight, term.bias, times, parts)
     return parts

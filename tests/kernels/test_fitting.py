@@ -10,7 +10,7 @@ import torch
 import triton
 
 from regnet_fast import kernels
-from regnet_fast.kernels import norm_act, pointwise_conv, squeeze_excite, tables
+from regnet_fast.kernels import norm_act, pointwise_conv, squeeze_excite, tables, training_join
 from regnet_fast.observer import observing
 from regnet_fast.store.verdicts import Outcome, Verdict, Verdicts
 
@@ -129,6 +129,15 @@ def test_a_resident_product_is_streamed_where_its_weights_do_not_fit(monkeypatch
     torch.testing.assert_close(found, torch.nn.functional.conv2d(x, weight[:, :, None, None]), rtol=1e-4, atol=1e-4)
 
 
+def test_a_pass_of_training_takes_smaller_tiles(monkeypatch):
+    compiler = stand_in(monkeypatch, training_join, "join_kernel", lambda c: 64 * c["BLOCK_P"] * c["BLOCK_C"])
+    x = torch.randn(1, 24, 9, 9).contiguous(memory_format=torch.channels_last)
+    with pytest.warns(tables.SmallerWarning):
+        found = training_join.join(training_join.ReadMap(x), training_join.ReadMap(x))
+    assert len(compiler.asked) > 1 and compiler.asked[-1][0] <= LIMIT
+    torch.testing.assert_close(found, 2 * x)
+
+
 def test_what_else_a_launch_raises_is_not_the_configurations(monkeypatch):
     def needed(constants):
         raise RuntimeError("another error")
@@ -145,9 +154,9 @@ def test_every_launcher_that_chooses_is_fitting():
     for path in sorted(tables.SHIPPED.parent.resolve().glob("*.py")):
         module = importlib.import_module(f"{kernels.__name__}.{path.stem}")
         for name, function in inspect.getmembers(module, inspect.isfunction):
-            asks = re.search(r"\b(choose|announce)\(\w", inspect.getsource(function))
+            asks = re.search(r"\bannounce\(\w", inspect.getsource(function))
             if function.__module__ == module.__name__ and asks:
                 found[f"{path.stem}.{name}"] = function
-    del found["tables.choose"], found["tables.announce"]
+    del found["tables.announce"]
     assert len(found) == 13
     assert not [name for name, function in found.items() if not hasattr(function, "__wrapped__")]

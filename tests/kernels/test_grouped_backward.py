@@ -6,7 +6,7 @@ from configurations import interpreted
 from helpers import assert_close_to_reference
 from torch.nn import functional as F
 
-from regnet_fast.kernels import common, grouped_input_gradient, grouped_weight_gradient
+from regnet_fast.kernels import common, grouped_input_gradient, grouped_weight_gradient, tables
 from regnet_fast.kernels.grouped_input_gradient import packed_weight
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -139,6 +139,7 @@ def test_parts_of_the_pixels_are_added_in_their_order(monkeypatch):
     config, found = grouped_weight_gradient.Config(128, 16, 32, 4, 2), []
     for count in (1, 4, 9, 9):
         monkeypatch.setattr(grouped_weight_gradient, "splits", lambda *_, count=count: count)
+        tables.forget()
         norm = (one.scale, one.shift, "silu")
         found.append(grouped_weight_gradient.weight_gradient(one.x, norm, one.dz, one.y, one.affine, *rest, config))
     assert torch.equal(found[2], found[3])
