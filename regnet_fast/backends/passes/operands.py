@@ -84,18 +84,17 @@ class OutputNorm(NamedTuple):
     count: float
 
     def coefficients(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """a, q and k of `dy = a * dz + q * y + k`, shaped (1, C, 1, 1)."""
+        """a, q and k of `dy = a * dz + q * y + k`, dense vectors in the dtype of the statistics."""
         invstd = (self.var + self.eps).rsqrt_()
         a = invstd if self.weight is None else invstd * self.weight
         if self.sums is None:
-            return a.view(1, -1, 1, 1), None, None
+            return a, None, None
         q = (a * invstd).mul_(self.sums.product).mul_(-1.0 / self.count)
-        k = torch.addcmul(q * self.mean, a, self.sums.plain, value=1.0 / self.count).neg_()
-        return a.view(1, -1, 1, 1), q.view(1, -1, 1, 1), k.view(1, -1, 1, 1)
+        return a, q, torch.addcmul(q * self.mean, a, self.sums.plain, value=1.0 / self.count).neg_()
 
     def vectors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """`coefficients` as dense float32 vectors."""
-        return tuple(None if t is None else t.flatten().float() for t in self.coefficients())
+        """`coefficients` in float32."""
+        return tuple(None if t is None else t.float() for t in self.coefficients())
 
 
 class OutputGrad(NamedTuple):

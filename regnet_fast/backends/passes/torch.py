@@ -161,7 +161,9 @@ class GradientReader:
 
     def __init__(self, grad: Tensor, norm: OutputNorm | None, y: Tensor | None):
         self.grad, self.y = grad, y
-        self.coefficients = None if norm is None else norm.coefficients()
+        self.coefficients = None
+        if norm is not None:
+            self.coefficients = [None if t is None else t.view(1, -1, 1, 1) for t in norm.coefficients()]
 
     def read(self, part: slice, plus: Tensor | None = None) -> Tensor:
         """Some images of it, `plus` what is given of all, until the next ones are."""
