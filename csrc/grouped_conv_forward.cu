@@ -189,7 +189,8 @@ grouped_conv_forward(
     // The slab's channels of the map behind a convolution in front, from a tile of x.
     auto make = [&](unsigned stage, unsigned inside) {
         if constexpr (IN > 0) {
-            const int first = warp_n * MADE_EIGHTS * 8;
+            // Found again for each tile: what it needs would take the registers of what is held.
+            const int lane = forget(thread_x()) % 32, first = warp_n * MADE_EIGHTS * 8;
 #pragma unroll 1
             for (int place = warp_m * AT_ONCE; place < Halo::PIXELS; place += AT_ONCE * WARPS_M) {
                 unsigned from[AT_ONCE / 16];
