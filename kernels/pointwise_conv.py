@@ -38,11 +38,10 @@ _NO_NORM = (None, None, None)
 @triton.jit
 def _input_rows(rows, out_area, out_width, in_area, in_width, STRIDE: tl.constexpr):
     """The rows of x that rows of y are computed from."""
-    rows = rows.to(tl.int64)
     if STRIDE == 1:
-        return rows
+        return rows.to(tl.int64)
     image, pixel = rows // out_area, rows % out_area
-    return image * in_area + (pixel // out_width) * (STRIDE * in_width) + (pixel % out_width) * STRIDE
+    return image.to(tl.int64) * in_area + (pixel // out_width) * (STRIDE * in_width) + (pixel % out_width) * STRIDE
 
 
 @triton.jit
@@ -119,24 +118,22 @@ def _finish(
     tl.store(y + offsets, narrow(activate(accumulator, ACTIVATION), y.dtype.element_ty, UPCAST), mask=inside)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def resident_kernel(
-    x, weight, bias, gate, scale, shift, residual, residual_scale, residual_shift, y,
-    pixels, out_area, out_width, in_area, in_width, channel_units, out_units,
-    UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, IMAGES: tl.constexpr, NORM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, RESIDUAL_NORM: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+@triton.jit
+def resident_tiles(
+    x, weight, bias, gate, scale, shift, residual, residual_scale, residual_shift, y, first_tile, step, first_column,
+    pixels, out_area, out_width, in_area, in_width, channels, out_channels,
+    STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr,
+    IMAGES: tl.constexpr, NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, RESIDUAL_NORM: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j) keeps tile j of the weights and computes every so many tiles of pixels, from the i-th on."""
-    channels, out_channels = channel_units * UNIT, out_units * OUT_UNIT
-    ns, ks = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    """The weights from a column on stay, and every so many tiles of pixels are computed, from a first one on."""
+    ns, ks = first_column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     w = _load_weight(weight, ns, ks, channels, out_channels, EVEN_K)
     if REST > 0:
         rest = BLOCK_K + tl.arange(0, REST)
         rest_w = _load_weight(weight, ns, rest, channels, out_channels, EVEN_K)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(pixels, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
+    for tile in tl.range(first_tile, tl.cdiv(pixels, BLOCK_M), step, num_stages=STAGES):
         first_row = tile * BLOCK_M
         rows = first_row + tl.arange(0, BLOCK_M)
         in_rows = _input_rows(rows, out_area, out_width, in_area, in_width, STRIDE)
@@ -155,6 +152,26 @@ def resident_kernel(
             accumulator, bias, residual, residual_scale, residual_shift, y, rows, ns, pixels, out_channels,
             HAS_BIAS, HAS_RESIDUAL, RESIDUAL_NORM, ACTIVATION, UPCAST,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def resident_kernel(
+    x, weight, bias, gate, scale, shift, residual, residual_scale, residual_shift, y,
+    pixels, out_area, out_width, in_area, in_width, channel_units, out_units,
+    UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, IMAGES: tl.constexpr, NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, RESIDUAL_NORM: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j) keeps tile j of the weights and computes every so many tiles of pixels, from the i-th on."""
+    resident_tiles(
+        x, weight, bias, gate, scale, shift, residual, residual_scale, residual_shift, y,
+        tl.program_id(0), tl.num_programs(0), tl.program_id(1) * BLOCK_N,
+        pixels, out_area, out_width, in_area, in_width, channel_units * UNIT, out_units * OUT_UNIT, STRIDE, ACTIVATION,
+        HAS_BIAS, HAS_GATE, IMAGES, NORM, HAS_RESIDUAL, RESIDUAL_NORM, EVEN_K, PRECISION, UPCAST,
+        BLOCK_M, BLOCK_N, BLOCK_K, REST, STAGES,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -247,9 +264,10 @@ def _plan(
     shape = Shape(n * area, channels, out_channels, *operands, *machine(device), **norms)
     choice = chosen(__name__, shape, device, config)
     config = choice.config
+    across, (share,) = config.tiles(shape)[0], programs(config, shape)
     launch = Launch(
         resident_kernel if config.resident else streamed_kernel,
-        programs(config, shape),
+        (share, across) if config.resident else (share * across,),
         (
             *(n * area, area, out_width, height * width, width),
             *(channels // unit(channels), out_channels // unit(out_channels)),

@@ -2,13 +2,13 @@
 
     y[p] = activation(x[p] @ weight + bias)        other[p] = x[q(p)] @ other_weight + other_bias
 
-Programs that follow each other compute both for the same pixels, so that x comes from memory once and from the cache
-from then on.
+In the forms of `pointwise_conv`. Programs that run at the same time compute both for the same pixels, so that x comes
+from memory once and from the cache from then on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import pointwise_conv
-from .common import SIZES, Launch, interpreting, machine, new_output, precision, unit
-from .pointwise_conv import Affine, Config, streamed_tile
+from .common import SIZES, Launch, machine, new_output, precision, unit
+from .pointwise_conv import CONFIGS, EXTENTS, Affine, Config, programs, resident_tiles, streamed_tile  # noqa: F401
 from .tables import Chosen, announce, chosen, fitting, planned
 
 
@@ -46,27 +46,57 @@ class Shape:
             self.processors, self.norm,
         )  # fmt: skip
 
-
-CONFIGS = tuple(config for config in pointwise_conv.CONFIGS if not config.resident)
-"""The search space of the tuner."""
-
-EXTENTS = ("pixels",)
+    @property
+    def both(self) -> tuple[pointwise_conv.Shape, pointwise_conv.Shape]:
+        """Those of both products; of images with odd sizes the other has a few more pixels."""
+        pixels = triton.cdiv(self.pixels, self.stride**2)
+        return self.first, replace(self.first, pixels=pixels, out_channels=self.other_channels, stride=self.stride)
 
 
 def config_supports(config: Config, shape: Shape) -> str | None:
     """Why a configuration cannot serve, or None."""
-    if config.resident:
-        return "the weights of two convolutions do not stay"
     return pointwise_conv.config_supports(config, shape.first)
 
 
 def heuristic(shape: Shape) -> Config:
-    """A configuration that needs no measurement: that of the first convolution, streamed."""
-    return pointwise_conv.heuristic(shape.first, resident=False)
+    """A configuration that needs no measurement."""
+    return pointwise_conv.heuristic(*shape.both)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def kernel(
+def resident_kernel(
+    x, scale, shift, weight, bias, y, other_weight, other_bias, other,
+    share, pixels, other_pixels, out_area, out_width, in_area, in_width, channel_units, out_units, other_units,
+    UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, OTHER_UNIT: tl.constexpr, STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, OTHER_BIAS: tl.constexpr, NORM: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A program keeps a tile of one of the weights; `share` programs have the same one of the first. All run at once
+    and go through x from its beginning to its end.
+    """
+    channels, out_channels, other_channels = channel_units * UNIT, out_units * OUT_UNIT, other_units * OTHER_UNIT
+    across, other_across = tl.cdiv(out_channels, BLOCK_N), tl.cdiv(other_channels, BLOCK_N)
+    place = tl.program_id(0) - share * across
+    if place < 0:
+        resident_tiles(
+            x, weight, bias, None, scale, shift, None, None, None, y,
+            tl.program_id(0) // across, share, (tl.program_id(0) % across) * BLOCK_N,
+            pixels, in_area, in_width, in_area, in_width, channels, out_channels, 1, ACTIVATION, HAS_BIAS,
+            False, 0, NORM, False, None, EVEN_K, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, REST, STAGES,
+        )  # fmt: skip
+    if place >= 0:  # `else` ends both loops in the same code, for which the compiler keeps the memory of both
+        resident_tiles(
+            x, other_weight, other_bias, None, scale, shift, None, None, None, other,
+            place // other_across, (tl.num_programs(0) - share * across) // other_across,
+            (place % other_across) * BLOCK_N,
+            other_pixels, out_area, out_width, in_area, in_width, channels, other_channels, STRIDE, "none", OTHER_BIAS,
+            False, 0, NORM, False, None, EVEN_K, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, REST, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def streamed_kernel(
     x, scale, shift, weight, bias, y, other_weight, other_bias, other,
     pixels, other_pixels, out_area, out_width, in_area, in_width, channel_units, out_units, other_units,
     UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, OTHER_UNIT: tl.constexpr, STRIDE: tl.constexpr,
@@ -96,21 +126,11 @@ def kernel(
 
 
 def constants(config: Config, shape: Shape, activation: str, dtype: torch.dtype) -> dict:
-    """The compile-time arguments, but for the biases and `NORM`."""
-    return {
-        "UNIT": unit(shape.channels),
-        "OUT_UNIT": unit(shape.out_channels),
-        "OTHER_UNIT": unit(shape.other_channels),
-        "STRIDE": shape.stride,
-        "ACTIVATION": activation,
-        "EVEN_K": shape.channels % config.block_k == 0,
-        "PRECISION": precision(dtype),
-        "UPCAST": interpreting(),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "STAGES": config.stages,
-    }
+    """The compile-time arguments, but for the biases and `NORM`: those of the first product, less what no pair has."""
+    found = pointwise_conv.constants(config, shape.first, shape.stride, activation, dtype)
+    for name in ("HAS_GATE", "IMAGES", "HAS_RESIDUAL"):
+        del found[name]
+    return {**found, "OTHER_UNIT": unit(shape.other_channels)}
 
 
 @planned
@@ -126,12 +146,18 @@ def _plan(
     shape = Shape(pixels, *widths, *operands, norm is not None, *machine(device))
     choice = chosen(__name__, shape, device, config)
     config = choice.config
-    shares = max(triton.cdiv(pixels, stride * stride * config.block_m), triton.cdiv(other_pixels, config.block_m))
-    across, other_across = triton.cdiv(out_channels, config.block_n), triton.cdiv(other_channels, config.block_n)
+    (across, _), (other_across, _) = (config.tiles(one) for one in shape.both)
+    if config.resident:
+        share, other_share = programs(config, *shape.both)
+        count, sizes = share * across + other_share * other_across, (share,)
+    else:
+        shares = max(triton.cdiv(pixels, stride * stride * config.block_m), triton.cdiv(other_pixels, config.block_m))
+        count, sizes = shares * (stride * stride * across + other_across), ()
     launch = Launch(
-        kernel,
-        (shares * (stride * stride * across + other_across),),
+        resident_kernel if config.resident else streamed_kernel,
+        (count,),
         (
+            *sizes,
             *(pixels, other_pixels, other_height * other_width, other_width, height * width, width),
             *(one // unit(one) for one in widths),
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import triton
@@ -33,6 +34,10 @@ class Config:
         """How many images of so many pixels a tile reaches at most; 0 for an area of 0."""
         first = math.gcd(self.block_m, area)  # the fewest rows of the first one
         return 1 + triton.cdiv(self.block_m - first, area) if area else 0
+
+    def tiles(self, shape: Shape) -> tuple[int, int]:
+        """How many tiles of output channels and of pixels there are."""
+        return triton.cdiv(shape.out_channels, self.block_n), triton.cdiv(shape.pixels, self.block_m)
 
     def shared_bytes(self, shape: Shape) -> int:
         """Shared memory at most: the tiles in flight, the resident weights, and the result on its way out."""
@@ -101,49 +106,64 @@ def config_supports(config: Config, shape: Shape) -> str | None:
     return too_large(config.shared_bytes(shape), shape.arch)
 
 
-def cached_bytes(config: Config, shape: Shape) -> int:
-    """What the processors read from the last cache and write to it: x for every tile of output channels, the weights
-    for every tile of pixels, or once for every program that keeps them, the tiles' gates, the residual and the result.
+def cached_bytes(config: Config, *shapes: Shape) -> int:
+    """What the processors read from the last cache and write to it in one launch: x for every tile of output channels,
+    the weights for every tile of pixels, or once for every program that keeps them, the tiles' gates, the residual and
+    the results.
     """
-    across, down = triton.cdiv(shape.out_channels, config.block_n), triton.cdiv(shape.pixels, config.block_m)
-    times = programs(config, shape)[0] if config.resident else down
-    gates = across * down * min(config.block_m, config.images(shape.gate))
-    values = (across * shape.pixels + times * shape.out_channels + gates) * shape.channels
-    return shape.itemsize * (values + shape.pixels * shape.out_channels * (1 + shape.residual))
+    values = 0
+    for shape, times in zip(shapes, programs(config, *shapes), strict=True):
+        across, down = config.tiles(shape)
+        gates = across * down * min(config.block_m, config.images(shape.gate))
+        values += (across * shape.pixels + times * shape.out_channels + gates) * shape.channels
+        values += shape.pixels * shape.out_channels * (1 + shape.residual)
+    return shapes[0].itemsize * values
 
 
-def memory_bytes(shape: Shape) -> int:
-    """What has to come from memory and go there."""
-    values = (shape.pixels + shape.out_channels + (shape.pixels // shape.gate if shape.gate else 0)) * shape.channels
-    return shape.itemsize * (values + shape.pixels * shape.out_channels * (1 + shape.residual))
+def memory_bytes(*shapes: Shape) -> int:
+    """What has to come from memory and go there in one launch, x once, which the first product has all pixels of."""
+    first = shapes[0]
+    values = (first.pixels + (first.pixels // first.gate if first.gate else 0)) * first.channels
+    for shape in shapes:
+        values += shape.out_channels * shape.channels + shape.pixels * shape.out_channels * (1 + shape.residual)
+    return first.itemsize * values
 
 
 CACHE_SPEED = 5.5 / 3.0
 """How many bytes the last cache delivers in the time in which memory delivers one: of an H100, and not measured."""
 
 
-def programs(config: Config, shape: Shape) -> tuple[int, int]:
-    """The grid: of resident weights as many programs as run at once, else one for each tile."""
-    across, down = triton.cdiv(shape.out_channels, config.block_n), triton.cdiv(shape.pixels, config.block_m)
+def programs(config: Config, *shapes: Shape) -> list[int]:
+    """Among how many programs each tile of a product's output channels has its pixels shared out, for the products of
+    one launch. Where weights stay, as many as run at once, by the products' work, so that none is ahead of the one
+    before; else one for each tile of pixels.
+    """
+    across, down = zip(*(config.tiles(shape) for shape in shapes), strict=True)
     if not config.resident:
-        return down * across, 1
-    together = min(2, max(1, SHARED_BYTES[shape.arch] // config.shared_bytes(shape))) * shape.processors
-    return min(down, max(1, together // across)), across
+        return list(down)
+    left = min(2, max(1, SHARED_BYTES[shapes[0].arch] // config.shared_bytes(shapes[0]))) * shapes[0].processors
+    found, trips = [], 1
+    for i in range(len(shapes)):
+        work = sum(a * d for a, d in zip(across[i:], down[i:], strict=True))
+        found.append(min(triton.cdiv(down[i], trips), max(1, left * down[i] // work)))
+        trips, left = triton.cdiv(down[i], found[i]), left - across[i] * found[i]
+    return found
 
 
-def heuristic(shape: Shape, resident: bool = True) -> Config:
-    """A configuration that needs no measurement, of both forms or streamed.
+def heuristic(*shapes: Shape) -> Config:
+    """A configuration that needs no measurement, for one product, or for several of one launch.
 
     Where warps multiply in groups of four: the first of some configurations, by how well they hide latency, that waits
     for memory rather than for the last cache, or else the one that reads the least from there.
     """
+    shape, out_channels = shapes[0], max(one.out_channels for one in shapes)
     warpgroups = shape.arch in (90, 100) and (shape.itemsize == 2 or shape.tf32)
-    if not warpgroups or triton.cdiv(shape.pixels, 128) * triton.cdiv(shape.out_channels, 128) < shape.processors:
-        return _by_registers(shape, resident)
-    row, block_n = 128 // shape.itemsize, 64 if shape.out_channels <= 64 else 128
+    if not warpgroups or _tiles(shapes, 128, 128) < shape.processors:
+        return _by_registers(shapes)
+    row, block_n = 128 // shape.itemsize, 64 if out_channels <= 64 else 128
     block_k, rest = _whole(shape.channels)
     kept = []
-    if resident and block_k + rest <= 9 * row:
+    if block_k + rest <= 9 * row:
         block_m, warps = 64 if block_k <= 4 * row else 32, 4 if block_k <= 2 * row and shape.itemsize == 2 else 8
         kept = [Config(block_m, block_n, block_k, warps, stages, True, rest) for stages in (3, 2)]
     early = kept if block_k <= 4 * row else []
@@ -152,8 +172,12 @@ def heuristic(shape: Shape, resident: bool = True) -> Config:
         tiles += [(128, 256)] if shape.norm or shape.residual_norm else [(256, 128), (128, 256)]
     streamed = [Config(m, n, row, 8, 3, False) for m, n in tiles]
     found = [c for c in (*early, streamed[0], *kept, *streamed[1:]) if config_supports(c, shape) is None]
-    enough = (c for c in found if cached_bytes(c, shape) <= CACHE_SPEED * memory_bytes(shape))
-    return next(enough, min(found, key=lambda c: cached_bytes(c, shape)))
+    enough = (c for c in found if cached_bytes(c, *shapes) <= CACHE_SPEED * memory_bytes(*shapes))
+    return next(enough, min(found, key=lambda c: cached_bytes(c, *shapes)))
+
+
+def _tiles(shapes: Sequence[Shape], block_m: int, block_n: int) -> int:
+    return sum(triton.cdiv(one.pixels, block_m) * triton.cdiv(one.out_channels, block_n) for one in shapes)
 
 
 def _whole(channels: int) -> tuple[int, int]:
@@ -163,18 +187,15 @@ def _whole(channels: int) -> tuple[int, int]:
     return (above // 2, rest) if above > 16 and rest < above // 2 else (above, 0)
 
 
-def _by_registers(shape: Shape, resident: bool) -> Config:
+def _by_registers(shapes: Sequence[Shape]) -> Config:
     """Tiles of 128 pixels by the layer's width, halved while there are fewer than processors. Weights stay where all
     their channels fit; two programs share a processor where the memory allows it.
     """
-    block_m, block_n = 128, min(128, max(16, triton.next_power_of_2(shape.out_channels)))
-
-    def tiles() -> int:
-        return triton.cdiv(shape.pixels, block_m) * triton.cdiv(shape.out_channels, block_n)
-
-    while tiles() < shape.processors and max(block_m, block_n) > 32:
+    shape, out_channels = shapes[0], max(one.out_channels for one in shapes)
+    block_m, block_n = 128, min(128, max(16, triton.next_power_of_2(out_channels)))
+    while _tiles(shapes, block_m, block_n) < shape.processors and max(block_m, block_n) > 32:
         block_m, block_n = (block_m // 2, block_n) if block_m >= block_n else (block_m, block_n // 2)
-    resident = resident and shape.channels <= 512 // shape.itemsize
+    resident = shape.channels <= 512 // shape.itemsize
     block_k = max(16, triton.next_power_of_2(shape.channels)) if resident else 128 // shape.itemsize
     sizes = [(block_m, block_n), (max(16, block_m // 2), block_n), (max(16, block_m // 2), max(16, block_n // 2))]
     for share in (2, 1):

@@ -122,8 +122,9 @@ def _pair(conv1: dict[str, Any], shortcut: dict[str, Any], batch: int, arch: int
     pointers = dict.fromkeys(("x", "weight", "y", "other_weight", "other"), dtype) | {"bias": "float32"}
     pointers |= {"scale": "float32", "shift": "float32"} if before else {"other_bias": "float32"}
     integers = ("pixels", "other_pixels", "out_area", "out_width", "in_area", "in_width")
-    integers += ("channel_units", "out_units", "other_units")
-    yield make_job("pointwise_pair.kernel", config, arch, dtype, pointers, integers, constants)
+    integers += ("channel_units", "out_units", "other_units", *(("share",) if config.resident else ()))
+    form = "resident" if config.resident else "streamed"
+    yield make_job(f"pointwise_pair.{form}_kernel", config, arch, dtype, pointers, integers, constants)
 
 
 def _pointwise(operation: dict[str, Any], batch: int, arch: int, dtype: str) -> Iterator[Job]:

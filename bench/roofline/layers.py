@@ -190,18 +190,16 @@ def tiles(kernel: str, shape: Any, config: Any) -> dict[str, Any] | None:
     """What a launch's tiles read from the last cache and write to it, its operations, blocks, and the trips of each
     through its loop; None for a kernel whose loops are not known.
     """
-    if kernel == "pointwise_pair":
-        other = replace(shape.first, pixels=shape.pixels // shape.stride**2, out_channels=shape.other_channels)
-        both = [tiles("pointwise_conv", one, config) for one in (shape.first, other)]
-        return {**both[0], **{name: sum(one[name] for one in both) for name in ("cached", "flops", "blocks")}}
-    if kernel == "pointwise_conv":
+    if kernel in ("pointwise_conv", "pointwise_pair"):
         from regnet_fast.kernels.pointwise_tiles import cached_bytes, programs
 
-        down, across = programs(config, shape)
-        blocks = down * across
-        trips = -(-shape.pixels // config.block_m) / down if config.resident else -(-shape.channels // config.block_k)
-        flops = 2 * shape.pixels * shape.channels * shape.out_channels
-        return {"cached": cached_bytes(config, shape), "flops": flops, "blocks": blocks, "trips": trips}
+        shapes = shape.both if kernel == "pointwise_pair" else (shape,)
+        counts = [config.tiles(one) for one in shapes]
+        blocks = sum(share * across for share, (across, _) in zip(programs(config, *shapes), counts, strict=True))
+        of_all = sum(across * down for across, down in counts)
+        trips = of_all / blocks if config.resident else -(-shape.channels // config.block_k)
+        flops = sum(2 * one.pixels * one.channels * one.out_channels for one in shapes)
+        return {"cached": cached_bytes(config, *shapes), "flops": flops, "blocks": blocks, "trips": trips}
     if kernel == "implicit_gemm":
         depth, across = shape.taps * shape.width, -(-shape.out_width // config.block_n)
         images = shape.pixels // shape.image_pixels
@@ -263,13 +261,16 @@ def build(job: Job | csrc.Job, trips: float) -> Built:
 
 
 def _triton_slots(made: Any, warps: int, trips: float) -> float:
-    """All instructions once, and those of the loop with the products as often as a block goes through it."""
+    """Those of the loop with the products as often as a block goes through it, and all others once. Of two such loops a
+    block takes one, the longer in the worst case, and half of the others.
+    """
     texts, loops, _ = slots.instructions(kernels.tool(made.asm["cubin"], "-sass"))
     codes = [slots.opcode(text) for text in texts]
     products = ("HMMA", "HGMMA")
-    holding = [loop for loop in loops if any(code in products for code in codes[loop.first : loop.last + 1])]
-    inner = sum(code != "NOP" for loop in holding[:1] for code in codes[loop.first : loop.last + 1])
-    return (sum(code != "NOP" for code in codes) + (trips - 1) * inner) * warps / 4
+    holding = [codes[loop.first : loop.last + 1] for loop in loops]
+    inner = [len(some) - some.count("NOP") for some in holding if any(code in products for code in some)]
+    outer = len(codes) - codes.count("NOP") - sum(inner)
+    return (outer / max(1, len(inner)) + trips * max(inner, default=0)) * warps / 4
 
 
 def terms(one: Heard, built: Built | None, gpu: Gpu) -> dict[str, float]:

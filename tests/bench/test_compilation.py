@@ -38,7 +38,7 @@ def test_kernels_compile(arch, dtype):
     kinds: dict[str, list] = {}
     for job in kernels.jobs(models, [arch], [dtype]):
         kinds.setdefault(job.kernel, []).append(job)
-    expected = ("pointwise_conv.resident_kernel", "pointwise_pair.kernel", "implicit_gemm.kernel")
+    expected = ("pointwise_conv.resident_kernel", "pointwise_pair.resident_kernel", "implicit_gemm.kernel")
     expected += ("squeeze_excite.whole_kernel", "channel_statistics.statistics_kernel", "training_join.backward_kernel")
     assert {*expected, "grouped_input_gradient.kernel", "grouped_weight_gradient.kernel"} <= set(kinds)
     for name, jobs in kinds.items():

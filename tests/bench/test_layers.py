@@ -56,6 +56,23 @@ def test_the_formula_of_a_1x1_convolution_is_its_heuristics():
     )
 
 
+@pytest.mark.parametrize(
+    ("resident", "blocks", "trips"), [(True, 2 * (105 + 27), 15680 * 2 / 264), (False, 2 * 3920, 2)]
+)
+def test_a_pair_has_the_tiles_of_both_convolutions(resident, blocks, trips):
+    """72 to 216 channels, the other with a quarter of the pixels: both in two tiles of channels."""
+    from regnet_fast.kernels import pointwise_pair
+
+    shape = pointwise_pair.Shape(256 * 56 * 56, 72, 216, 216, 2, 2, False, False, 90, 132)
+    config = pointwise_pair.Config(64 if resident else 256, 128, 64, 4, 3, resident, 16 * resident)
+    found = layers.tiles("pointwise_pair", shape, config)
+    pixels, other = 256 * 56 * 56, 256 * 28 * 28
+    weights = 105 + 27 if resident else 3136 + 784
+    assert found["cached"] == 2 * ((pixels + other) * (2 * 72 + 216) + weights * 72 * 216)
+    assert found["flops"] == 2 * (pixels + other) * 72 * 216
+    assert found["blocks"] == blocks and found["trips"] == pytest.approx(trips)
+
+
 def test_instructions_in_the_loop_with_the_products_count_as_often_as_it_is_gone_through(monkeypatch):
     lines = ["S2R R0, SR_TID.X", "HGMMA.64x64x16.F32.BF16 R24, R4", "IADD3 R1, R1, 0x1, RZ", "@P0 BRA `(0x10)"]
     lines += ["STG.E [R2], R24", "EXIT", "BRA `(0x60)", "NOP"]
@@ -66,6 +83,14 @@ def test_instructions_in_the_loop_with_the_products_count_as_often_as_it_is_gone
     assert layers._triton_slots(made, 4, 1) == 7
     assert layers._triton_slots(made, 4, 10) == 7 + 9 * 3
     assert layers._triton_slots(made, 8, 10) == 2 * (7 + 9 * 3)
+
+
+def test_of_two_loops_with_products_a_block_takes_one(monkeypatch):
+    lines = ["S2R R0, SR_TID.X", "@P1 BRA 0x60", "HGMMA.64x64x16.F32.BF16 R24, R4", "IADD3 R1, R1, 0x1, RZ"]
+    lines += ["@P0 BRA 0x20", "EXIT", "HGMMA.64x64x16.F32.BF16 R24, R4", "@P0 BRA 0x60", "EXIT"]
+    sass = "\n".join(f"        /*{16 * i:04x}*/                   {text} ;" for i, text in enumerate(lines))
+    monkeypatch.setattr(layers.kernels, "tool", lambda cubin, option: sass)
+    assert layers._triton_slots(SimpleNamespace(asm={"cubin": b""}), 4, 10) == 4 / 2 + 10 * 3
 
 
 def test_the_table_says_what_bounds_each_layer():

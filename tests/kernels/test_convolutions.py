@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regnet_fast.backends import Geometry, reference
-from regnet_fast.kernels import depthwise_conv, implicit_gemm, pointwise_conv, pointwise_pair
+from regnet_fast.kernels import common, depthwise_conv, implicit_gemm, pointwise_conv, pointwise_pair, tables
 from regnet_fast.kernels.pointwise_conv import Shape, config_supports
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -163,25 +163,76 @@ def test_any_pointwise_pair(data):
     draw = data.draw
     n, c, h, w, k, k2 = (draw(st.integers(1, most)) for most in (3, 80, 15, 15, 80, 80))
     pair(
-        lambda t: t, n, c, h, w, k, k2, draw(st.sampled_from(DTYPES)), draw(st.sampled_from([1, 2])),
+        lambda t: t, n, c, h, w, k, k2, draw(st.sampled_from(DTYPES)), draw(st.sampled_from([1, 2, 3])),
         draw(st.sampled_from(["none", "relu", "silu"])), draw(st.booleans()), draw(st.sampled_from([None, "relu"])),
     )  # fmt: skip
+
+
+@pytest.fixture
+def processors(monkeypatch):
+    """A function that sets how many the interpreter stands in for."""
+
+    def stand_in(count):
+        monkeypatch.setattr(common, "INTERPRETED", (90, count))
+        tables.forget()
+
+    yield stand_in
+    tables.forget()
+
+
+RESIDENT = [
+    (3, 24, 7, 5, 40, 72, 2, (32, 32, 32, 0)),
+    (1, 72, 9, 11, 72, 216, 2, (32, 64, 64, 16)),
+    (2, 216, 5, 7, 24, 40, 3, (32, 32, 128, 128)),
+    (1, 576, 7, 9, 40, 17, 2, (32, 32, 512, 64)),
+    (2, 40, 12, 5, 16, 24, 1, (32, 32, 32, 16)),
+    (2, 20, 1, 1, 40, 72, 2, (64, 32, 16, 16)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("norm", "bias", "count"), [(None, True, 1), ("relu", False, 3), ("silu", True, 60)])
+@pytest.mark.parametrize(("n", "c", "h", "w", "k", "k2", "stride", "tile"), RESIDENT)
+@pytest.mark.usefixtures("unchecked_integers")
+def test_a_pair_of_resident_weights(processors, guarded, n, c, h, w, k, k2, stride, tile, norm, bias, count, dtype):
+    """Each program walks over all tiles, some, or one."""
+    processors(count)
+    config = pointwise_pair.Config(*tile[:3], 4, 2, True, tile[3])
+    pair(guarded, n, c, h, w, k, k2, dtype, stride, bias=bias, norm=norm, config=config)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "channels", "widths", "config", "expected"),
+    [
+        (256 * 112**2, 32, (72, 72), (64, 128, 32), [211, 53]),
+        (256 * 56**2, 72, (216, 216), (64, 128, 64, 16), [105, 27]),
+        (256 * 14**2, 576, (1512, 1512), (32, 128, 512, 64), [8, 2]),
+        (14**2, 32, (72, 72), (64, 128, 32), [4, 1]),
+        (256 * 14**2, 32, (72, 33000), (64, 128, 32), [4, 1]),
+    ],
+)
+def test_programs_are_shared_out_by_work(pixels, channels, widths, config, expected):
+    """Two on each of 132 processors, or one where the weights fill its memory, no more of the strided one than it needs
+    to keep up.
+    """
+    shape = pointwise_pair.Shape(pixels, channels, *widths, 2, 2, False, False, 90, 132)
+    config = pointwise_pair.Config(*config[:3], 4, 2, True, *config[3:])
+    found = pointwise_pair.programs(config, *shape.both)
+    assert found == expected
+    across = [config.tiles(one)[0] for one in shape.both]
+    together = 132 if config.block_k == 512 else 264
+    assert sum(a * b for a, b in zip(across, found, strict=True)) <= together
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("config", interpreted(pointwise_pair.CONFIGS), ids=str)
 @pytest.mark.usefixtures("unchecked_integers")
 def test_every_configuration_of_pointwise_pair(guarded, config, dtype):
-    shape = pointwise_pair.Shape(414, config.block_k + 13, 70, 40, dtype.itemsize, 2, False, False, 90, 1)
+    c = config.kept - 3 if config.resident else config.block_k + 13
+    shape = pointwise_pair.Shape(207, c, 70, 40, dtype.itemsize, 2, False, False, 90, 1)
     if pointwise_pair.config_supports(config, shape):
         pytest.skip("it does not fit")
-    pair(guarded, 2, config.block_k + 13, 23, 9, 70, 40, dtype, config=config)
-
-
-def test_a_pair_has_no_resident_weights():
-    resident = next(c for c in pointwise_conv.CONFIGS if c.resident and c.block_k >= 24)
-    with pytest.raises(ValueError, match="of two convolutions do not stay"):
-        pair(lambda t: t, 1, 24, 3, 3, 8, 8, torch.float16, config=resident)
+    pair(guarded, 1, c, 23, 9, 70, 40, dtype, config=config)
 
 
 def pointwise_shape(config, dtype) -> dict:
