@@ -89,7 +89,7 @@ def config_supports(config: Config, shape: Shape) -> str | None:
 
 def heuristic(shape: Shape) -> Config:
     """A configuration that needs no measurement: tiles of 128 pixels by the group's width, halved while there are fewer
-    than processors.
+    than processors, of 256 for sums over a few taps of an image.
     """
     block_m, block_n = 128, min(128, max(16, triton.next_power_of_2(shape.out_width)))
 
@@ -103,6 +103,9 @@ def heuristic(shape: Shape) -> Config:
         block_k //= 2  # the addresses of deeper tiles do not fit in the registers
     scattered = shape.width % 4 != 0  # an image's channels, whose addresses take registers of their own
     warps = 8 if block_m * block_n >= (128 * 64 if scattered else 128 * 128) else 4
+    short_sum = scattered and block_n <= 32 and block_k * shape.itemsize <= 64  # what surrounds it is most of a program
+    if short_sum and block_m == 128 and tiles() >= 2 * shape.processors:
+        block_m = 256
     short = block_m <= 64 and block_n >= 32 and SHARED_BYTES[shape.arch] < 128 << 10  # of registers, with more stages
     for stages in (2,) if short else (4, 3, 2):
         config = Config(block_m, block_n, block_k, warps, stages)
