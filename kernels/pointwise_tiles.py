@@ -195,11 +195,10 @@ def _by_registers(shapes: Sequence[Shape]) -> Config:
     block_m, block_n = 128, min(128, max(16, triton.next_power_of_2(out_channels)))
     while _tiles(shapes, block_m, block_n) < shape.processors and max(block_m, block_n) > 32:
         block_m, block_n = (block_m // 2, block_n) if block_m >= block_n else (block_m, block_n // 2)
-    resident = shape.channels <= 512 // shape.itemsize
-    block_k = max(16, triton.next_power_of_2(shape.channels)) if resident else 128 // shape.itemsize
     sizes = [(block_m, block_n), (max(16, block_m // 2), block_n), (max(16, block_m // 2), max(16, block_n // 2))]
-    for share in (2, 1):
-        for stages in (3, 2):
+    for resident in (True, False) if shape.channels <= 512 // shape.itemsize else (False,):
+        block_k = max(16, triton.next_power_of_2(shape.channels)) if resident else 128 // shape.itemsize
+        for share, stages in ((2, 3), (2, 2), (1, 3), (1, 2)):
             for m, n in sizes:
                 row = block_k * shape.itemsize
                 deep = row >= 256 if shape.gate and shape.norm else m >= 64 and row == 512

@@ -6,6 +6,7 @@ pytest.importorskip("triton")
 
 from bench import cases
 from regnet_fast.backends.cuda.plans import PROCESSORS
+from regnet_fast.kernels import pointwise_pair
 from regnet_fast.kernels.pointwise_tiles import (
     CACHE_SPEED,
     CONFIGS,
@@ -73,3 +74,30 @@ def test_the_bytes_are_those_of_the_tiles():
     gated = Shape(392, 64, 200, 2, 49, True, 1, False, 90, 132)
     assert cached_bytes(config, gated) == 2 * (2 * 392 * 64 + 4 * 200 * 64 + 8 * 4 * 64 + 2 * 392 * 200)
     assert memory_bytes(gated) == 2 * (392 * 64 + 200 * 64 + 8 * 64 + 2 * 392 * 200)
+
+
+@pytest.mark.parametrize(
+    ("channels", "width", "hw", "arch", "resident"),
+    [
+        *((32, 72, 112, 90, True), (72, 216, 56, 90, True), (216, 576, 28, 90, True), (576, 1512, 14, 90, True)),
+        *((1232, 3024, 14, 90, False), (72, 216, 56, 89, True), (216, 576, 28, 89, False)),
+    ],
+)
+def test_the_form_of_a_pair(channels, width, hw, arch, resident):
+    """Resident where the weights fit, which reads the least from the cache; else in tiles of 64 pixels and more."""
+    pair = pointwise_pair.Shape(BATCH * hw**2, channels, width, width, 2, 2, False, False, arch, PROCESSORS[arch])
+    config = pointwise_pair.heuristic(pair)
+    assert config.resident == resident and pointwise_pair.config_supports(config, pair) is None
+    assert resident or min(config.block_m, config.block_n) >= 64
+    others = [c for c in CONFIGS if not c.resident and pointwise_pair.config_supports(c, pair) is None]
+    if resident:
+        assert cached_bytes(config, *pair.both) < 1.1 * min(cached_bytes(other, *pair.both) for other in others)
+
+
+def test_a_pairs_map_comes_from_memory_once():
+    """Counted by hand: both read it from the cache, 2 and 3 times, the second a quarter of it."""
+    pair = pointwise_pair.Shape(512, 64, 200, 300, 2, 2, False, False, 90, 132)
+    config = next(c for c in CONFIGS if (c.block_m, c.block_n, c.block_k) == (128, 128, 64) and not c.resident)
+    results = 512 * 200 + 128 * 300
+    assert memory_bytes(*pair.both) == 2 * (512 * 64 + 500 * 64 + results)
+    assert cached_bytes(config, *pair.both) == 2 * (2 * 512 * 64 + 3 * 128 * 64 + 4 * 200 * 64 + 300 * 64 + results)
