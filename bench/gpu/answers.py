@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from regnet_fast.backends import ACTIVATIONS, ConvProblem, Geometry, Problem, SqueezeExciteProblem, cudnn, refuse
+from regnet_fast.backends import (
+    ACTIVATIONS,
+    BackToBackProblem,
+    ConvProblem,
+    Geometry,
+    Problem,
+    SqueezeExciteProblem,
+    cudnn,
+    refuse,
+)
 from regnet_fast.inspect.timing import tuned_cudnn
 from regnet_fast.settings import settings
 from regnet_fast.store.environment import card
 from regnet_fast.trials import worker
-from regnet_fast.trials.candidate import bound, candidates, to_json
+from regnet_fast.trials.candidate import Candidate, bound, candidates, to_json
 from regnet_fast.trials.check import Case as Operands
 from regnet_fast.trials.check import Wrong, make, verify
 from regnet_fast.trials.clock import timer
@@ -48,10 +58,10 @@ def machine(device: str, say: Say, **_: Any) -> dict[str, Any]:
     return {"status": "answered", "conditions": facts, "ceilings": ceilings}
 
 
-def trial(say: Say, candidate: str, rounds: int, gate: bool = False, residual: bool = False, **facts: Any) -> dict:
+def trial(say: Say, candidate: str, rounds: int, **facts: Any) -> dict:
     """One candidate for one operation beside the framework's own library."""
-    problem = problem_of(**facts, gate=gate, residual=residual)
-    reason = refuse(candidate, problem)
+    problem = problem_of(**facts)
+    reason = refuse(Candidate.named(candidate).backend, problem)
     if reason is not None:
         return {"status": "refused", "reason": reason}
     peer = str(candidates(problem)[0])
@@ -117,10 +127,15 @@ def problem_of(
     device: str,
     gate: bool = False,
     residual: bool = False,
+    second: str = "",
     **_: Any,
 ) -> Problem:
-    """An operation of `cases.operations` as backends are asked for it."""
+    """An operation of `cases.operations` as backends are asked for it; with `second` the two back to back."""
     from ..subjects import scaled
+
+    if second:
+        first, behind = (problem_of(one, batch, dtype, size, device) for one in (name, second))
+        return BackToBackProblem.of(first, replace(behind, means=True))
 
     facts, kind = cases.operations()[name], getattr(torch, dtype)
     device = "cuda:0" if device == "cuda" else device

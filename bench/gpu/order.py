@@ -3,6 +3,7 @@
 start       one launch of csrc/ and one of Triton, held to float64
 cudnn       the convolutions as cuDNN computes them: plain and fused, in both layouts
 kernels     the same ones by csrc/ and Triton
+joined      1x1 convolutions with the grouped ones behind them, in one launch of csrc/ and in turn
 gates       1x1 convolutions with a gate and a residual, and squeeze-excite
 models      whole models without torch.compile and without trials
 sanitizer   csrc/ under compute-sanitizer
@@ -66,6 +67,7 @@ class Scale:
     others: tuple[str, ...]
     gated: tuple[str, ...]
     excite: tuple[str, ...]
+    joined: tuple[tuple[str, str], ...]
     models: tuple[str, ...]
     families: tuple[str, ...]
     train: tuple[str, ...]
@@ -102,6 +104,10 @@ REAL = Scale(
     ),
     gated=("576x576-k1s1g1-14-relu", "216x216-k1s1g1-28-relu", "72x72-k1s1g1-56-relu", "1512x1512-k1s1g1-7-relu"),
     excite=("576-144",),
+    joined=(
+        *(("32x72-k1s1g1-112-relu", "72x72-k3s2g3-56-relu"), ("72x72-k1s1g1-56-relu", "72x72-k3s1g3-56-relu")),
+        *(("72x216-k1s1g1-56-relu", "216x216-k3s2g9-28-relu"), ("64x256-k1s1g1-64-silu", "256x256-k3s1g32-64-silu")),
+    ),
     models=("regnety_032", "regnety_016"),
     families=("regnetx_032", "regnetz_d8", "repvgg_a2", "resnetv2_50", "regnetv_040", "regnety_160"),
     train=("regnety_032", "regnety_016", "repvgg_a2", "resnetv2_50"),
@@ -124,6 +130,7 @@ DRY = Scale(
     others=("pointwise_conv/24x24-k1s1g1-56-relu",),
     gated=("24x24-k1s1g1-56-relu",),
     excite=("24-8",),
+    joined=(("32x24-k1s1g1-112-relu", "24x24-k3s2g3-56-relu"),),
     models=("regnetx_002",),
     families=("repvgg_a0",),
     train=("regnetx_002",),
@@ -160,6 +167,7 @@ def items(scale: Scale) -> list[Item]:
         *_trials("start", grouped[:1], 2, scale),
         *(_operation("cudnn", name, 30, large, scale, "", do="cudnn") for name in convs),
         *_trials("kernels", convs, large, scale),
+        *_joined(scale),
         *_gates(scale),
     ]
     return [  # before the first one comes `MACHINE`
@@ -194,6 +202,16 @@ def _trials(item: str, names: Sequence[str], batch: int, scale: Scale, **facts: 
             asked = {"do": "trial", "candidate": backend, **facts}
             words = "".join(f" {word}" for word in (*facts, backend))
             yield _operation(item, name, 60, batch, scale, words, **asked)
+
+
+def _joined(scale: Scale) -> Iterator[Question]:
+    """A 1x1 convolution and the grouped one behind it, in one launch and in turn."""
+    for first, second in scale.joined:
+        for batch in scale.batches:
+            for candidate in ("cuda:fused", "cuda:in turn"):
+                asked = {"do": "trial", "candidate": candidate, "second": f"grouped_conv/{second}"}
+                words = f" {second} {candidate}"
+                yield _operation("joined", f"pointwise_conv/{first}", 60, batch, scale, words, **asked)
 
 
 def _gates(scale: Scale) -> Iterator[Question]:

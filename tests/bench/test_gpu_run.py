@@ -15,7 +15,9 @@ from bench.gpu import answers, order, run, walk
 from bench.gpu.order import DRY, REAL, Item, Question, items
 from bench.gpu.summary import main, render
 from bench.gpu.walk import Journal, Walk, read
-from regnet_fast.backends import cudnn
+from regnet_fast.backends import cudnn, refuse
+from regnet_fast.backends.cuda.launcher import standing_in
+from regnet_fast.backends.cuda.plans import Target
 
 COMMAND = (sys.executable, gpu_child.__file__)
 ALL = [question for item in items(REAL) for question in item.questions]
@@ -49,7 +51,7 @@ def test_the_dry_run_walks_the_same_order():
         return list(dict.fromkeys(question.item for item in items(scale) for question in item.questions))
 
     assert names(DRY) == names(REAL)
-    assert names(REAL)[:5] == ["start", "cudnn", "kernels", "gates", "models"]
+    assert names(REAL)[:6] == ["start", "cudnn", "kernels", "joined", "gates", "models"]
 
 
 def test_questions_have_names_of_their_own():
@@ -328,6 +330,17 @@ def test_a_candidate_is_refused_in_words():
     asked = {"name": OPERATION, "batch": 2, "dtype": "float32", "size": 64, "device": "cpu", "rounds": 2}
     found = answers.answer({"do": "trial", "candidate": "cuda", **asked}, lambda phase: None)
     assert found == {"status": "refused", "reason": "the CUDA C++ kernels run on an NVIDIA GPU"}
+
+
+@pytest.mark.parametrize("scale", [REAL, DRY], ids=["real", "dry"])
+def test_convolutions_that_share_a_launch_follow_each_other(scale):
+    """And are taken by csrc/, in the dtype that it has."""
+    for first, second in scale.joined:
+        names = {"name": f"pointwise_conv/{first}", "second": f"grouped_conv/{second}"}
+        problem = answers.problem_of(**names, batch=256, dtype="bfloat16", size=scale.size, device="cpu")
+        assert problem is not None and problem.means
+        with standing_in(lambda *_: pytest.fail("launched"), Target()):
+            assert refuse("cuda", problem) is None
 
 
 def test_a_candidate_is_tried_as_users_trials_try_it():

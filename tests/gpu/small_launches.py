@@ -6,7 +6,7 @@ consequence runs on the GPU.
 
 import torch
 
-from regnet_fast.backends import ConvProblem, Geometry, SqueezeExciteProblem, cuda
+from regnet_fast.backends import BackToBackProblem, ConvProblem, Geometry, SqueezeExciteProblem, cuda
 from regnet_fast.backends.passes.cuda import CudaConvs
 from regnet_fast.backends.passes.operands import Conv, Norm, OutputGrad, OutputNorm, Sums
 
@@ -31,6 +31,13 @@ def launch_all(device: str) -> None:
         weights = of(8, channels, dtype=dtype), of(8), of(channels, 8, dtype=dtype), of(channels)
         excite = SqueezeExciteProblem(2, channels, 8, "relu", dtype, device)
         results = [y, parts, cuda.prepare_squeeze_excite(excite, *weights).from_parts(parts, dtype)]
+
+        facts = "relu", "silu", stride, dtype, device
+        both = BackToBackProblem((2, 40, *size), channels, groups, *facts, means=True)
+        if cuda.refuse(both) is None:
+            first = of(channels, 40, 1, 1, dtype=dtype), of(channels)
+            joined = cuda.prepare_back_to_back(both, *first, weight, of(channels))
+            results += joined(of(2, 40, *size, dtype=dtype))
 
         norm, one = Norm(*(of(channels) for _ in range(4)), 1e-5, "relu"), Conv(weight, geometry)
         ((raw, _),) = ours.convs(x, norm, None, [one], [True])
