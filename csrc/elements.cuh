@@ -22,4 +22,4 @@ struct alignas(16) Floats4 {
     float x, y, z, w;
 };
 
-enum Activation { NONE, RELU, SILU };
+enum Activation { NONE, RELU, SILU, RELU6, HARDSWISH, SIGMOID, HARDSIGMOID };

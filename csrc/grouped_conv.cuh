@@ -11,11 +11,17 @@ constexpr DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 constexpr DEVICE int odd_pitch(int chunks) { return (chunks | 1) * 16; }
 
+DEVICE float from_0_to_6(float x) { return x < 0.0f ? 0.0f : x > 6.0f ? 6.0f : x; }
+
 template <int ACTIVATION>
 DEVICE float activate(float x) {
-    static_assert(ACTIVATION == NONE || ACTIVATION == RELU || ACTIVATION == SILU, "no such activation");
+    static_assert(ACTIVATION >= NONE && ACTIVATION <= HARDSIGMOID, "no such activation");
     if constexpr (ACTIVATION == RELU) return x < 0.0f ? 0.0f : x;
     if constexpr (ACTIVATION == SILU) return x * sigmoid(x);
+    if constexpr (ACTIVATION == RELU6) return from_0_to_6(x);
+    if constexpr (ACTIVATION == HARDSWISH) return x * (from_0_to_6(x + 3.0f) * (1.0f / 6.0f));
+    if constexpr (ACTIVATION == SIGMOID) return sigmoid(x);
+    if constexpr (ACTIVATION == HARDSIGMOID) return from_0_to_6(x + 3.0f) * (1.0f / 6.0f);
     return x;
 }
 

@@ -1,6 +1,6 @@
 // A layer of squeeze-excite, of which two launches lead from the parts of channel means to the gate:
 //
-//     out[n, r] = f(sum_c weight[r, c] * sum_t in[n, t, c] + bias[r]),   f: the activation, or with GATE the sigmoid
+//     out[n, r] = activation(sum_c weight[r, c] * sum_t in[n, t, c] + bias[r])
 //
 //   in (images, tiles, inputs), weight (outputs, inputs), bias (outputs): float
 //   out (images, outputs): T, 16 bits or float
@@ -10,7 +10,7 @@
 // its lanes read a row of weights together and add up their sums.
 #include "grouped_conv.cuh"
 
-template <class T, int IMAGES, int THREADS, int ACTIVATION, bool GATE>
+template <class T, int IMAGES, int THREADS, int ACTIVATION>
 KERNEL(THREADS, 1)
 squeeze_excite(
     const float* in, const float* weight, const float* bias, T* out, int images, int tiles, int inputs, int outputs,
@@ -40,8 +40,7 @@ squeeze_excite(
             if (lane == n) mine = sums[n];
         }
         if (lane >= IMAGES || image + lane >= images) continue;
-        mine += load_global(bias + r);
-        mine = GATE ? sigmoid(mine) : activate<ACTIVATION>(mine);
+        mine = activate<ACTIVATION>(mine + load_global(bias + r));
         T* to = out + (long long)(image + lane) * outputs + r;
         if constexpr (sizeof(T) == 4)
             store_global(to, mine);

@@ -127,12 +127,25 @@ numbers divisible by 16, one for 1, and one for the rest; what an alignment rest
 
 
 @triton.jit
+def _from_0_to_6(x):
+    return tl.where(x < 0.0, 0.0, tl.where(x > 6.0, 6.0, x))
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """relu, silu or x itself, of float32; NaN stays."""
+    """Of float32; NaN stays."""
     if ACTIVATION == "relu":
         x = tl.where(x < 0, 0.0, x)
     elif ACTIVATION == "silu":
         x = x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "relu6":
+        x = _from_0_to_6(x)
+    elif ACTIVATION == "hardswish":
+        x = x * (_from_0_to_6(x + 3.0) * (1.0 / 6.0))
+    elif ACTIVATION == "sigmoid":
+        x = 1.0 / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "hardsigmoid":
+        x = _from_0_to_6(x + 3.0) * (1.0 / 6.0)
     else:
         tl.static_assert(ACTIVATION == "none", "an activation that the kernels do not have")
     return x

@@ -1,6 +1,7 @@
 """Squeeze-excite from the parts of channel means to the gate:
 
-    gate[n, c] = sigmoid(sum_r fc2[c, r] * activation(sum_c' fc1[r, c'] * sum_t parts[n, t, c'] + bias1[r]) + bias2[c])
+    gate[n, c] = gate_activation(sum_r fc2[c, r] * h[n, r] + bias2[c])
+    h[n, r] = activation(sum_c fc1[r, c] * sum_t parts[n, t, c] + bias1[r])
 
 One kernel where the weights are small enough for every program to read them all; two where they are not, so that many
 programs share them. Everything is float32; the gate leaves in the dtype of the feature map.
@@ -99,7 +100,7 @@ def _hidden(
 def whole_kernel(
     parts, fc1, bias1, fc2, bias2, gate, images, tiles, channel_units, hidden_units,
     UNIT: tl.constexpr, HIDDEN_UNIT: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program i: the gates of some images."""
@@ -117,7 +118,7 @@ def whole_kernel(
         known = (image < images)[:, None] & (cs < channels)[None, :]
         tl.store(
             gate + image[:, None] * channels + cs[None, :],
-            narrow(1 / (1 + tl.exp(-z)), gate.dtype.element_ty, UPCAST),
+            narrow(activate(z, GATE), gate.dtype.element_ty, UPCAST),
             mask=known,
         )
 
@@ -143,7 +144,7 @@ def hidden_kernel(
 def gate_kernel(
     values, fc2, bias2, gate, images, channel_units, hidden_units,
     UNIT: tl.constexpr, HIDDEN_UNIT: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    GATE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): the gates of some images and channels."""
@@ -162,15 +163,16 @@ def gate_kernel(
     known = (image < images)[:, None] & (cs < channels)[None, :]
     tl.store(
         gate + image[:, None] * channels + cs[None, :],
-        narrow(1 / (1 + tl.exp(-z)), gate.dtype.element_ty, UPCAST),
+        narrow(activate(z, GATE), gate.dtype.element_ty, UPCAST),
         mask=known,
     )
 
 
 @planned
 def _plan(
-    size: torch.Size, hidden: int, activation: str, dtype: torch.dtype, device: torch.device, config: Config | None
-) -> tuple[Chosen, tuple[Launch, ...]]:
+    size: torch.Size, hidden: int, activation: str, gate_activation: str, dtype: torch.dtype, device: torch.device,
+    config: Config | None,
+) -> tuple[Chosen, tuple[Launch, ...]]:  # fmt: skip
     """The choice, and what launches it for gates of a dtype: one kernel or two."""
     images, tiles, channels = size
     choice = chosen(__name__, Shape(images, tiles, channels, hidden, machine(device)[0]), device, config)
@@ -178,13 +180,13 @@ def _plan(
     units, rows = (channels // unit(channels), hidden // unit(hidden)), triton.cdiv(images, config.block_i)
     blocks = {"BLOCK_I": config.block_i, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r}
     blocks |= {"UNIT": unit(channels), "HIDDEN_UNIT": unit(hidden), "PRECISION": "ieee" if interpreting() else "tf32x3"}
-    first, last = {**blocks, "ACTIVATION": activation}, {**blocks, "UPCAST": interpreting()}
+    first, last = {"ACTIVATION": activation}, {"GATE": gate_activation, "UPCAST": interpreting()}
     counts, warps = (images, tiles, *units), config.warps
     if config.whole:
-        return choice, (Launch(whole_kernel, (rows,), counts, warps, **first, **{"UPCAST": interpreting()}),)
+        return choice, (Launch(whole_kernel, (rows,), counts, warps, **blocks, **first, **last),)
     down, across = ((rows, triton.cdiv(*sizes)) for sizes in ((hidden, config.block_r), (channels, config.block_c)))
-    products = Launch(hidden_kernel, down, counts, warps, **first)
-    return choice, (products, Launch(gate_kernel, across, (images, *units), warps, **last))
+    products = Launch(hidden_kernel, down, counts, warps, **blocks, **first)
+    return choice, (products, Launch(gate_kernel, across, (images, *units), warps, **blocks, **last))
 
 
 @fitting
@@ -196,10 +198,11 @@ def squeeze_excite(
     bias2: Tensor,
     *,
     activation: str = "relu",
+    gate_activation: str = "sigmoid",
     dtype: torch.dtype = torch.float32,
     config: Config | None = None,
 ) -> Tensor:
-    """`sigmoid(linear(activation(linear(parts.sum(1), fc1, bias1)), fc2, bias2)).to(dtype)`.
+    """`gate_activation(linear(activation(linear(parts.sum(1), fc1, bias1)), fc2, bias2)).to(dtype)`.
 
     Args:
         parts: (N, T, C), contiguous, whose sum over T are the means.
@@ -209,10 +212,11 @@ def squeeze_excite(
 
     Returns a new (N, C) tensor. Products in three TF32 steps, which keep float32's precision.
     """
-    choice, launches = _plan(parts.shape, fc1.shape[0], activation, dtype, parts.device, config)
+    choice, launches = _plan(parts.shape, fc1.shape[0], activation, gate_activation, dtype, parts.device, config)
 
     def run(config: Config) -> Tensor:
-        return squeeze_excite(parts, fc1, bias1, fc2, bias2, activation=activation, dtype=dtype, config=config)
+        acts = {"activation": activation, "gate_activation": gate_activation}
+        return squeeze_excite(parts, fc1, bias1, fc2, bias2, **acts, dtype=dtype, config=config)
 
     announce(choice, run)
     images, channels = parts.shape[0], parts.shape[2]

@@ -205,7 +205,8 @@ def built(same: Sequence[Job]) -> tuple[list[tuple[int, ...]], list[str]]:
     used = {name: tuple(map(int, rest)) for name, *rest in re.findall(pattern, said, re.DOTALL)}
     programs = dict(re.findall(r"Function : (\w+)\n(.*?)(?=Function :|\Z)", sass, re.DOTALL))
     mangled = {plain: name for name, plain in _demangled(list(used)).items()}
-    kernels = [re.sub("|".join(numbers), lambda match: numbers[match[0]], job.launch.kernel) for job in same]
+    names = re.compile(rf"\b({'|'.join(numbers)})\b")
+    kernels = [names.sub(lambda match: numbers[match[0]], job.launch.kernel) for job in same]
     return [used[mangled[kernel]] for kernel in kernels], [programs[mangled[kernel]] for kernel in kernels]
 
 

@@ -238,7 +238,7 @@ def _squeeze_excite(operation: dict[str, Any], batch: int, arch: int, dtype: str
     config = kernels.heuristic(kernels.Shape(batch, 1, operation["in"], operation["out"], arch))
     blocks = {"BLOCK_I": config.block_i, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r, "PRECISION": "tf32x3"}
     blocks |= {"UNIT": common.unit(operation["in"]), "HIDDEN_UNIT": common.unit(operation["out"])}
-    narrow = {"UPCAST": False}
+    narrow = {"GATE": "sigmoid", "UPCAST": False}
     first = dict.fromkeys(("parts", "fc1", "bias1"), "float32")
     second = {**dict.fromkeys(("fc2", "bias2"), "float32"), "gate": dtype}
     counts = ("images", "channel_units", "hidden_units")

@@ -49,20 +49,21 @@ ACTIVATIONS: dict[str, Activation] = {
     "none": Activation(_itself, _itself, ("none", (), ""), 0, True, from_output=True),
     "relu": Activation(F.relu, torch.relu_, ("relu", (), ""), 1, True, from_output=True),
     "silu": Activation(F.silu, partial(F.silu, inplace=True), ("swish", (), ""), 2, True),
-    "relu6": Activation(F.relu6, partial(F.relu6, inplace=True), ("hardtanh", (0.0, 6.0), "")),
+    "relu6": Activation(F.relu6, partial(F.relu6, inplace=True), ("hardtanh", (0.0, 6.0), ""), 3),
     "leaky_relu": Activation(F.leaky_relu, partial(F.leaky_relu, inplace=True), ("leaky_relu", (0.01,), "")),
     "gelu": Activation(F.gelu, torch.ops.aten.gelu_, ("gelu", (), "none")),
     "gelu_tanh": Activation(
         partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_, approximate="tanh"), ("gelu", (), "tanh")
     ),
-    "hardswish": Activation(F.hardswish, partial(F.hardswish, inplace=True), ("hardswish", (), "")),
+    "hardswish": Activation(F.hardswish, partial(F.hardswish, inplace=True), ("hardswish", (), ""), 4),
     "hardsigmoid": Activation(
         F.hardsigmoid,
         partial(F.hardsigmoid, inplace=True),
         ("hardsigmoid", (), ""),
+        6,
         twice=lambda z: F.relu6(z + 3) / 6,
     ),
-    "sigmoid": Activation(torch.sigmoid, torch.sigmoid_, ("sigmoid", (), "")),
+    "sigmoid": Activation(torch.sigmoid, torch.sigmoid_, ("sigmoid", (), ""), 5),
 }
 """By name. `leaky_relu` has the slope 0.01; `gelu` is x * Phi(x), `gelu_tanh` its approximation with tanh."""
 
@@ -74,4 +75,5 @@ def refuse(name: str) -> str | None:
 
 def refuse_gate(name: str) -> str | None:
     """Why the kernels cannot compute a gate by an activation, or None."""
-    return None if name == "sigmoid" else f"the kernels make a gate by a sigmoid, not by {name}"
+    known = ("sigmoid", "hardsigmoid")
+    return None if name in known else f"the kernels make a gate by a {' or a '.join(known)}, not by {name}"

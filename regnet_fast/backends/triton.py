@@ -243,7 +243,7 @@ class SqueezeExcite(Run):
         from ..kernels.squeeze_excite import squeeze_excite
 
         self.launch, self.weights = squeeze_excite, [t.contiguous() for t in weights]
-        self.activation = problem.activation
+        self.activations = {"activation": problem.activation, "gate_activation": problem.gate_activation}
 
     def __call__(self, means: Tensor) -> Tensor:
         return self.from_parts(means[:, None], means.dtype)
@@ -251,7 +251,7 @@ class SqueezeExcite(Run):
     def from_parts(self, parts: Tensor, dtype: torch.dtype) -> Tensor:
         """`Run.from_parts`."""
         with current(parts):
-            return self.launch(parts.float().contiguous(), *self.weights, activation=self.activation, dtype=dtype)
+            return self.launch(parts.float().contiguous(), *self.weights, **self.activations, dtype=dtype)
 
 
 prepare_squeeze_excite = SqueezeExcite

@@ -319,7 +319,7 @@ def few_kernels(folder: Path) -> bytes:
     """An extension module with the small kernels alone."""
     units = {
         "ordered_sum_256": ("ordered_sum.cu", ["ordered_sum<256>"]),
-        "squeeze_excite_Float16_8": ("squeeze_excite.cu", ["squeeze_excite<Float16, 8, 512, NONE, true>"]),
+        "squeeze_excite_Float16_8": ("squeeze_excite.cu", ["squeeze_excite<Float16, 8, 512, SIGMOID>"]),
     }
     runpy.run_path(str(EXTENSION / "instantiate.py"))["write_sources"](folder / "sources", units)
     import pybind11

@@ -7,21 +7,23 @@ import torch
 from configurations import interpreted
 from helpers import assert_close_to_reference
 
-from regnet_fast.backends import reference
+from regnet_fast.backends import ACTIVATIONS, reference
 from regnet_fast.kernels import common, norm_act, pointwise_conv, squeeze_excite
 from regnet_fast.kernels.squeeze_excite import Config, Shape
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def gate(guarded, n, tiles, c, r, dtype, activation="relu", config=None):
+def gate(guarded, n, tiles, c, r, dtype, activation="relu", config=None, gate_activation="sigmoid"):
     parts = torch.randn(n, tiles, c) / tiles
     weights = torch.randn(r, c) / c**0.5, torch.randn(r), torch.randn(c, r) / r**0.5, torch.randn(c)
     found = squeeze_excite.squeeze_excite(
-        *map(guarded, (parts, *weights)), activation=activation, dtype=dtype, config=config
-    )
-    eager = reference.squeeze_excite(parts.sum(1), *weights, activation)
-    exact = reference.squeeze_excite(parts.double().sum(1), *(t.double() for t in weights), activation)
+        *map(guarded, (parts, *weights)),
+        activation=activation, gate_activation=gate_activation, dtype=dtype, config=config,
+    )  # fmt: skip
+    acts = activation, gate_activation
+    eager = reference.squeeze_excite(parts.sum(1), *weights, *acts)
+    exact = reference.squeeze_excite(parts.double().sum(1), *(t.double() for t in weights), *acts)
     assert_close_to_reference(found, eager.to(dtype), exact, "gate")
 
 
@@ -40,6 +42,11 @@ def gate(guarded, n, tiles, c, r, dtype, activation="relu", config=None):
 )
 def test_squeeze_excite(guarded, n, tiles, c, r, config, activation, dtype):
     gate(guarded, n, tiles, c, r, dtype, activation, config)
+
+
+@pytest.mark.parametrize("config", [None, Config(16, 64, 32, 4, False)])
+def test_a_hard_gate(guarded, config):
+    gate(guarded, 5, 2, 72, 21, torch.bfloat16, config=config, gate_activation="hardsigmoid")
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
@@ -73,7 +80,7 @@ def test_a_configuration_that_cannot_serve_raises():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("activation", [name for name, one in ACTIVATIONS.items() if one.code is not None])
 @pytest.mark.parametrize("gated", [False, True])
 def test_norm_act(guarded, gated, activation, dtype):
     normalise(guarded, gated, activation, dtype)
@@ -88,7 +95,7 @@ def test_every_configuration_of_norm_act(guarded, config, dtype):
 
 def normalise(guarded, gated, activation, dtype, config=None):
     n, c, h, w = 3, 52, 5, 7
-    x = torch.randn(n, c, h, w).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = (3 * torch.randn(n, c, h, w)).to(dtype).contiguous(memory_format=torch.channels_last)
     scale, shift, gate = torch.rand(c) + 0.5, torch.randn(c), torch.rand(n, c).to(dtype) if gated else None
     y = norm_act.norm_act(*map(guarded, (x, scale, shift, gate)), activation=activation, config=config)
 

@@ -1,6 +1,7 @@
 """Every activation by every way that a CPU has, with its gradients, and in networks; unknown ones raise."""
 
 import copy
+import dataclasses
 
 import pytest
 import timm
@@ -197,9 +198,10 @@ def test_the_kernels_refuse_what_they_do_not_have(monkeypatch):
         assert triton.refuse(problem) == expected
         if expected:
             assert cuda.refuse_conv(problem) == expected
-    gate = SqueezeExciteProblem(2, 8, 4, "relu", torch.float32, "cpu", "hardsigmoid")
+    gate = SqueezeExciteProblem(2, 8, 4, "relu", torch.float32, "cpu", "relu")
     assert onednn.refuse(gate) is None
-    assert triton.refuse(gate) == "the kernels make a gate by a sigmoid, not by hardsigmoid"
+    assert triton.refuse(gate) == "the kernels make a gate by a sigmoid or a hardsigmoid, not by relu"
+    assert triton.refuse(dataclasses.replace(gate, gate_activation="hardsigmoid")) is None
     with backend("triton"), pytest.raises(BackendError, match="the kernels have no gelu"):
         R.grouped_conv(torch.randn(1, 16, 8, 8), torch.randn(16, 8, 3, 3), groups=2, activation="gelu")
 

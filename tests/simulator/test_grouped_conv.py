@@ -14,6 +14,11 @@ from simulator.machine import ORDERS, SimulationError, flattened, run
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "silu": F.silu}
+FORWARD = ACTIVATIONS | {
+    **{"relu6": F.relu6, "hardswish": F.hardswish},
+    **{"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid},
+}
+"""Those of inference."""
 
 
 def nhwc(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -60,10 +65,10 @@ class Forward:
         elif self.read:
             x = x * self.scale.to(dtype)[:, None, None] + self.shift.to(dtype)[:, None, None]
         if self.read:
-            x = ACTIVATIONS[self.read](x)
+            x = FORWARD[self.read](x)
             x = x if dtype == torch.float64 else x.to(self.x.dtype).to(dtype)
         y = F.conv2d(x, self.weight.to(dtype), bias, self.problem.stride, 1, 1, self.problem.groups)
-        return ACTIVATIONS[self.activation](y)
+        return FORWARD[self.activation](y)
 
     def check(self, *args, **kwargs):
         y, sums = self.run(*args, **kwargs)
@@ -135,6 +140,21 @@ def test_the_padding_behind_a_convolution_in_front_is_zero():
         one.in_bias += 30
         one.check()
     Forward(GroupedConv(1, 1, 1, 5, 24, 1, "bfloat16", 40), read="silu").check()
+
+
+@pytest.mark.parametrize("activation", FORWARD)
+def test_every_activation(activation):
+    """Of values on both sides of its bends; NaN and infinity stay what they are in torch."""
+    for in_channels in (0, 16):
+        one = Forward(GroupedConv(1, 9, 9, 2, 8, 1, "float16", in_channels), activation, read=activation)
+        one.x *= 4
+        one.check()
+    one = Forward(GroupedConv(1, 5, 5, 1, 8, 1, "float16"), activation, bias=False)
+    one.weight[:, :, [0, 2]] = one.weight[:, :, :, [0, 2]] = 0
+    one.x[0, :, 1, 1], one.x[0, :, 3, 3] = torch.nan, -torch.inf
+    one.weight.abs_()
+    y, _ = one.run()
+    assert torch.equal(y.isnan(), one.expected(torch.float32).isnan())
 
 
 @pytest.mark.parametrize("mean", [40.0, 3000.0])

@@ -8,7 +8,7 @@ from helpers import assert_close_to_reference
 from regnet_fast.backends.cuda import plans
 from regnet_fast.backends.cuda.plans import DepthwiseConv, GroupedConv, Target
 from simulator.machine import ORDERS, SimulationError, flattened, run
-from simulator.test_grouped_conv import ACTIVATIONS, DTYPES, Forward
+from simulator.test_grouped_conv import ACTIVATIONS, DTYPES, FORWARD, Forward
 from simulator.test_grouped_conv_backward import Backward
 
 
@@ -21,7 +21,8 @@ def as_groups(problem):
 def planned(monkeypatch, problem):
     """The tests of groups run this depthwise problem's plans, with its weights' layout."""
 
-    def forward(_, activation, parts, target, config):
+    def forward(_, activation, parts, target, config, **options):
+        assert options == {"read": None, "moments": False}
         return plans.depthwise_conv_forward(problem, activation, parts)
 
     def backward(_, **options):
@@ -52,6 +53,14 @@ def test_depthwise_forward(monkeypatch, channels, stride, dtype):
         assert torch.equal(y, again[0]) and (sums is None or torch.equal(sums, again[1]))
 
 
+@pytest.mark.parametrize("activation", FORWARD)
+def test_depthwise_activations(monkeypatch, activation):
+    monkeypatch.setattr("simulator.test_grouped_conv.packed", by_tap)
+    problem = DepthwiseConv(2, 9, 7, 40, 1, "bfloat16")
+    planned(monkeypatch, problem)
+    Forward(as_groups(problem), activation, True).check()
+
+
 class DepthwiseBackward(Backward):
     @staticmethod
     def packed(weight, problem):
@@ -79,25 +88,28 @@ def test_depthwise_backward(monkeypatch, affine, norm, sums, activation, stride,
             one.check(needs_input=False)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("activation", "gate"), [*((name, "sigmoid") for name in ACTIVATIONS), ("relu", "hardsigmoid")]
+)
 @pytest.mark.parametrize(
     ("images", "tiles", "channels", "hidden"), [(1, 3, 147, 37), (3, 1, 120, 30), (64, 2, 9, 35), (9, 2, 8, 64)]
 )
-def test_squeeze_excite(images, tiles, channels, hidden, activation):
+def test_squeeze_excite(images, tiles, channels, hidden, activation, gate):
     """One image, fewer and more than a block takes, odd widths; the same bits in every order and for every GPU."""
     for dtype, kind in {**DTYPES, "float32": torch.float32}.items():
         parts, fc1 = torch.randn(images, tiles, channels), torch.randn(hidden, channels) / channels**0.5
         fc2, bias1, bias2 = torch.randn(channels, hidden) / hidden**0.5, torch.randn(hidden), torch.randn(channels)
         weights = {"fc1": fc1, "bias1": bias1, "fc2": fc2, "bias2": bias2}
 
-        def gate(kind, parts=parts, weights=weights):
+        def compute(kind, parts=parts, weights=weights):
             fc1, bias1, fc2, bias2 = (t.to(kind) for t in weights.values())
             h = ACTIVATIONS[activation](F.linear(parts.to(kind).sum(1), fc1, bias1))
-            return F.linear(h, fc2, bias2).sigmoid()
+            return FORWARD[gate](F.linear(h, fc2, bias2))
 
         results = []
         for processors in (1, 5, 132):
-            launches = plans.squeeze_excite(images, tiles, channels, hidden, dtype, activation, Target(90, processors))
+            sizes = images, tiles, channels, hidden
+            launches = plans.squeeze_excite(*sizes, dtype, activation, Target(90, processors), gate)
             for order in ORDERS:
                 found = {"hidden": torch.full((images, hidden), torch.nan)}
                 found["gate"] = torch.full((images, channels), torch.nan, dtype=kind)
@@ -105,7 +117,7 @@ def test_squeeze_excite(images, tiles, channels, hidden, activation):
                 given = {"values": found["hidden"], "fc2": fc2, "bias2": bias2}
                 run(launches[1], given, {"gate": found["gate"]}, order)
                 results.append(found["gate"])
-        assert_close_to_reference(results[0], gate(torch.float32).to(kind), gate(torch.float64), "gate")
+        assert_close_to_reference(results[0], compute(torch.float32).to(kind), compute(torch.float64), "gate")
         assert all(torch.equal(result, results[0]) for result in results)
 
 

@@ -216,7 +216,7 @@ def _refuse_squeeze_excite(problem: SqueezeExciteProblem) -> str | None:
 
 def _gate_launches(problem: SqueezeExciteProblem, tiles: int, dtype: torch.dtype) -> tuple[Launch, Launch]:
     sizes, target = (problem.batch, tiles, problem.channels, problem.hidden), launcher.target(problem.device)
-    return plans.squeeze_excite(*sizes, _plain(dtype), problem.activation, target)
+    return plans.squeeze_excite(*sizes, _plain(dtype), problem.activation, target, problem.gate_activation)
 
 
 class SqueezeExcite(Run):

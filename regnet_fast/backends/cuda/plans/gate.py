@@ -24,7 +24,14 @@ def refuse_squeeze_excite(images: int, channels: int, hidden: int, target: Targe
 
 
 def squeeze_excite(
-    images: int, tiles: int, channels: int, hidden: int, dtype: str, activation: str = "relu", target: Target = H200
+    images: int,
+    tiles: int,
+    channels: int,
+    hidden: int,
+    dtype: str,
+    activation: str = "relu",
+    target: Target = H200,
+    gate_activation: str = "sigmoid",
 ) -> tuple[Launch, Launch]:
     """The gate in a dtype of `GATES`, in two launches with the same kernels for any batch.
 
@@ -36,22 +43,22 @@ def squeeze_excite(
         raise ValueError(f"no kernel for a gate: {reason}")
     into = ("parts", "fc1", "bias1", "hidden"), (images, tiles, channels, hidden)
     back = ("values", "fc2", "bias2", "gate"), (images, 1, hidden, channels)
-    first = _layer(*into, ("float", ACTIVATIONS[activation], "false"), target)
-    return first, _layer(*back, (GATES[dtype], "NONE", "true"), target)
+    first = _layer(*into, ("float", ACTIVATIONS[activation]), target)
+    return first, _layer(*back, (GATES[dtype], ACTIVATIONS[gate_activation]), target)
 
 
 def _layer(
-    tensors: tuple[str, ...], sizes: tuple[int, int, int, int], facts: tuple[str, str, str], target: Target
+    tensors: tuple[str, ...], sizes: tuple[int, int, int, int], facts: tuple[str, str], target: Target
 ) -> Launch:
     """Blocks for every processor, as long as each of a block's warps has an output."""
     images, _, inputs, outputs = sizes
-    dtype, *rest = facts
+    dtype, activation = facts
     together = next(n for n in (8, 4, 2, 1) if 4 * n * inputs <= SHARED_BYTES[target.arch])
     blocks = cdiv(images, together)
     rows = max(_THREADS // 32, cdiv(outputs, max(1, target.processors // blocks)))
     return Launch(
         "squeeze_excite.cu",
-        f"squeeze_excite<{', '.join(map(str, (dtype, together, _THREADS, *rest)))}>",
+        f"squeeze_excite<{', '.join(map(str, (dtype, together, _THREADS, activation)))}>",
         (blocks, cdiv(outputs, rows), 1),
         _THREADS,
         4 * together * inputs,

@@ -15,7 +15,8 @@ PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 TYPES = {"bfloat16": "BFloat16", "float16": "Float16"}
 
-ACTIVATIONS = {"none": "NONE", "relu": "RELU", "silu": "SILU"}
+ACTIVATIONS = {name: name.upper() for name in ("none", "relu", "silu", "relu6", "hardswish", "sigmoid", "hardsigmoid")}
+"""In the order of their numbers."""
 
 MOST = 2**31 - 2**16  # of what kernels count in 32 bits, with room for the last tile
 MOST_SLABS = 65535  # of blocks in a grid's second dimension
