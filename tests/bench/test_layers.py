@@ -1,9 +1,11 @@
 """The terms of the model of a GPU, held to counts by hand and by brute force."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bench.roofline import layers
 from bench.roofline.layers import GPUS, LAUNCH_S, Built, Gpu, Heard, seconds, terms
@@ -102,3 +104,17 @@ def test_the_table_says_what_bounds_each_layer():
         (row,) = layers.table([one, one], found, GPUS["H100"]).rows
     assert row[:6] == ("a", "8->8@4", "2", "128", "64.0", "3") and row[9] == "cache"
     assert row[11] == f"{100 * (1e9 / 3.0e12) / (4e9 / 5.5e12):.0f}"
+
+
+def test_what_cudnn_takes_for_the_same():
+    """ReLU and residual in its call, a gate and any other activation as passes; nothing where it is no rival."""
+    x, y = torch.empty(1, 8, 10**3, 10**3, dtype=torch.half), torch.empty(1, 16, 10**3, 10**3, dtype=torch.half)
+    gpu, around = GPUS["H100"], 2 * 16 * 10**6
+    assert layers._passes({"x": x, "y": y, "ACTIVATION": "relu", "residual": y}) == 0
+    assert layers._passes({"x": x, "y": y, "ACTIVATION": "none", "gate": y[0]}) == around
+    assert layers._passes({"x": x, "y": y, "ACTIVATION": "silu", "residual": y}) == 5 * around
+    one = Heard("a", 3 * 10**9, flops=10**9, passes=0)
+    assert layers.by_library(one, gpu) == pytest.approx(1e-3)
+    assert layers.by_library(replace(one, passes=6 * 10**9), gpu) == pytest.approx(3e-3)
+    assert layers.by_library(replace(one, passes=None), gpu) is None
+    assert layers.by_library(replace(one, bytes=0, passes=8), gpu) == 2 * layers.LAUNCH_S
