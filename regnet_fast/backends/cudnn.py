@@ -104,6 +104,7 @@ def prepare_conv(problem: ConvProblem, weight: Tensor, bias: Tensor | None, vari
 
 prepare_pair = Apart.by(PlainConv)
 prepare_back_to_back = InTurn.by(PlainConv)
+prepare_join = reference.join_in_place
 prepare_squeeze_excite = reference.prepare_squeeze_excite
 
 

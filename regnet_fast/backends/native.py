@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..observer import observer
-from . import cpu_library
+from . import cpu_library, reference
 from .cpu_library import CHECK, Step
 from .problem import Apart, ConvProblem, Geometry, InTurn, NormActProblem, Problem, Run, SqueezeExciteProblem
 
@@ -383,5 +383,6 @@ def _starts(name: str, **arguments: Tensor | None) -> bool:
 prepare_conv = Conv
 prepare_pair = Apart.by(prepare_conv)
 prepare_back_to_back = InTurn.by(prepare_conv)
+prepare_join = reference.join_in_place
 prepare_squeeze_excite = SqueezeExcite
 prepare_norm_act = NormAct

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import native, winograd
+from . import native, reference, winograd
 from .activations import ACTIVATIONS
 from .problem import Apart, ConvProblem, Geometry, InTurn, NormActProblem, Problem, Run, SqueezeExciteProblem
 
@@ -207,6 +207,7 @@ def prepare_conv(
 
 prepare_pair = Apart.by(prepare_conv)
 prepare_back_to_back = InTurn.by(prepare_conv)
+prepare_join = reference.join_in_place
 
 
 class SqueezeExcite(Run):

@@ -137,6 +137,29 @@ class NormActProblem:
 
 
 @dataclass(frozen=True)
+class JoinProblem:
+    """What ends a block whose convolutions are gated or added to as they are: `activation(x * gate + residual)`, where
+    there are a gate and a residual.
+    """
+
+    input_shape: tuple[int, int, int, int]
+    activation: str
+    gate: bool
+    residual: bool
+    dtype: torch.dtype
+    device: str
+    op: str = "join"
+
+    @property
+    def flops(self) -> int:
+        return 2 * math.prod(self.input_shape)
+
+    @property
+    def bytes(self) -> int:
+        return (2 + self.residual) * math.prod(self.input_shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
 class PairProblem:
     """Two 1x1 convolutions of one map, as a block's first one and its shortcut: `activation(conv(x) + bias)`, and
     `conv(x) + bias` with other channels and a stride.
@@ -236,7 +259,7 @@ class BackToBackProblem:
         return self.first.bytes + self.second.bytes - 2 * math.prod(self.first.output_shape) * self.dtype.itemsize
 
 
-Problem = ConvProblem | SqueezeExciteProblem | NormActProblem | PairProblem | BackToBackProblem
+Problem = ConvProblem | SqueezeExciteProblem | NormActProblem | JoinProblem | PairProblem | BackToBackProblem
 
 
 class Run:
@@ -247,7 +270,8 @@ class Run:
       `into_residual` to write its result there. It is packed for one input shape, or serves every shape;
     - a pair is `run(x)`, which gives both results; two convolutions back to back are `run(x)`, which gives the second
       one's, and with `means` these too;
-    - squeeze-excite is `run(means)`, and a scale, shift and activation `run(x, gate, consume)`.
+    - squeeze-excite is `run(means)`, a scale, shift and activation `run(x, gate, consume)`, and the end of a block
+      `run(x, gate, residual, consume)`.
 
     Attributes:
         label: what serves, in words for `explain`.

@@ -7,7 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .problem import Apart, Call, ConvProblem, Geometry, InTurn, NormActProblem, Problem, Run, SqueezeExciteProblem
+from .problem import (
+    Apart,
+    Call,
+    ConvProblem,
+    Geometry,
+    InTurn,
+    JoinProblem,
+    NormActProblem,
+    Problem,
+    Run,
+    SqueezeExciteProblem,
+)
 
 LABEL = "plain torch"
 
@@ -84,6 +95,28 @@ def prepare_squeeze_excite(problem: SqueezeExciteProblem, *weights: Tensor) -> R
     """The gate bound to its float32 weights."""
     acts = problem.activation, problem.gate_activation
     return Call(lambda means: squeeze_excite(means, *weights, *acts), LABEL)
+
+
+def prepare_join(problem: JoinProblem) -> Run:
+    """What ends a block."""
+
+    def run(x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool) -> Tensor:
+        x = x if gate is None else x * gate[:, :, None, None]
+        return activate(x if residual is None else x + residual, problem.activation)
+
+    return Call(run, LABEL)
+
+
+def join_in_place(problem: JoinProblem) -> Run:
+    """What ends a block, one after the other in the memory of x where that is given up: the libraries' way."""
+
+    def run(x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool) -> Tensor:
+        x = x if consume else x.clone()
+        if gate is not None:
+            x = x.mul_(gate[:, :, None, None])
+        return ACTIVATIONS[problem.activation].in_place(x if residual is None else x.add_(residual))
+
+    return Call(run, "torch, in place")
 
 
 def prepare_norm_act(problem: NormActProblem, scale: Tensor, shift: Tensor) -> Run:

@@ -19,6 +19,7 @@ from .problem import (
     ConvProblem,
     Deferred,
     InTurn,
+    JoinProblem,
     NormActProblem,
     PairProblem,
     Problem,
@@ -255,6 +256,26 @@ class SqueezeExcite(Run):
 
 
 prepare_squeeze_excite = SqueezeExcite
+
+
+class Join(Run):
+    """What ends a block, in one launch."""
+
+    label = LABEL
+
+    def __init__(self, problem: JoinProblem):
+        from ..kernels.training_join import ReadMap, join
+
+        self.launch, self.map, self.activation = join, ReadMap, problem.activation
+
+    def __call__(self, x: Tensor, gate: Tensor | None, residual: Tensor | None, consume: bool) -> Tensor:
+        terms = [self.map(x, factor=None if gate is None else gate.contiguous())]
+        terms += [] if residual is None else [self.map(residual)]
+        with current(x):
+            return self.launch(*terms, activation=self.activation)
+
+
+prepare_join = Join
 
 
 class NormAct(Run):

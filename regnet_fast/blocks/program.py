@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from ..backends import ConvProblem, Geometry, NormActProblem, native
 from ..backends.cpu_library import Step
 from ..ops.convolution import PackedConv
+from ..ops.join import PackedJoin
 from ..ops.norm_act import PackedNormAct
 from ..ops.squeeze_excite import PackedSqueezeExcite
 from .forms import Form, Head, Stem
-from .units import ActivationUnit, Bordered, Borders, LinearUnit, PackedChannelConv, PackedJoin, Refused, Unit
+from .units import ActivationUnit, Bordered, Borders, LinearUnit, PackedChannelConv, Refused, Unit
 
 _INPUT, _OUTPUT = 0, 1
 _BEHIND = 256  # bytes behind a buffer

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends import ACTIVATIONS, Geometry, computed, pixel_means
+from ..backends import Geometry, computed, pixel_means
 from ..backends.reference import activate, channel_means
 from ..ops.conv import conv
 from ..ops.convolution import PackedConv
 from ..ops.fold import BatchNorm, fold
+from ..ops.join import PackedJoin
 from ..ops.norm_act import PackedNormAct, norm_act
 from ..ops.squeeze_excite import PackedSqueezeExcite, squeeze_excite
 
@@ -475,18 +476,6 @@ class JoinUnit(Unit):
 
     def pack(self, dtype: torch.dtype) -> Callable:
         return PackedJoin(self.activation)
-
-
-class PackedJoin:
-    """The same in the memory of x."""
-
-    def __init__(self, activation: str):
-        self.activation = activation
-
-    def __call__(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        if gate is not None:
-            x = x.mul_(gate[:, :, None, None])
-        return ACTIVATIONS[self.activation].in_place(x if residual is None else x.add_(residual))
 
 
 @dataclass(eq=False)

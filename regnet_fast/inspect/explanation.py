@@ -20,6 +20,7 @@ from ..blocks.units import Bordered, ChannelConvUnit, HostNormUnit, LinearUnit, 
 from ..hosts.registry import candidates
 from ..models import why_not
 from ..observer import observing
+from ..ops.join import PackedJoin
 from ..ops.norm_act import PackedNormAct
 from ..ops.packed import Packed
 from ..ops.squeeze_excite import PackedSqueezeExcite
@@ -28,7 +29,7 @@ from ..trials.serving import serving, why
 from .counting import Kernel, KernelCounter
 
 _TORCH = "torch", "torch", "too little to have a kernel of its own"
-_OPERANDS = {PackedUnit: 3, PackedNormAct: 2, PackedSqueezeExcite: 1}
+_OPERANDS = {PackedUnit: 3, PackedJoin: 3, PackedNormAct: 2, PackedSqueezeExcite: 1}
 """How many operands a problem is posed by: x, gate and residual; x and gate; means."""
 
 _SILENT = (nn.Identity, nn.Dropout, nn.Flatten)

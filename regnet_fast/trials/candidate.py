@@ -20,6 +20,7 @@ from ..backends import (
     BackToBackProblem,
     ConvProblem,
     Geometry,
+    JoinProblem,
     NormActProblem,
     PairProblem,
     Problem,
@@ -32,6 +33,7 @@ _PREPARE = {
     ConvProblem: "prepare_conv",
     SqueezeExciteProblem: "prepare_squeeze_excite",
     NormActProblem: "prepare_norm_act",
+    JoinProblem: "prepare_join",
     PairProblem: "prepare_pair",
     BackToBackProblem: "prepare_back_to_back",
 }

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..backends import (
     BackToBackProblem,
     ConvProblem,
+    JoinProblem,
     NormActProblem,
     PairProblem,
     Problem,
@@ -90,6 +91,10 @@ def make(problem: Problem, seed: int) -> Case:
         weights = normal((c,), 0.3, torch.float32) + 1, normal((c,), 0.5, torch.float32)
         gate = normal((n, c)).sigmoid() if problem.gate else None
         return Case(problem, weights, (normal(problem.input_shape), gate, False), kept)
+    if isinstance(problem, JoinProblem):
+        gate = normal(problem.input_shape[:2]).sigmoid() if problem.gate else None
+        residual = normal(problem.input_shape) if problem.residual else None
+        return Case(problem, (), (normal(problem.input_shape), gate, residual, False), kept)
     if isinstance(problem, (PairProblem, BackToBackProblem)):
         first, other = problem.both
         point = (1, other.input_shape[1], 1, 1)  # the weights alone are taken

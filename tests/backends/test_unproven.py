@@ -9,8 +9,10 @@ import torch
 from regnet_fast.backends import (
     BACKENDS,
     BackendError,
+    BackToBackProblem,
     ConvProblem,
     Geometry,
+    JoinProblem,
     NormActProblem,
     PairProblem,
     SqueezeExciteProblem,
@@ -35,6 +37,8 @@ PROBLEMS = [
     PairProblem((2, 32, 14, 14), 32, 64, "relu", 2, torch.float32, ""),
     SqueezeExciteProblem(2, 32, 8, "relu", torch.float32, ""),
     NormActProblem((2, 32, 14, 14), "relu", False, torch.float32, ""),
+    JoinProblem((2, 32, 14, 14), "relu", True, True, torch.float32, ""),
+    BackToBackProblem((2, 16, 14, 14), 32, 4, "relu", "relu", 2, torch.float32, ""),
 ]
 
 

@@ -1,5 +1,6 @@
 """The backend `triton` forced in the interpreter: the public operations, blocks of every group width, whole models."""
 
+import copy
 import dataclasses
 from functools import partial
 
@@ -16,6 +17,7 @@ from regnet_fast.backends import (
     BackendError,
     ConvProblem,
     Geometry,
+    JoinProblem,
     PairProblem,
     backend,
     reference,
@@ -169,6 +171,26 @@ def test_a_gradient_flows_through_forced_kernels():
         R.pointwise_conv(x, conv.weight, conv.bias, activation="silu").sum().backward()
     expected = torch.autograd.grad(torch.nn.functional.silu(conv(x)).sum(), x)[0]
     torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("operands", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("activation", ["relu", "silu", "none"])
+def test_the_end_of_a_block_passes_its_trial(activation, operands):
+    problem = JoinProblem((3, 24, 6, 5), activation, *operands, torch.float16, "cpu")
+    with torch.inference_mode():
+        assert verify(problem, partial(bound, triton), partial(bound, reference)) < 3
+
+
+def test_se_resnets_end_their_blocks_in_one_launch():
+    """Of the gate, the shortcut and the activation behind the last convolution."""
+    host = randomize_bn(timm.create_model("seresnet18", num_classes=5).layer1, 0, (2, 64, 12, 12)).eval()
+    x, ours, launched = torch.randn(2, 64, 12, 12), regnet_fast.rebuild(host, inplace=False).model, []
+    hear = lambda name, arguments: launched.append(name) or True  # noqa: E731
+    with torch.inference_mode(), backend("triton"), observing(launch=hear):
+        y = ours(x.contiguous(memory_format=torch.channels_last))
+    assert launched.count("training_join.join_kernel") == 2
+    with torch.inference_mode():
+        assert_close_to_reference(y, host(x), copy.deepcopy(host).double()(x.double()), "layer1")
 
 
 @pytest.mark.parametrize("variant", ["apart", "beside"])

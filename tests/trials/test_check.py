@@ -14,6 +14,7 @@ from regnet_fast import backends
 from regnet_fast.backends import (
     BackToBackProblem,
     Geometry,
+    JoinProblem,
     PairProblem,
     Selection,
     cuda,
@@ -233,6 +234,15 @@ def test_two_convolutions_back_to_back_are_of_one_form():
     assert BackToBackProblem.of(dataclasses.replace(BOTH.first, geometry=Geometry((2, 2))), BOTH.second) is None
     assert candidate.from_json(json.loads(json.dumps(candidate.to_json(BOTH)))) == BOTH
     assert words(BOTH) != words(dataclasses.replace(BOTH, first_activation="none"))
+
+
+@pytest.mark.parametrize("module", [cudnn, onednn, reference], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("operands", [(True, True), (False, True), (True, False)])
+def test_the_end_of_a_block(module, operands):
+    problem = JoinProblem((3, 24, 5, 6), "relu", *operands, torch.bfloat16, "cpu")
+    with torch.inference_mode():
+        assert verify(problem, partial(candidate.bound, module), PEER) < 3
+    assert candidate.from_json(json.loads(json.dumps(candidate.to_json(problem)))) == problem
 
 
 @pytest.mark.parametrize("module", [cudnn, onednn, reference], ids=lambda module: module.__name__)
