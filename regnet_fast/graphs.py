@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .backends import forced_backend
 from .blocks.fused import FallbackWarning, Fused
+from .blocks.network import Network
 from .blocks.watch import Watch, hooked, transformed
 from .observer import observer
 from .recorder import recorder
@@ -138,11 +139,15 @@ class _Recorded:
     def __init__(self, model: nn.Module, capture: Capture):
         self.capture, self.watch = capture, Watch(model)
         self.blocks = [module for module in model.modules() if isinstance(module, Fused)]
-        self.pins = [block.pin() for block in self.blocks]
+        pieces = [piece for network in model.modules() if isinstance(network, Network) for piece in network.pieces()]
+        self.pieces = [Watch(piece) for piece in pieces]
+        self.pins = [block.pin() for block in (*self.blocks, *pieces)]
         self.frozen = self._all_frozen()
 
     def _all_frozen(self) -> bool:
-        return all([block.is_frozen for block in self.blocks]) and bool(self.blocks)
+        """Whether the promise holds of all blocks that it reaches, and those that it does not are as they were."""
+        promised = all([block.is_frozen for block in self.blocks]) and bool(self.blocks)
+        return promised and all(piece.current() for piece in self.pieces)
 
     def current(self) -> bool:
         """Whether a replay computes what the model computes now."""

@@ -1,4 +1,6 @@
-"""Whole networks in evaluation on a CPU: one program from the image to the last layer that csrc/cpu has."""
+"""Whole networks in evaluation: on a CPU one program from the image to the last layer that csrc/cpu has; elsewhere one
+fused block after another, also of layers that stand in none.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +40,9 @@ class Network(Freezable):
     The blocks that follow one another are one program. Where csrc/cpu cannot serve, or a trial found the stages faster
     each for itself, they are called as the host calls them.
 
-    A layer that stands in no block keeps its class, by which counters, pruners and quantisers know it. For its program
-    the network keeps a block of its own around it, which no module holds; where that does not serve it is called as
-    ever.
+    A layer that stands in no block keeps its class, by which counters, pruners and quantisers know it. The network
+    keeps a block of its own around it, a piece, which no module holds. It is a step of the program, and where no
+    program can be it is called in the layer's place; where it does not serve the layer is called as ever.
     """
 
     host: type[nn.Module]
@@ -66,7 +68,8 @@ class Network(Freezable):
         """Layers one after another that stand in no block, with their names, and the block that they could be."""
         for names, cls in self.loose:
             named = [(name, layer) for name in names if (layer := self._modules.get(name)) is not None]
-            if named and not any(isinstance(layer, Fused) for _, layer in named):
+            layers = [layer for _, layer in named]
+            if not any(isinstance(layer, Fused) for layer in layers) and not all(map(_does_nothing, layers)):
                 yield named, cls
 
     def _in_groups(self, x: Tensor) -> list[tuple[nn.Module, tuple[nn.Module, ...]]]:
@@ -74,32 +77,41 @@ class Network(Freezable):
         the block around them, where it has a plan for inputs like x.
         """
         order = [(layer, (layer,)) for layer in self.in_order()]
-        if not self.loose or unfit(x) is not None:
+        if unfit(x) is not None:
             return order
         kept = self.__dict__.get(PIECES, {})
         for named, cls in self._loose_layers():
             layers = [layer for _, layer in named]
             key = named[0][0]
-            if key not in kept or [*kept[key].children()] != layers:
+            if key not in kept or [*kept[key]._modules.values()] != layers:
                 kept = self.__dict__[PIECES] = {**kept, key: cls.around(*named)}
-            called = tuple(layer for layer in layers if not _does_nothing(layer))
-            if not called:
+            called, blocks = tuple(layer for layer in layers if not _does_nothing(layer)), [block for block, _ in order]
+            at = blocks.index(called[0]) if called[0] in blocks else len(blocks)
+            if (*blocks[at : at + len(called)],) != called or not all(map(only_forwards, layers)):
                 continue
-            at = next((i for i in range(len(order)) if [m for m, _ in order[i : i + len(called)]] == [*called]), None)
-            if at is None or not all(map(only_forwards, layers)) or kept[key].plan(x, counted=False) is None:
+            if kept[key].plan(x, counted=False) is None:
                 continue
             order[at : at + len(called)] = [(kept[key], called)]
         return order
 
+    def pieces(self) -> Iterator[Fused]:
+        """The blocks that were made around layers that stand in none."""
+        return iter(self.__dict__.get(PIECES, {}).values())
+
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled() or type(x) is not Tensor:
             return super().forward(x)
-        if not x.is_cpu or forced_backend() not in (None, "native") or transformed() is not None:
+        by_program = may_be_program(x)
+        if not (by_program or any(self._loose_layers())) or transformed() is not None:
             return super().forward(x)
         if any(name in self.__dict__ for name in _CALLED) or getattr(self, _CHECKPOINTING, False):
             return super().forward(x)
         if _methods(type(self)) != self._methods:
             return super().forward(x)
+        if not by_program:
+            if autocast_enabled(x.device.type):
+                return super().forward(x)
+            return _one_by_one([block for block, _ in self._in_groups(x)], x)
         found = self.__dict__.get(FOUND)
         if found is not None and found.is_all and (y := found.again(self, x)) is not None:
             return y
@@ -118,6 +130,11 @@ class Network(Freezable):
         they stand in containers of its own.
         """
         return _apart(self, self.host)
+
+
+def may_be_program(x: Tensor) -> bool:
+    """Whether a network on x may be one program; where not, its pieces are called in the place of their layers."""
+    return x.is_cpu and forced_backend() in (None, "native")
 
 
 def _cut(some: Sequence, begin: int, end: int) -> tuple[Sequence, Sequence, Sequence]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ..backends import ConvProblem, Problem, forced_backend, onednn, select
 from ..backends.passes import describe
 from ..blocks.fused import Freezable, Fused, Plan, freeze
-from ..blocks.network import Network
+from ..blocks.network import Network, may_be_program
 from ..blocks.training import compute_dtype
 from ..blocks.units import Bordered, ChannelConvUnit, HostNormUnit, LinearUnit, PackedConvThenNorm, PackedUnit, Unit
 from ..hosts.registry import candidates
@@ -111,10 +111,12 @@ def _mode(model: nn.Module, train: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _hearing_host(model: nn.Module, train: bool, rows: list[Row], counter: KernelCounter) -> Iterator[None]:
-    """A row for each of the host's own modules that runs inside the `with` block."""
+def _hearing_host(
+    model: nn.Module, train: bool, rows: list[Row], counter: KernelCounter, taken: Container[nn.Module] = ()
+) -> Iterator[None]:
+    """A row for each of the host's own modules that runs inside the `with` block and is not `taken` into another."""
     hooks = []
-    for path, module, reason in _host_modules(model, train):
+    for path, module, reason in _host_modules(model, train, taken):
         counted = not train and not any(isinstance(inner, Fused) for inner in module.modules())
 
         def enter(*_: Any, counted: bool = counted) -> None:
@@ -137,8 +139,10 @@ def _hearing_host(model: nn.Module, train: bool, rows: list[Row], counter: Kerne
             hook.remove()
 
 
-def _host_modules(model: nn.Module, train: bool) -> list[tuple[str, nn.Module, str]]:
-    """The modules that run as the host's own, outermost blocks or single layers, each with the reason."""
+def _host_modules(model: nn.Module, train: bool, taken: Container[nn.Module]) -> list[tuple[str, nn.Module, str]]:
+    """The modules that run as the host's own, outermost blocks or single layers, each with the reason; none of those
+    that are `taken` into a block.
+    """
     kept = {id(module): why_not(module, cls) for _, module, cls in candidates(model)}
     by_reference = train and forced_backend() == "reference"
     networks = [module for module in model.modules() if isinstance(module, Network)]
@@ -154,7 +158,7 @@ def _host_modules(model: nn.Module, train: bool) -> list[tuple[str, nn.Module, s
         elif id(module) in kept:
             found.append((path, module, kept[id(module)] or "not rebuilt yet: call regnet_fast.rebuild(model)"))
         elif module._parameters or not module._modules:  # a norm may have its activation for a child
-            if not isinstance(module, _SILENT):
+            if not isinstance(module, _SILENT) and module not in taken:
                 known = "; on a CPU it may be a step of the network's program" if module in loose else ""
                 found.append((path, module, f"{type(module).__name__} is no part of a fused block{known}"))
         else:
@@ -223,7 +227,9 @@ def _evaluation(model: nn.Module, x: Tensor) -> list[Row]:
     counter = KernelCounter()
 
     def hear_block(block: Fused, x: Tensor, plan: Plan | None, reason: str | None) -> None:
-        path = paths.get(id(block), "")
+        path = paths.get(id(block))
+        if path is None:  # a block around layers that stand elsewhere
+            path = paths.get(id(next(block.children())), "").rpartition(".")[0]
         if reason is not None:
             counter.take()
             with observing(block=lambda *_: None), counter:
@@ -246,9 +252,23 @@ def _evaluation(model: nn.Module, x: Tensor) -> list[Row]:
             rows[start:] = [replace(row, reason=reason) if row.backend == "native" else row for row in rows[start:]]
 
     events = observing(block=hear_block, launch=counter.hear)
-    with torch.no_grad(), events, _hearing_host(model, False, rows, counter):
+    hearing = _hearing_host(model, False, rows, counter, _taken(model, x))
+    with torch.no_grad(), events, hearing:
         model(x)
     return _summed(rows)
+
+
+def _taken(model: nn.Module, x: Tensor) -> set[nn.Module]:
+    """The layers in whose place networks call blocks of their own, as none does where somebody listens to a layer."""
+    networks = [module for module in model.modules() if isinstance(module, Network)]
+    if may_be_program(x) or not any(True for network in networks for _ in network.could_take_in()):
+        return set()
+    called = set()
+    with torch.no_grad(), observing(block=lambda block, *_: called.add(block), launch=lambda *_: False):
+        model(x)
+    pieces = [piece for network in networks for piece in network.pieces() if piece in called]
+    model.eval()  # the next call is a first one again, in which nothing is tried
+    return {layer for piece in pieces for layer in piece.modules()}
 
 
 def _summed(rows: list[Row]) -> list[Row]:

@@ -251,10 +251,10 @@ def test_a_layer_that_the_program_would_take_in_is_told():
 @pytest.mark.parametrize(
     ("name", "by_torch"),
     [
-        ("seresnext26t_32x4d", {"join"}),
-        ("ecaresnet26t", {"join", "channel_conv"}),
-        ("efficientnetv2_rw_t", {"join"}),
-        ("tf_mobilenetv3_small_minimal_100", set()),
+        ("seresnext26t_32x4d", {"join", "linear"}),
+        ("ecaresnet26t", {"join", "channel_conv", "linear"}),
+        ("efficientnetv2_rw_t", {"join", "linear"}),
+        ("tf_mobilenetv3_small_minimal_100", {"linear"}),
     ],
 )
 def test_every_kind_of_unit_has_a_row(name, by_torch):
