@@ -57,7 +57,7 @@ grouped_conv_forward(
     // Of the map behind a convolution in front a warp makes MADE_EIGHTS for AT_ONCE pixels in each of its PASSES.
     constexpr int MADE_EIGHTS = ceil_div(ROWS / 8, WARPS_N), IN_ROWS = MADE_EIGHTS * WARPS_N * 8;
     constexpr int IN_WEIGHT_BYTES = IN ? IN_ROWS * odd_pitch(IN) : 0, BY_TWO = ceil_div(Halo::PIXELS, 32 * WARPS_M);
-    constexpr int AT_ONCE = MADE_EIGHTS > 3 ? 16 : MADE_EIGHTS <= 3 && BY_TWO % 2 == 0 ? 64 : 32;
+    constexpr int AT_ONCE = MADE_EIGHTS > 3 ? 16 : BY_TWO % 2 == 0 ? 64 : 32;
     constexpr int PASSES = IN ? ceil_div(Halo::PIXELS, AT_ONCE * WARPS_M) : 0;
     const unsigned stages = shared_base(), weights = stages + STAGES * STAGE_BYTES;
     const unsigned in_weights = weights + (RESIDENT ? WEIGHT_BYTES : 0), made = in_weights + IN_WEIGHT_BYTES;

@@ -220,8 +220,7 @@ class BackToBack(Packed):
     def problem(self, x: Tensor, means: bool) -> BackToBackProblem | None:
         """None where they are not of this form."""
         first = self.first.problem(x)
-        between = torch.empty(first.output_shape, dtype=x.dtype, device="meta")
-        second = replace(self.second.problem(between), device=first.device, means=means)
+        second = replace(self.second.problem(x), input_shape=first.output_shape, means=means)
         return BackToBackProblem.of(first, second)
 
     def run_for(self, x: Tensor, means: bool) -> Run:
