@@ -58,6 +58,7 @@ def problems() -> Iterator[ConvProblem]:
             activation = "silu" if size == SIZES[1] else "relu"
             yield conv(size, c, c, 3, stride, count, dilation=dilation, activation=activation, dtype=dtype)
     yield from depthwise_problems()
+    yield from matrix_problems()
     for c, k, kernel, stride in (
         (3, 32, 3, 2),
         (3, 64, 7, 2),
@@ -86,6 +87,30 @@ def depthwise_problems() -> Iterator[ConvProblem]:
         for kernel, stride, padding in (((3, 5), (1, 2), (0, 2)), ((5, 3), (3, 1), (2, 4))):
             square = conv(SIZES[1], 33, 33, 3, groups=33, dtype=dtype)
             yield replace(square, kernel=kernel, geometry=Geometry(stride, padding, (1, 1), 33))
+
+
+def matrix_problems() -> Iterator[ConvProblem]:
+    """For the matrix unit: maps that fill no register or one and a little, channels whose segments are cut in every
+    way, weights so many that output channels are cut before pixels.
+    """
+    for size in ((1, 4, 8), (1, 1, 40), (2, 3, 33), (1, 33, 1), (3, 2, 2), (1, 16, 2)):
+        for c, kernel, stride, groups in itertools.product((32, 48), (1, 3), (1, 2), (1, 2)):
+            yield conv(size, c, c, kernel, stride, groups, activation="silu", dtype=BF16)
+    for c, k in ((2, 16), (22, 34), (34, 48), (62, 31), (64, 32), (66, 96), (74, 16), (336, 40), (200, 64)):
+        for kernel, dilation, residual in ((1, 1, True), (3, 1, False), (3, 2, True), (5, 1, False)):
+            yield conv((2, 6, 11), c, k, kernel, dilation=dilation, residual=residual, dtype=BF16)
+    for size, stride in itertools.product(((1, 7, 7), (3, 7, 7), (2, 5, 9)), (1, 2)):
+        yield conv(size, 776, 712, 1, stride, dtype=BF16)
+        yield conv(size, 776, 712, 1, stride, gate=True, residual=True, dtype=BF16)
+        yield conv(size, 256, 264, 3, stride, residual=True, activation="none", dtype=BF16)
+    yield conv((5, 1, 1), 776, 712, 1, dtype=BF16)
+    for size, c, stride, dtype in itertools.product(((2, 9, 20), (1, 33, 5)), (32, 144), (1, 2), (F32, BF16)):
+        for kernel, residual in ((1, False), (3, True)):
+            yield conv(size, c, c, kernel, stride, 2, gate=True, residual=residual, dtype=dtype)
+    for kernel, stride, padding in (((3, 5), (1, 2), (0, 2)), ((5, 3), (3, 1), (2, 4)), ((1, 3), (2, 2), (1, 0))):
+        for groups in (1, 3):
+            square = conv((2, 8, 13), 72, 72, 3, groups=groups, dtype=BF16)
+            yield replace(square, kernel=kernel, geometry=Geometry(stride, padding, (1, 1), groups))
 
 
 def operands(p: ConvProblem) -> dict[str, Tensor | None]:
@@ -130,7 +155,37 @@ def computed(p: ConvProblem) -> tuple[Tensor, Tensor | None, float]:
         return y, None, error(y, expected, p.dtype)
     y, means = run.with_parts(given["x"])
     near = error(y, expected, p.dtype)
+    if run.any_layout:
+        near = max(near, error(run(given["x"].contiguous(), None, None, False, False), expected, p.dtype))
     return y, means, max(near, error(means, expected.mean((2, 3)), p.dtype))
+
+
+def through_cases() -> Iterator[tuple]:
+    """Arguments of `through`."""
+    for size, dtype in itertools.product(SIZES, (F32, BF16)):
+        for c, k, kernel, stride, groups in (
+            *((48, 56, 1, 1, 1), (130, 17, 1, 2, 1), (64, 48, 3, 1, 1), (5, 7, 3, 2, 1)),
+            *((96, 96, 1, 1, 4), (72, 72, 3, 1, 3), (80, 80, 3, 2, 2), (40, 40, 3, 1, 40)),
+        ):
+            for before, gate in (("relu", False), ("silu", True)):
+                yield conv(size, c, k, kernel, stride, groups, gate=gate, dtype=dtype), before
+
+
+def through(p: ConvProblem, before: str) -> float:
+    """How near to float64 a convolution of `before(x * gate * scale + shift)` is, computed as it reads."""
+    torch.manual_seed(0)
+    given, scale, shift = operands(p), torch.randn(p.input_shape[1]), torch.randn(p.input_shape[1])
+    step, vectors = native.conv_step(p, 0, 1, gate=2 if p.gate else -1), (native.padded(scale), native.padded(shift))
+    step.scale, step.shift = (vector.data_ptr() for vector in vectors)
+    step.before = native.ACTIVATION_CODES[before]
+    gate = given["gate"].float() if p.gate else torch.ones(p.input_shape[:2])
+    weights = native.Weights(step, given["weight"], given["bias"])
+    y = torch.empty(p.output_shape, dtype=p.dtype).contiguous(memory_format=torch.channels_last)
+    program = native.Program([weights.give(step)], (weights, vectors), [*map(native.Place, range(3))])
+    program([t.data_ptr() for t in (given["x"], y, gate)])
+    z = given["x"].double() * (gate * scale).double()[:, :, None, None] + shift.double()[:, None, None]
+    given = {**given, "x": ACTIVATIONS[before].function(z), "gate": None}
+    return error(y, exact(p, **given), p.dtype)
 
 
 def activated(activation: str, dtype: torch.dtype) -> float:
@@ -292,6 +347,8 @@ def main() -> None:
         worst = max(worst, near)
     for activation, dtype in itertools.product(native.ACTIVATION_CODES, (F32, BF16)):
         assert activated(activation, dtype) < 1, (activation, dtype)
+    for case in through_cases():
+        worst = max(worst, through(*case))
     for case in largest_cases():
         y, expected = largest(*case)
         torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)

@@ -72,10 +72,6 @@ void conv_chunk(const Conv& conv, int64_t number, void* const* buffers, int64_t 
     }
 }
 
-ALWAYS void put(float* p, float value) { *p = value; }
-
-ALWAYS void put(Bf16* p, float value) { store(p, all(value), 1); }
-
 template <typename A>
 void pack(const Conv& conv, const float* weight, void* packed, int threads) {
     using Stored = std::conditional_t<A::PER_UNIT == 1, float, Bf16>;

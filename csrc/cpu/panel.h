@@ -17,42 +17,20 @@ struct Scratch {
     int64_t step = -1, image = -1, slice = -1, begin = 0, end = 0;
 };
 
-/// A pixel's channels as they are read, and as the arithmetic takes them.
-template <typename A, typename T>
-struct Reader {
-    using Stored = std::conditional_t<A::PER_UNIT == 1, float, Bf16>;
-
-    const Conv& conv;
+/// Some channels of a pixel as they are read: x * gate * scale + shift with the activation before, as a Stored.
+template <typename T, typename Stored>
+struct Prologue {
     const float *gate, *scale, *shift;
-    int64_t channels, pitch, plane;
-    bool turned, as_it_is;
-    Stored* spare;
-    Words turn;
-    HalfWords half_turn;
+    int64_t channels, plane;  // numbers from a channel to the next one, in an image in NCHW
+    int before;
+    bool as_it_is;
 
-    Reader(const Conv& conv, void* const* buffers, int64_t image, const Channels& tile, char* panel) : conv(conv) {
-        const Step& s = conv.step;
-        gate = s.gate < 0 ? nullptr : static_cast<const float*>(buffers[s.gate]) + image * s.channels + tile.slice;
-        scale = s.scale ? s.scale + tile.slice : nullptr;
-        shift = s.scale ? s.shift + tile.slice : nullptr;
-        channels = tile.slice_channels, pitch = conv.pitch * A::PER_UNIT;
-        plane = s.planar ? s.height * s.width : 1;
-        turned = conv.turned(), spare = reinterpret_cast<Stored*>(panel + conv.spare);
+    Prologue(const Step& s, void* const* buffers, int64_t image, int64_t first, int64_t channels) : channels(channels) {
+        gate = s.gate < 0 ? nullptr : static_cast<const float*>(buffers[s.gate]) + image * s.channels + first;
+        scale = s.scale ? s.scale + first : nullptr;
+        shift = s.scale ? s.shift + first : nullptr;
+        plane = s.planar ? s.height * s.width : 1, before = int(s.before);
         as_it_is = std::is_same<T, Stored>::value && !gate && !scale && plane == 1;
-        turn = in_turn<Words>(int(conv.together)), half_turn = in_turn<HalfWords>(int(conv.together));
-    }
-
-    /// Some pixels of a row, `step` numbers after each other.
-    void put_row(const T* x, int64_t step, int64_t pixels, Stored* out) const {
-        if (as_it_is && !turned && step == channels && step == pitch) {
-            std::memcpy(static_cast<void*>(out), x, pixels * channels * sizeof(T));
-        } else if (plane == 1 || turned) {
-            for (int64_t p = 0; p < pixels; p++) put(x + p * step, out + p * pitch);
-        } else {
-            for (int64_t c = 0; c < pitch; c++)
-                for (int64_t p = 0; p < pixels; p++)
-                    out[p * pitch + c] = c < channels ? converted(x[c * plane + p * step]) : Stored{};
-        }
     }
 
     static ALWAYS Stored converted(Stored value) { return value; }
@@ -64,29 +42,90 @@ struct Reader {
         return made;
     }
 
-    ALWAYS void put(const T* x, Stored* out) const {
-        if (turned) {
-            if (!as_it_is) read(x, spare);
-            bring_in_turn(as_it_is ? reinterpret_cast<const Stored*>(x) : spare, out);
-        } else {
-            read(x, out);
-            if (channels < pitch) std::memset(static_cast<void*>(out + channels), 0, (pitch - channels) * sizeof(Stored));
-        }
-    }
-
     ALWAYS void read(const T* x, Stored* out) const {
         if (as_it_is) {
             std::memcpy(static_cast<void*>(out), x, channels * sizeof(T));
         } else if (plane != 1) {
             for (int64_t c = 0; c < channels; c++) out[c] = converted(x[c * plane]);
+        } else if (scale) {
+            with_activation(before, [&](auto known) {
+                each_vector(x, out, [&](Vec z, int64_t c, int count) {
+                    if (gate) z *= load(gate + c, count);
+                    z = z * load(scale + c, count) + load(shift + c, count);
+                    return activate<T>(z, decltype(known)::value);
+                });
+            });
+        } else if (gate) {
+            each_vector(x, out, [&](Vec z, int64_t c, int count) { return z * load(gate + c, count); });
         } else {
-            for (int64_t c = 0; c < channels; c += LANES) {
-                const int count = int(std::min<int64_t>(LANES, channels - c));
-                Vec z = load(x + c, count);
-                if (gate) z *= load(gate + c, count);
-                if (scale) z = activate<T>(z * load(scale + c, count) + load(shift + c, count), int(conv.step.before));
-                store(out + c, z, count);
+            each_vector(x, out, [](Vec z, int64_t, int) { return z; });
+        }
+    }
+
+    template <typename Made>
+    ALWAYS void each_vector(const T* x, Stored* out, Made made) const {
+        int64_t c = 0;
+        for (; c + LANES <= channels; c += LANES) store(out + c, made(load(x + c), c, LANES));
+        const int count = int(channels - c);
+        if (count > 0) store(out + c, made(load(x + c, count), c, count), count);
+    }
+
+    /// Some pixels, `step` numbers after each other, each with zeros behind its channels up to `pitch`.
+    void read_row(const T* x, int64_t step, int64_t pixels, Stored* out, int64_t pitch) const {
+        if (as_it_is && step == channels && step == pitch) {
+            std::memcpy(static_cast<void*>(out), x, pixels * channels * sizeof(T));
+        } else if (plane == 1) {
+            for (int64_t p = 0; p < pixels; p++, x += step, out += pitch) {
+                read(x, out);
+                if (channels < pitch)
+                    std::memset(static_cast<void*>(out + channels), 0, (pitch - channels) * sizeof(Stored));
             }
+        } else {
+            int64_t done = 0;
+            if (sizeof(T) == 2 && sizeof(Stored) == 2 && step == 1 && pitch == 4 && channels == 3) {
+                for (; done + LANES <= pixels; done += LANES) in_fours(x + done, plane, out + done * pitch);
+            }
+            for (int64_t c = 0; c < pitch; c++)
+                for (int64_t p = done; p < pixels; p++)
+                    out[p * pitch + c] = c < channels ? converted(x[c * plane + p * step]) : Stored{};
+        }
+    }
+
+    /// A vector of pixels of three channels, each with a zero behind them.
+    static ALWAYS void in_fours(const T* x, int64_t plane, Stored* out) {
+        Words some[3];
+        for (int c = 0; c < 3; c++)
+            some[c] = __builtin_convertvector(Halves(*reinterpret_cast<const LooseHalves*>(x + c * plane)), Words);
+        const Words pair = some[0] | some[1] << 16;
+        two_in_turn(pair, some[2], reinterpret_cast<uint32_t*>(out));
+    }
+};
+
+/// A pixel's channels as the arithmetic takes them.
+template <typename A, typename T>
+struct Reader : Prologue<T, std::conditional_t<A::PER_UNIT == 1, float, Bf16>> {
+    using Stored = std::conditional_t<A::PER_UNIT == 1, float, Bf16>;
+    using Prologue<T, Stored>::as_it_is;
+    using Prologue<T, Stored>::channels;
+
+    const Conv& conv;
+    int64_t pitch;
+    Stored* spare;
+    Words turn;
+    HalfWords half_turn;
+
+    Reader(const Conv& conv, void* const* buffers, int64_t image, const Channels& tile, char* panel)
+        : Prologue<T, Stored>(conv.step, buffers, image, tile.slice, tile.slice_channels), conv(conv) {
+        pitch = conv.pitch * A::PER_UNIT, spare = reinterpret_cast<Stored*>(panel + conv.spare);
+        turn = in_turn<Words>(int(conv.together)), half_turn = in_turn<HalfWords>(int(conv.together));
+    }
+
+    /// Some pixels of a row, `step` numbers after each other.
+    void put_row(const T* x, int64_t step, int64_t pixels, Stored* out) const {
+        if (!conv.turned()) return this->read_row(x, step, pixels, out, pitch);
+        for (int64_t p = 0; p < pixels; p++, x += step, out += pitch) {
+            if (!as_it_is) this->read(x, spare);
+            bring_in_turn(as_it_is ? reinterpret_cast<const Stored*>(x) : spare, out);
         }
     }
 

@@ -12,7 +12,7 @@ namespace {
 
 enum Kind { CONV, MEANS, AFFINE, LARGEST, AVERAGE, WINDOW_MEAN };
 
-enum Way { DIRECT, WINOGRAD, DEPTHWISE };
+enum Way { DIRECT, WINOGRAD, DEPTHWISE, MATRIX };
 
 }  // namespace
 

@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #include "depthwise.h"
+#include "matrix.h"
 #include "pace.h"
 #include "winograd.h"
 
@@ -121,6 +122,7 @@ struct Work {
     std::unique_ptr<Conv> conv;
     std::unique_ptr<Winograd> winograd;
     std::unique_ptr<Depthwise> depthwise;
+    std::unique_ptr<Matrix> matrix;
     int64_t chunks = 0, bands = 1, band = 0;
 
     explicit Work(const Step& given) : step(given) {
@@ -130,6 +132,9 @@ struct Work {
         } else if (step.kind == CONV && step.way == DEPTHWISE) {
             depthwise.reset(new Depthwise(step));
             chunks = depthwise->chunks();
+        } else if (step.kind == CONV && step.way == MATRIX) {
+            matrix.reset(new Matrix(step));
+            chunks = matrix->chunks();
         } else if (step.kind == CONV) {
             conv.reset(new Conv(step));
             chunks = conv->chunks();
@@ -147,7 +152,7 @@ struct Work {
         }
     }
 
-    int64_t panel() const { return winograd ? winograd->panel : conv ? conv->panel : 0; }
+    int64_t panel() const { return winograd ? winograd->panel : matrix ? matrix->panel : conv ? conv->panel : 0; }
 
     void run(int64_t number, void* const* buffers, int64_t chunk, Scratch& scratch) const {
         if (step.kind == MEANS) {
@@ -169,6 +174,8 @@ struct Work {
         } else if (depthwise) {
             step.bfloat16 ? depthwise_chunk<Bf16>(*depthwise, buffers, chunk)
                           : depthwise_chunk<float>(*depthwise, buffers, chunk);
+        } else if (matrix) {
+            matrix_chunk(*matrix, number, buffers, chunk, scratch);
         } else if (step.bfloat16) {
             conv_chunk<Pairs, Bf16>(*conv, number, buffers, chunk, scratch);
         } else {
@@ -246,10 +253,14 @@ extern "C" {
 /// The lanes of a vector.
 int64_t lanes() { return LANES; }
 
+/// Whether the matrix unit is there, and this process may use it.
+int has_matrix_unit() { return HAS_AMX && amx_allowed(); }
+
 /// Bytes of a convolution's weights as they are laid out.
 int64_t packed_size(const Step* step) {
     if (step->way == WINOGRAD) return Winograd(*step).size() * 4;
     if (step->way == DEPTHWISE) return Depthwise(*step).size() * 4;
+    if (step->way == MATRIX) return Matrix(*step).size() * 2;
     const Conv conv(*step);
     int64_t size = 0;
     for (const Channels& tile : conv.tiles) size += conv.taps * conv.units * tile.vectors * LANES * 4;
@@ -261,6 +272,7 @@ void pack_weight(const Step* step, const float* weight, void* packed, int thread
     if (alone_after_fork()) threads = 1;
     if (step->way == WINOGRAD) return pack_winograd(Winograd(*step), weight, static_cast<float*>(packed), threads);
     if (step->way == DEPTHWISE) return pack_depthwise(Depthwise(*step), weight, static_cast<float*>(packed));
+    if (step->way == MATRIX) return pack_matrix(Matrix(*step), weight, static_cast<Bf16*>(packed), threads);
     const Conv conv(*step);
     step->bfloat16 ? pack<Pairs>(conv, weight, packed, threads) : pack<Singles>(conv, weight, packed, threads);
 }
@@ -269,6 +281,7 @@ void pack_weight(const Step* step, const float* weight, void* packed, int thread
 int64_t bands_of(const Step* step) {
     return step->way == WINOGRAD    ? Winograd(*step).bands
            : step->way == DEPTHWISE ? Depthwise(*step).bands
+           : step->way == MATRIX    ? Matrix(*step).bands
                                     : Conv(*step).bands;
 }
 

@@ -160,6 +160,10 @@ ALWAYS void store(Bf16* p, Vec v, int count) {
 }
 #endif
 
+ALWAYS void put(float* p, float value) { *p = value; }
+
+ALWAYS void put(Bf16* p, float value) { store(p, all(value), 1); }
+
 /// exp(x) to about 1 ulp from -87 to 88, exp(-87) below and infinity above. Source: S. Moshier, Cephes, `expf`.
 inline Vec exponential(Vec x) {
     const Vec low = x < -87.0f ? all(-87.0f) : x;

@@ -75,6 +75,7 @@ CHECK = ctypes.CFUNCTYPE(c_int)
 
 _PROGRAM = {
     "lanes": (),
+    "has_matrix_unit": (),
     "packed_size": (POINTER(Step),),
     "pack_weight": (POINTER(Step), c_void_p, c_void_p, c_int),
     "bands_of": (POINTER(Step),),
@@ -102,11 +103,13 @@ SOURCES = {
     "program": Source(
         (
             *("program.cpp", "kernels_float32.cpp", "kernels_bfloat16.cpp"),
-            *("pace.h", "depthwise.h", "winograd.h", "convolution.h", "panel.h", "plan.h", "kernels.h", "vector.h"),
+            *("pace.h", "matrix.h", "matrix_plan.h", "amx.h", "depthwise.h", "winograd.h", "convolution.h"),
+            *("panel.h", "plan.h", "kernels.h", "vector.h"),
         ),
         _PROGRAM,
         {
             "lanes": c_int64,
+            "has_matrix_unit": c_int,
             "packed_size": c_int64,
             "bands_of": c_int64,
             "scratch_size": c_int64,

@@ -25,7 +25,7 @@ from .problem import Apart, ConvProblem, Geometry, InTurn, NormActProblem, Probl
 
 CONV, MEANS, AFFINE, LARGEST, AVERAGE, WINDOW_MEAN = range(6)
 """The kinds of steps."""
-DIRECT, WINOGRAD, DEPTHWISE = range(3)
+DIRECT, WINOGRAD, DEPTHWISE, MATRIX = range(4)
 """The ways to compute a convolution."""
 
 ACTIVATION_CODES = {
@@ -84,12 +84,19 @@ def conv_step(
     return step
 
 
+NARROW = 8
+"""From how many channels on groups are computed by the matrix unit."""
+
 DENSE_WINOGRAD, GROUP_WINOGRAD = 32, 16
 """From how many channels on a 3x3 convolution in float32 is by Winograd's F(2x2, 3x3): of all, or of each group."""
 
 
 def _way(step: Step) -> int:
     """How a convolution is computed, which the layout of its weights follows."""
+    if step.bfloat16 and _library().has_matrix_unit():
+        width = min(step.channels, step.out_channels) // step.groups
+        if step.groups == 1 or width >= NARROW:
+            return MATRIX
     if _reads_through(step) or step.dilation[1] != 1:
         return DIRECT
     if step.groups == step.channels == step.out_channels >= _library().lanes():
@@ -117,7 +124,7 @@ class Weights:
 
     def serves(self, step: Step) -> bool:
         """Whether the step can read them."""
-        return self.way == DIRECT or not _reads_through(step)
+        return self.way in (DIRECT, MATRIX) or not _reads_through(step)
 
     def give(self, step: Step) -> Step:
         step.way = self.way

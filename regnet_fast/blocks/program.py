@@ -264,6 +264,7 @@ class Recorder:
         step.planar = x.planar
         self._give_weights((conv, 0), step, conv.folded)
         if means:
+            step.sums = _OUTPUT  # any: the bands are others where there are sums
             step.sums = self.buffer(shape[0], native.bands_of(step), shape[1])
         self.steps.append(step)
         made = Map(y, shape, x.dtype)

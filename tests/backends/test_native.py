@@ -114,6 +114,11 @@ def test_a_map_is_gated_and_added_to():
         assert cases.joined(*case) < 1, case
 
 
+def test_norms_that_a_convolution_computes_as_it_reads():
+    for case in cases.through_cases():
+        assert cases.through(*case) < 1, case
+
+
 def test_averages():
     """Of any number of channels, with a norm and activation before or without; NaN stays in its channel."""
     for case in cases.average_cases():
@@ -133,13 +138,16 @@ def test_no_bit_of_these_depends_on_the_number_of_threads(threads):
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]), case
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_no_number_stays_one(value):
-    problem = cases.conv((1, 4, 4), 24, 24, 1)
-    given = cases.operands(problem)
-    given["x"][0, 3, 2, 1] = value
-    y = native.prepare_conv(problem, given["weight"], given["bias"])(given["x"], None, None, False, False)
-    assert torch.equal(y.isfinite(), cases.exact(problem, **given).isfinite())
+def test_what_is_no_number_stays_one(value, dtype):
+    """And reaches no result that it is no term of."""
+    for c, kernel, stride, groups in ((24, 1, 1, 1), (152, 1, 1, 1), (24, 3, 1, 1), (24, 3, 1, 3), (96, 3, 2, 2)):
+        problem = cases.conv((2, 6, 7), c, c, kernel, stride, groups, activation="none", dtype=dtype)
+        given = cases.operands(problem)
+        given["x"][0, 3, 2, 1] = value
+        y = native.prepare_conv(problem, given["weight"], given["bias"])(given["x"], None, None, False, False)
+        assert torch.equal(y.isfinite(), cases.exact(problem, **given).isfinite()), problem
 
 
 REFUSALS = {
@@ -169,6 +177,14 @@ def test_no_result_depends_on_the_number_of_threads(threads):
             y, means, _ = cases.computed(problem)
             found.append(y if means is None else torch.cat([y.flatten(), means.flatten()]))
         assert all(torch.equal(one, found[0]) for one in found), problem
+
+
+def test_nor_on_the_other_images_of_a_batch():
+    for problem in [p for p in ALL if p.input_shape[0] > 1 and not p.gate and not p.residual][::5]:
+        given = cases.operands(problem)
+        run, x = native.prepare_conv(problem, given["weight"], given["bias"]), given["x"]
+        whole, one = run.with_parts(x), run.with_parts(x[1:2])
+        assert torch.equal(whole[0][1:2], one[0]) and torch.equal(whole[1][1:2], one[1]), problem
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -219,13 +235,20 @@ def test_other_instruction_sets(march):
     assert int(found) == lanes and float(worst) < 1
 
 
+@pytest.mark.long
+def test_the_matrix_unit_emulated():
+    """All that is laid out and cut for it, on a machine that has none."""
+    *_, worst = run_cases("-DAMX_EMULATED")
+    assert float(worst) < 1
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("march", ["native", "haswell"])
-def test_memory_is_respected(march):
+@pytest.mark.parametrize("options", ["-march=native", "-march=haswell", "-march=native -DAMX_EMULATED"])
+def test_memory_is_respected(options):
     """Under AddressSanitizer and UndefinedBehaviorSanitizer."""
     run_cases(
-        f"-march={march} -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all",
+        f"{options} -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all",
         LD_PRELOAD=runtimes("libasan.so", "libubsan.so"),
         ASAN_OPTIONS="detect_leaks=0",
         OMP_NUM_THREADS="2",

@@ -1,0 +1,202 @@
+// The plan of a convolution by the matrix unit: how a position's terms lie, in which segments they are read, and how the
+// work is cut into chunks.
+//
+// A register of pixels is read where they lie, with the distance between them as its step. So its pixels are positions
+// that follow each other at one distance: in rows that are brought into place with their border, all positions of a
+// convolution without a stride do, from row to row; those on the border are computed, and left out in the end. With a
+// stride the positions of one row do. What a row of the kernel reads of a position lies together where it is not dilated,
+// so that the taps of narrow groups share registers. It is cut into equal segments of at most a register's row.
+
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "amx.h"
+#include "plan.h"
+
+namespace {
+
+// By what chunks are measured, in multiplications and additions of vectors: how many products of the unit take the time
+// of one, and the time of a result, of a number that is brought into place and of a weight.
+constexpr double UNIT_PRODUCTS = 16, RESULT = 12, BROUGHT = 4, WEIGHT = 4;
+
+constexpr int64_t MANY_WEIGHTS = 512 << 10;  // numbers that do not stay in the second cache
+constexpr int64_t LEAST_POSITIONS = 64;      // of a band
+constexpr int64_t LEAST_ROWS = 6;            // since those beside them are brought into place for a band as well
+constexpr int64_t LEAST_WIDE = 32;           // channels of the groups that are brought into place together
+constexpr double MORE_SEGMENTS = 1.25;       // that are worth reading a map where it lies, or from where lines begin
+
+/// Terms that are neighbours in a row of the kernel, from one on.
+struct Segment {
+    int64_t row, term;
+};
+
+/// A register of positions of a line.
+struct Piece {
+    int64_t line, start, at;  // its first position that counts, and its first one
+};
+
+/// The positions of a chunk. Those of a line follow each other at one distance; of each period the first are pixels.
+struct Lines {
+    int64_t count, positions, period, width;
+    int64_t side, pieces;  // positions of a register; registers of a line, of which the last may begin in the one before
+    int64_t down;          // bytes from a line's input to the next one's
+    int64_t pixel;         // the first one of the result
+
+    Piece piece(int64_t number) const {
+        const int64_t start = number % pieces * side;
+        return {number / pieces, start, std::min(start, positions - side)};
+    }
+};
+
+struct Matrix {
+    Step step;
+    int64_t per_group, out, tiles;       // channels of a group, its output channels and their registers
+    int64_t pitch;                       // numbers of a pixel of a group as it is read, at least its channels
+    int64_t depth;                       // terms of a segment
+    std::vector<Segment> segments;       // in the order in which they are summed
+    std::vector<int64_t> reads;          // where each is read, in bytes from a position's first number
+    bool flat, direct, running;          // 1x1; read where it lies; positions go on from row to row
+    int64_t images, pixels;              // of each, where it is flat
+    int64_t band, bands, block, blocks;  // rows or pixels of a chunk, at most; groups, or pairs of registers of channels
+    bool many;                           // weights there are
+    int64_t panel_width, panel;          // pixels of a row, bytes
+
+    explicit Matrix(const Step& given) : step(given) {
+        per_group = step.channels / step.groups, out = step.out_channels / step.groups, tiles = divided(out, SIDE);
+        flat = step.kernel[0] == 1 && step.kernel[1] == 1 && !step.padding[0] && !step.padding[1];
+        running = step.stride[0] == 1 && step.stride[1] == 1;
+        panel_width = (step.out_width - 1) * step.stride[1] + (step.kernel[1] - 1) * step.dilation[1] + 1;
+        lay(step.dilation[1] == 1 ? step.kernel[1] : 1);
+        const bool read = step.gate >= 0 || step.scale || step.planar;
+        direct = flat && running && !read && !grouped() && pitch == step.channels;
+        const bool by_image = read || !running || step.sums >= 0 || !flat;  // else as one long image
+        images = by_image ? step.images : 1;
+        pixels = step.out_height * step.out_width * (by_image ? 1 : step.images);
+        cut();
+    }
+
+    bool grouped() const { return step.groups > 1; }
+
+    /// Whether weights stay in the first cache while positions pass, and not the other way round.
+    bool weights_first() const { return many || grouped(); }
+
+    /// Of the pitches that make the fewest segments the smallest; in their place one by which pixels begin where lines
+    /// do, or before it that of a map that can be read where it lies, where it costs few segments.
+    void lay(int64_t merged) {
+        const auto count = [&](int64_t width) { return equal_parts(merged * width); };
+        const int64_t exact = per_group + per_group % 2, aligned = divided(exact, 2 * SIDE) * 2 * SIDE;
+        int64_t best = exact;
+        for (int64_t width = exact; width <= aligned; width += 2)
+            if (count(width) < count(best)) best = width;
+        const auto few = [&](int64_t width) { return double(count(width)) <= MORE_SEGMENTS * double(count(best)); };
+        pitch = flat && !grouped() && few(exact) ? exact : few(aligned) ? aligned : best;
+        depth = merged * pitch / count(pitch);
+        for (int64_t term = 0; term < step.kernel[1] * pitch; term += depth)
+            for (int64_t row = 0; row < step.kernel[0]; row++) segments.push_back({row, term});
+        if (pitch % depth == 0)  // what one tap reads is in the first cache when its neighbours read it
+            std::stable_sort(segments.begin(), segments.end(),
+                             [&](const Segment& a, const Segment& b) { return a.term % pitch < b.term % pitch; });
+        for (const Segment& one : segments) {
+            const int64_t right = one.term / pitch * step.dilation[1], pixel = one.row * step.dilation[0] * panel_width;
+            reads.push_back(2 * ((pixel + right) * pitch + one.term % pitch));
+        }
+    }
+
+    /// Into how few equal parts of an even number of terms so many go, each of a register's row at most.
+    static int64_t equal_parts(int64_t terms) {
+        int64_t count = divided(terms, 2 * SIDE);
+        while (terms / 2 % count) count++;
+        return count;
+    }
+
+    /// Into chunks: into bands first, so that a thread finds in its own cache what it has computed in the step before.
+    /// Many weights are cut instead, so that each is read by one thread, for all images.
+    void cut() {
+        const int64_t rows = band_rows(), row = flat ? 1 : step.out_width;
+        const int64_t units = grouped() ? step.groups : divided(tiles, 2);
+        const int64_t together = grouped() ? divided(LEAST_WIDE, per_group) : 1;
+        const double products = double(step.kernel[0] * step.kernel[1] * per_group) / UNIT_PRODUCTS;
+        const double read = direct ? 0 : BROUGHT * double(step.channels * step.stride[0] * step.stride[1]);
+        const double work = double(rows * row) * ((products + RESULT) * double(step.out_channels) + read) +
+                            WEIGHT * double(size());
+        const int64_t most = std::max<int64_t>(1, int64_t(work / chunk_of(work) + 0.5));  // chunks of an image
+        many = size() > MANY_WEIGHTS && !grouped();
+        const int64_t least =
+            flat ? LEAST_POSITIONS : std::max(step.kernel[0] > 1 ? LEAST_ROWS : 1, divided(2 * SIDE, row));
+        const int64_t bytes = 2 * pitch * (grouped() ? together : 1) * (flat ? 1 : panel_width * step.stride[0]);
+        const int64_t fit = direct ? rows : std::max(least, (many ? 8 : 2) * PANEL / bytes), needed = divided(rows, fit);
+        if (many) {
+            bands = needed;
+            blocks = std::min(units, images > 1 ? divided(size(), MANY_WEIGHTS) : most);
+        } else {
+            const int64_t fair = rows > grain() ? 2 : 1;
+            bands = std::max(needed, std::min(std::max(fair, rows / least), most));
+            if (bands > std::max<int64_t>(2, needed)) bands = std::max(needed, bands / 2 * 2);
+            blocks = std::max<int64_t>(1, std::min(units / together, most / bands));
+        }
+        block = divided(units, blocks), blocks = divided(units, block), band = 0;
+        for (int64_t i = 0; i < bands; i++) band = std::max(band, start(i + 1) - start(i));
+        panel = direct ? 0 : 2 * (group_panel() * (grouped() ? block : 1) + spare()) + 4 * BYTES;
+    }
+
+    int64_t band_rows() const { return flat ? pixels : step.out_height; }
+
+    /// Rows, or pixels, between which bands are not cut.
+    int64_t grain() const { return flat ? 2 * SIDE : 1; }
+
+    /// Where a band begins.
+    int64_t start(int64_t number) const {
+        return std::min(band_rows(), divided(band_rows(), grain()) * number / bands * grain());
+    }
+
+    Lines lines(const Chunk& chunk) const {
+        const int64_t first = start(chunk.band), count = start(chunk.band + 1) - first;
+        Lines found = {};
+        found.count = flat || running ? 1 : count, found.width = flat ? count : step.out_width;
+        found.period = !flat && running ? panel_width : found.width;
+        found.positions = !flat && running ? (count - 1) * panel_width + found.width : found.width;
+        found.side = std::min<int64_t>(SIDE, found.positions), found.pieces = divided(found.positions, found.side);
+        found.down = 2 * pitch * panel_width * step.stride[0];
+        found.pixel = flat ? chunk.image * pixels + first : (chunk.image * step.out_height + first) * step.out_width;
+        return found;
+    }
+
+    /// Bytes from a position to the next one.
+    int64_t hop() const { return 2 * pitch * (flat ? 1 : step.stride[1]); }
+
+    /// Rows of input that some rows read.
+    int64_t read_rows(int64_t count) const {
+        return (count - 1) * step.stride[0] + (step.kernel[0] - 1) * step.dilation[0] + 1;
+    }
+
+    /// Numbers of a group's part of a panel.
+    int64_t group_panel() const { return (flat ? band : read_rows(band) * panel_width) * pitch; }
+
+    /// Numbers of a row before its groups are put apart.
+    int64_t spare() const { return grouped() ? panel_width * step.channels : 0; }
+
+    /// Numbers of the weights of a register of output channels, and of all.
+    int64_t tile_size() const { return int64_t(segments.size()) * depth * SIDE; }
+    int64_t size() const { return step.groups * tiles * tile_size(); }
+
+    int64_t chunks() const { return images * bands * blocks; }
+
+    Chunk chunk(int64_t number) const {
+        if (many) return {number / bands % images, number % bands, number / (bands * images)};
+        return {number / (bands * blocks), number / blocks % bands, number % blocks};
+    }
+
+    /// The groups of a chunk, and the registers of output channels of each.
+    int64_t first_group(const Chunk& chunk) const { return grouped() ? chunk.block * block : 0; }
+    int64_t groups(const Chunk& chunk) const {
+        return grouped() ? std::min(block, step.groups - chunk.block * block) : 1;
+    }
+    int64_t first_tile(const Chunk& chunk) const { return grouped() ? 0 : 2 * chunk.block * block; }
+    int64_t end_tile(const Chunk& chunk) const {
+        return grouped() ? tiles : std::min(tiles, 2 * (chunk.block + 1) * block);
+    }
+};
+
+}  // namespace
