@@ -21,7 +21,7 @@ void conv_chunk(const Conv& conv, int64_t number, void* const* buffers, int64_t 
     int64_t taps[conv.taps];
     char edges[conv.taps];
     Tile tile = {};
-    tile.units = int(conv.units * merged);
+    tile.units = int(conv.units * merged), tile.few = s.width == 1 ? FEW_OF_VECTORS : FEW_TERMS;
     tile.step = conv.pitch * (conv.flat ? 1 : s.stride[1]);
     tile.pitch = s.out_channels, tile.apart = s.out_channels / s.groups, tile.activation = int(s.activation);
     for (int i = conv.blocks[chunk.block]; i < conv.blocks[chunk.block + 1]; i++) {

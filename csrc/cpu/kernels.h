@@ -25,6 +25,7 @@ struct Tile {
     const char* edges;    // for each tap, which pixel reads nothing but the border there: an `Edge`; or null
     int tap_count;
     int units;  // of each group that a tap sums
+    int few;    // terms that are added to each other before they are added to the sum of all
     const void* weight;
     const float* bias;
     const void* residual;  // laid out as y, or null
@@ -41,6 +42,10 @@ struct Tile {
 enum Edge : char { WITHIN, FIRST, LAST };
 
 constexpr int MOST_PIXELS = 14;
+
+// The error of a sum grows with the number of its terms, as that of a sum of sums does not. What computes vectors (gates,
+// classifiers) waits for its weights, and has the time for shorter ones.
+constexpr int FEW_TERMS = 256, FEW_OF_VECTORS = 32;
 
 /// How many pixels a kernel of so many vectors takes at most, for their sums to stay in registers.
 constexpr int most_pixels(int vectors) {
@@ -168,8 +173,7 @@ ALWAYS const Unit* pixel(int i, const char* a, const char* b, const char* c, int
                                                   : base + 4 * step);
 }
 
-constexpr int FEW_TERMS = 256;  // that are added to each other before they are added to the sum of all: the error of a
-                                // sum grows with the number of terms, as that of a sum of sums does not
+constexpr int AHEAD = 256;  // units by which weights are brought near before they are read
 
 /// Where sums are put aside. The compiler does not see that it is always the same place, or it would spend registers on
 /// what is seldom used.
@@ -223,7 +227,10 @@ ALWAYS void add_products(Vec (&sums)[M][N], const char* x, const typename A::Uni
     const char *a = x, *b = a + 5 * step, *c = a + 10 * step;
     for (int u = 0; u < count; u++) {
         Operand weight[N];
-        for (int j = 0; j < N; j++) weight[j] = A::load(w + j * LANES);
+        for (int j = 0; j < N; j++) {
+            weight[j] = A::load(w + j * LANES);
+            __builtin_prefetch(w + j * LANES + AHEAD);
+        }
         w += N * LANES;
         asm("" : "+r"(a), "+r"(b), "+r"(c));
 #pragma GCC unroll 16
@@ -257,8 +264,8 @@ __attribute__((noinline)) void summed(const Tile& tile) {
         const char* x = reinterpret_cast<const char*>(static_cast<const Unit*>(tile.x) + tile.taps[t]);
         const char edge = N < 3 || G > 2 || !tile.edges ? char(WITHIN) : tile.edges[t];
         for (int left = tile.units; left > 0;) {
-            const int some = left < FEW_TERMS ? left : FEW_TERMS;
-            if (terms + some > FEW_TERMS) {
+            const int some = left < tile.few ? left : tile.few;
+            if (terms + some > tile.few) {
                 put_aside(total, sums, !aside);
                 terms = 0, aside = true;
             }

@@ -154,7 +154,7 @@ void winograd_chunk(const Winograd& w, int64_t number, void* const* buffers, con
     const Kernels& kernels = kernels_of<Singles, float>(own.vectors, G);
     const int64_t taps[] = {0}, pieces = divided(some, kernels.most);
     Tile tile = {};
-    tile.step = width, tile.taps = taps, tile.tap_count = 1, tile.units = int(w.per_group);
+    tile.step = width, tile.taps = taps, tile.tap_count = 1, tile.units = int(w.per_group), tile.few = FEW_TERMS;
     tile.pitch = row, tile.channels = int(row), tile.groups = 1, tile.raw = true;
     for (int place = 0; place < PLACES; place++) {
         tile.weight = static_cast<const float*>(s.weight) + own.weight + place * w.per_group * row;

@@ -97,6 +97,16 @@ def test_squeeze_excite():
         assert cases.error(found, expected, F32) < 1
 
 
+@pytest.mark.parametrize("channels", [368, 2048])
+def test_the_error_of_a_classifier_does_not_grow_with_its_terms(channels):
+    """Beyond what rounding to float32 makes of a result."""
+    x, weight = torch.randn(8, channels), torch.randn(256, channels) / channels**0.5
+    run = native.prepare_conv(native.linear(8, 256, channels, "none"), weight[:, :, None, None], None)
+    y = run(x.t()[None, :, :, None], None, None, False, False)[0, :, :, 0].t()
+    exact = x.double() @ weight.double().t()
+    assert (y - exact).square().mean().sqrt() < 2.1e-7 * exact.square().mean().sqrt()
+
+
 def test_the_largest_of_a_window():
     """To the bit, NaN and infinities as well."""
     for case in cases.largest_cases():
