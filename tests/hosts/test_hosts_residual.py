@@ -1,6 +1,7 @@
 """ResNets, MobileNets and EfficientNets of torchvision, and the ResNet of transformers, rebuilt."""
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -109,7 +110,8 @@ def test_detection_with_frozen_norms():
             for model in (theirs, ours.model)
         ]
     assert len(boxes[0][0]["boxes"]) == len(boxes[1][0]["boxes"]) > 0
-    torch.testing.assert_close(boxes[1][0]["boxes"], boxes[0][0]["boxes"], rtol=1e-2, atol=0.5)
+    apart = torch.cdist(boxes[1][0]["boxes"], boxes[0][0]["boxes"], p=math.inf)  # in any order: scores may be as near
+    assert apart.amin(0).max() < 1 and apart.amin(1).max() < 1
 
 
 def test_segmentation_with_dilated_stages():
