@@ -132,7 +132,7 @@ def assert_close_step(ours: nn.Module, theirs: nn.Module, x: Tensor, what: str) 
             continue
         a, b = ((t[key].double() - reference).abs().max().item() for t in (found, eager))
         scale = max(1e-2, reference.abs().max().item())
-        assert a <= 8 * b + 2e-5 * scale, f"{what}, {key}: {a} and timm's {b} at {scale}"
+        assert a <= 8 * b + 4e-5 * scale, f"{what}, {key}: {a} and timm's {b} at {scale}"
 
 
 @pytest.mark.parametrize("name", NETWORKS)
