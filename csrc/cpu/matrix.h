@@ -192,10 +192,10 @@ inline void announce(const Matrix& m, int64_t tile, int64_t part, int64_t parts)
 /// A group of a chunk, whose input is read from x: two registers of positions times two of output channels after each
 /// other.
 template <int ACTIVATION>
-void matrix_group(const Matrix& m, const Chunk& chunk, int64_t group, const char* x, const Tile& tile) {
+void matrix_group(const Matrix& m, const Chunk& chunk, const Lines& lines, int64_t group, const char* x,
+                  const Tile& tile) {
     alignas(64) float sums[2 * SIDE * 2 * SIDE];
     const Step& s = m.step;
-    const Lines lines = m.lines(chunk);
     const int64_t begin = m.first_tile(chunk), end = m.end_tile(chunk), pieces = lines.count * lines.pieces;
     const int64_t rows = divided(pieces, 2), columns = divided(end - begin, 2);
     Waiting waiting = {};
@@ -254,10 +254,11 @@ inline void matrix_chunk(const Matrix& m, int64_t number, void* const* buffers, 
         const int64_t end = (group + groups - 1) * m.out + std::min(m.end_tile(chunk) * SIDE, m.out);
         std::fill(tile.sums + begin, tile.sums + end, 0.0f);
     }
-    const Registers registers(Shapes(int(m.lines(chunk).side), int(m.depth)));
+    const Lines lines = m.lines(chunk);
+    const Registers registers(Shapes(int(lines.side), int(m.depth)));
     with_activation(int(s.activation), [&](auto known) {
         for (int64_t g = 0; g < groups; g++)
-            matrix_group<decltype(known)::value>(m, chunk, group + g, x + g * 2 * m.group_panel(), tile);
+            matrix_group<decltype(known)::value>(m, chunk, lines, group + g, x + g * 2 * m.group_panel(), tile);
     });
 }
 
