@@ -91,7 +91,7 @@ def depthwise_problems() -> Iterator[ConvProblem]:
 
 def matrix_problems() -> Iterator[ConvProblem]:
     """For the matrix unit: maps that fill no register or one and a little, channels whose segments are cut in every
-    way, weights so many that output channels are cut before pixels.
+    way. Weights so many that they are cut otherwise, by the vectors as well.
     """
     for size in ((1, 4, 8), (1, 1, 40), (2, 3, 33), (1, 33, 1), (3, 2, 2), (1, 16, 2)):
         for c, kernel, stride, groups in itertools.product((32, 48), (1, 3), (1, 2), (1, 2)):
@@ -99,10 +99,10 @@ def matrix_problems() -> Iterator[ConvProblem]:
     for c, k in ((2, 16), (22, 34), (34, 48), (62, 31), (64, 32), (66, 96), (74, 16), (336, 40), (200, 64)):
         for kernel, dilation, residual in ((1, 1, True), (3, 1, False), (3, 2, True), (5, 1, False)):
             yield conv((2, 6, 11), c, k, kernel, dilation=dilation, residual=residual, dtype=BF16)
-    for size, stride in itertools.product(((1, 7, 7), (3, 7, 7), (2, 5, 9)), (1, 2)):
-        yield conv(size, 776, 712, 1, stride, dtype=BF16)
-        yield conv(size, 776, 712, 1, stride, gate=True, residual=True, dtype=BF16)
-        yield conv(size, 256, 264, 3, stride, residual=True, activation="none", dtype=BF16)
+    for size, stride, dtype in itertools.product(((1, 7, 7), (3, 7, 7), (2, 5, 9)), (1, 2), (F32, BF16)):
+        yield conv(size, 776, 712, 1, stride, dtype=dtype)
+        yield conv(size, 776, 712, 1, stride, gate=True, residual=True, dtype=dtype)
+        yield conv(size, 256, 264, 3, stride, residual=True, activation="none", dtype=dtype)
     yield conv((5, 1, 1), 776, 712, 1, dtype=BF16)
     for size, c, stride, dtype in itertools.product(((2, 9, 20), (1, 33, 5)), (32, 144), (1, 2), (F32, BF16)):
         for kernel, residual in ((1, False), (3, True)):

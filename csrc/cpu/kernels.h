@@ -173,7 +173,7 @@ ALWAYS const Unit* pixel(int i, const char* a, const char* b, const char* c, int
                                                   : base + 4 * step);
 }
 
-constexpr int AHEAD = 256;  // units by which weights are brought near before they are read
+constexpr int AHEAD = 512;  // units by which weights are brought near before they are read
 
 /// Where sums are put aside. The compiler does not see that it is always the same place, or it would spend registers on
 /// what is seldom used.

@@ -21,7 +21,6 @@ namespace {
 // of one, and the time of a result, of a number that is brought into place and of a weight.
 constexpr double UNIT_PRODUCTS = 16, RESULT = 12, BROUGHT = 4, WEIGHT = 4;
 
-constexpr int64_t MANY_WEIGHTS = 512 << 10;  // numbers that do not stay in the second cache
 constexpr int64_t LEAST_POSITIONS = 64;      // of a band
 constexpr int64_t LEAST_ROWS = 6;            // since those beside them are brought into place for a band as well
 constexpr int64_t LEAST_WIDE = 32;           // channels of the groups that are brought into place together

@@ -41,6 +41,7 @@ constexpr int64_t FEW_UNITS = 32;      // of fewer the taps of a kernel's row ar
 constexpr double FEW_FOR_A_WEIGHT = 8;  // pixels that a weight serves for its reading not to be what takes the time
 constexpr int64_t PANEL = 128 << 10;   // bytes of input that stay in the second cache
 constexpr int64_t FEW_PIXELS = 28;     // that a weight is read for, at least
+constexpr int64_t MANY_WEIGHTS = 512 << 10;  // of a group, that do not stay in the second cache
 constexpr int64_t SLICE = 48;          // channels that are brought into place together, at least
 
 int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -107,7 +108,8 @@ struct Conv {
         int64_t weight = 0;
         for (int64_t g = 0; g < groups; g += together) {
             const int64_t there = std::min(together, groups - g), turns = together == 2 ? there : together;
-            const int64_t lanes = LANES / turns, vectors = divided(out, lanes), calls = divided(vectors, MOST_VECTORS);
+            const int64_t most = taps * units * out >= MANY_WEIGHTS ? std::min(2, MOST_VECTORS) : MOST_VECTORS;
+            const int64_t lanes = LANES / turns, vectors = divided(out, lanes), calls = divided(vectors, most);
             for (int64_t i = 0, done = 0; i < calls; i++) {
                 const int64_t some = vectors / calls + (i < vectors % calls), each = std::min(some * lanes, out - done);
                 const int64_t first = g * out + done;

@@ -17,6 +17,7 @@
 #include <omp.h>
 #include <pthread.h>
 #include <linux/futex.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -255,6 +256,9 @@ int64_t lanes() { return LANES; }
 
 /// Whether the matrix unit is there, and this process may use it.
 int has_matrix_unit() { return HAS_AMX && amx_allowed(); }
+
+/// Ask the system for large pages where memory, which nobody has written to, begins with one.
+void ask_for_large_pages(void* memory, int64_t size) { madvise(memory, size_t(size), MADV_HUGEPAGE); }
 
 /// Bytes of a convolution's weights as they are laid out.
 int64_t packed_size(const Step* step) {

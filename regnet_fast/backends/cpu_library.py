@@ -76,6 +76,7 @@ CHECK = ctypes.CFUNCTYPE(c_int)
 _PROGRAM = {
     "lanes": (),
     "has_matrix_unit": (),
+    "ask_for_large_pages": (c_void_p, c_int64),
     "packed_size": (POINTER(Step),),
     "pack_weight": (POINTER(Step), c_void_p, c_void_p, c_int),
     "bands_of": (POINTER(Step),),

@@ -9,6 +9,7 @@ input.
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -39,7 +40,8 @@ _KEPT = 32  # input shapes for which programs are kept
 FEW_CHANNELS = 4
 """Up to how many channels an image is read in NCHW as well."""
 
-LINE = 64  # bytes, which memory begins at a multiple of
+LINE, LARGE_PAGE = 64, 2 << 20  # bytes, which memory begins at a multiple of
+LEAST_PIECE, MOST_PIECE = 256 << 10, 16 << 20  # bytes for weights, taken from the system at once
 
 
 def refuse(problem: Problem) -> str | None:
@@ -114,10 +116,11 @@ def _reads_through(step: Step) -> bool:
 class Weights:
     """A convolution's weight and bias as csrc/cpu lays them out for a step; `give` points one to them."""
 
-    def __init__(self, step: Step, weight: Tensor, bias: Tensor | None):
+    def __init__(self, step: Step, weight: Tensor, bias: Tensor | None, room: Room | None = None):
         lib = _library()
         self.way = step.way = _way(step)
-        self.packed = aligned(lib.packed_size(step))
+        size = lib.packed_size(step)
+        self.packed = aligned(size) if room is None else room.take(size)
         given = weight.detach().float().contiguous()
         lib.pack_weight(step, given.data_ptr(), self.packed.data_ptr(), torch.get_num_threads())
         self.bias = padded(torch.zeros(weight.shape[0], dtype=torch.float32, device="cpu") if bias is None else bias)
@@ -133,10 +136,39 @@ class Weights:
 
 
 def aligned(size: int) -> Tensor:
-    """So many bytes that begin where a line of the cache does."""
-    memory = torch.empty(size + LINE, dtype=torch.uint8, device="cpu")
-    start = -memory.data_ptr() % LINE
-    return memory[start : start + size]
+    """So many bytes that begin where a line of the cache does, and from 2 MiB on where a large page does."""
+    boundary = LARGE_PAGE if size >= LARGE_PAGE else LINE
+    memory = torch.empty(size + boundary, dtype=torch.uint8, device="cpu")
+    start = -memory.data_ptr() % boundary
+    memory = memory[start : start + size]
+    if boundary == LARGE_PAGE:
+        _library().ask_for_large_pages(memory.data_ptr(), size)
+    return memory
+
+
+class Room:
+    """Memory for the weights of a network, one after the other, so that they fill large pages. Safe between threads."""
+
+    def __init__(self) -> None:
+        self._piece, self._used, self._all, self._lock = aligned(0), 0, 0, threading.Lock()
+
+    def take(self, size: int) -> Tensor:
+        """So many bytes that begin where a line of the cache does. A new piece is as large as all before it."""
+        with self._lock:
+            start = -(-self._used // LINE) * LINE
+            if start + size > self._piece.numel():
+                start, self._piece = 0, aligned(max(size, min(max(LEAST_PIECE, self._all), MOST_PIECE)))
+                self._all += self._piece.numel()
+            self._used = start + size
+            return self._piece[start : self._used]
+
+
+class Store(dict):
+    """What was packed for the forms of a network, by key, and the room that its weights lie in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.room = Room()
 
 
 def padded(vector: Tensor) -> Tensor:

@@ -95,12 +95,14 @@ class Recorder:
     `weights` are what was packed for these forms before, in a program for another shape.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, planar: bool = False, weights: dict | None = None):
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, planar: bool = False, weights: native.Store | None = None
+    ):
         self.steps: list[Step] = []
         self.kept: list[Any] = []
         self.sizes: dict[int, int] = {_INPUT: 0, _OUTPUT: 0}
         self.views: dict[int, View] = {}
-        self.weights = {} if weights is None else weights
+        self.weights = native.Store() if weights is None else weights
         self.input = Map(_INPUT, tuple(shape), dtype, planar=planar)
 
     def stage(self, forms: Sequence[Form], x: Map) -> Map:
@@ -273,7 +275,7 @@ class Recorder:
     def _give_weights(self, key: tuple, step: Step, folded: Callable[[], tuple[Tensor, Tensor | None]]) -> None:
         found = self.weights.get(key)
         if found is None:
-            found = self.weights[key] = native.Weights(step, *folded())
+            found = self.weights[key] = native.Weights(step, *folded(), self.weights.room)
         if not found.serves(step):
             raise Refused("its weights are laid out for a convolution that reads a map as it is")
         self.kept.append(found)
@@ -437,7 +439,7 @@ class Program:
         shape: Sequence[int],
         dtype: torch.dtype,
         planar: bool = False,
-        weights: dict | None = None,
+        weights: native.Store | None = None,
     ):
         recorder = Recorder(shape, dtype, planar, weights)
         x = recorder.input

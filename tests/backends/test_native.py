@@ -3,6 +3,7 @@ compile for, with watched memory, with any number of threads, from several threa
 """
 
 import gc
+import itertools
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import native_cases as cases
@@ -325,6 +327,21 @@ def programs(block):
     """Of the stages that begin with a block."""
     kept = [kept for plan in block._regnet_fast_plans.values() for kept in plan.programs.values()]
     return [one.program for found in kept for one in found.made.values()]
+
+
+def test_weights_lie_apart_in_memory_that_threads_share():
+    room = native.Room()
+    sizes = [1, 64, 100, 300 << 10, 5 << 20, 0, 7, 17 << 20, 3] * 8
+    with ThreadPoolExecutor(4) as pool:
+        pieces = list(pool.map(room.take, sizes))
+    assert [piece.numel() for piece in pieces] == sizes
+    assert all(piece.data_ptr() % native.LINE == 0 for piece in pieces if piece.numel())
+    taken = sorted((piece.data_ptr(), piece.numel()) for piece in pieces if piece.numel())
+    assert all(start + size <= behind for (start, size), (behind, _) in itertools.pairwise(taken))
+
+
+def test_a_large_piece_begins_with_a_large_page():
+    assert native.aligned(native.LARGE_PAGE).data_ptr() % native.LARGE_PAGE == 0
 
 
 @pytest.mark.parametrize("changed", ["b1", "b2"])
