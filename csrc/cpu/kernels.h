@@ -27,6 +27,7 @@ struct Tile {
     int units;  // of each group that a tap sums
     int few;    // terms that are added to each other before they are added to the sum of all
     const void* weight;
+    const void* next;  // weights that are asked for meanwhile, a vector for each unit
     const float* bias;
     const void* residual;  // laid out as y, or null
     void* y;
@@ -220,7 +221,8 @@ ALWAYS void announce(const Tile& tile) {
 
 /// Add the products of so many units to the sums of the pixels from BEGIN to END.
 template <typename A, int M, int N, int G, int BEGIN, int END>
-ALWAYS void add_products(Vec (&sums)[M][N], const char* x, const typename A::Unit* w, int count, int64_t step) {
+ALWAYS void add_products(Vec (&sums)[M][N], const char* x, const typename A::Unit* w, const typename A::Unit* next,
+                         int count, int64_t step) {
     using Unit = typename A::Unit;
     using Operand = typename A::Operand;
     const int64_t thrice = 3 * step;
@@ -231,7 +233,8 @@ ALWAYS void add_products(Vec (&sums)[M][N], const char* x, const typename A::Uni
             weight[j] = A::load(w + j * LANES);
             __builtin_prefetch(w + j * LANES + AHEAD);
         }
-        w += N * LANES;
+        __builtin_prefetch(next, 0, 2);
+        w += N * LANES, next += LANES;
         asm("" : "+r"(a), "+r"(b), "+r"(c));
 #pragma GCC unroll 16
         for (int i = BEGIN; i < END; i++) {
@@ -258,7 +261,7 @@ __attribute__((noinline)) void summed(const Tile& tile) {
     if (!tile.raw) announce<T, M, N, G>(tile);
     int terms = 0;
     bool aside = false;
-    const Unit* w = static_cast<const Unit*>(tile.weight);
+    const Unit *w = static_cast<const Unit*>(tile.weight), *next = static_cast<const Unit*>(tile.next);
     const int64_t step = tile.step * sizeof(Unit);
     for (int t = 0; t < tile.tap_count; t++) {
         const char* x = reinterpret_cast<const char*>(static_cast<const Unit*>(tile.x) + tile.taps[t]);
@@ -269,11 +272,11 @@ __attribute__((noinline)) void summed(const Tile& tile) {
                 put_aside(total, sums, !aside);
                 terms = 0, aside = true;
             }
-            if (N >= 3 && G <= 2 && edge == FIRST) add_products<A, M, N, G, 1, M>(sums, x, w, some, step);
-            else if (N >= 3 && G <= 2 && edge == LAST) add_products<A, M, N, G, 0, M - 1>(sums, x, w, some, step);
-            else add_products<A, M, N, G, 0, M>(sums, x, w, some, step);
+            if (N >= 3 && G <= 2 && edge == FIRST) add_products<A, M, N, G, 1, M>(sums, x, w, next, some, step);
+            else if (N >= 3 && G <= 2 && edge == LAST) add_products<A, M, N, G, 0, M - 1>(sums, x, w, next, some, step);
+            else add_products<A, M, N, G, 0, M>(sums, x, w, next, some, step);
             terms += some, left -= some;
-            w += some * N * LANES, x += some * G * sizeof(Unit);
+            w += some * N * LANES, next += some * LANES, x += some * G * sizeof(Unit);
         }
     }
     if (aside) take_back(total, sums);

@@ -162,6 +162,8 @@ void winograd_chunk(const Winograd& w, int64_t number, void* const* buffers, con
             const int64_t size = some / pieces + (piece < some % pieces);
             tile.x = panel + place * w.place + done * width;
             tile.y = products + place * w.product + done * row;
+            const int64_t last = own.vectors - pieces + piece;
+            tile.next = static_cast<const float*>(tile.weight) + (last < 0 ? 0 : (own.vectors + last) * w.per_group * LANES);
             kernels.by_pixels[size](tile);
             done += size;
         }
