@@ -205,18 +205,15 @@ ALWAYS void take_back(float* total, Vec (&sums)[M][N]) {
         for (int j = 0; j < N; j++, place += LANES) sums[i][j] += load(place);
 }
 
-/// Have what is read and written behind the sums brought near meanwhile.
-template <typename T, int M, int N, int G>
-ALWAYS void announce(const Tile& tile) {
+/// Have what is read and written behind the sums of a pixel brought near meanwhile.
+template <typename T, int N, int G>
+ALWAYS void announce(const Tile& tile, int i) {
     constexpr int LINE = 64 / sizeof(T);
-    const T* residual = static_cast<const T*>(tile.residual);
-    T* y = static_cast<T*>(tile.y);
-    for (int i = 0; i < M; i++, y += tile.pitch) {
-        for (int c = 0; c < N * LANES / G; c += LINE) __builtin_prefetch(y + c, 1);
-        if (!residual) continue;
-        for (int c = 0; c < N * LANES / G; c += LINE) __builtin_prefetch(residual + c);
-        residual += tile.pitch;
-    }
+    const T* residual = static_cast<const T*>(tile.residual) + i * tile.pitch;
+    const T* y = static_cast<const T*>(tile.y) + i * tile.pitch;
+    for (int c = 0; c < N * LANES / G; c += LINE) __builtin_prefetch(y + c, 1);
+    if (!tile.residual) return;
+    for (int c = 0; c < N * LANES / G; c += LINE) __builtin_prefetch(residual + c);
 }
 
 /// Add the products of so many units to the sums of the pixels from BEGIN to END.
@@ -258,8 +255,8 @@ __attribute__((noinline)) void summed(const Tile& tile) {
 #pragma GCC unroll 16
         for (int i = 0; i < M; i++) sums[i][j] = bias;
     }
-    if (!tile.raw) announce<T, M, N, G>(tile);
-    int terms = 0;
+    int terms = 0, announced = tile.raw ? M : 0;
+    const int pace = tile.residual ? tile.units * tile.tap_count / M : 0;
     bool aside = false;
     const Unit *w = static_cast<const Unit*>(tile.weight), *next = static_cast<const Unit*>(tile.next);
     const int64_t step = tile.step * sizeof(Unit);
@@ -267,7 +264,12 @@ __attribute__((noinline)) void summed(const Tile& tile) {
         const char* x = reinterpret_cast<const char*>(static_cast<const Unit*>(tile.x) + tile.taps[t]);
         const char edge = N < 3 || G > 2 || !tile.edges ? char(WITHIN) : tile.edges[t];
         for (int left = tile.units; left > 0;) {
-            const int some = left < tile.few ? left : tile.few;
+            int some = left < tile.few ? left : tile.few;
+            if (announced < M) {
+                const int until = pace < 8 ? M : announced + 1;
+                while (announced < until) announce<T, N, G>(tile, announced++);
+                if (pace >= 8 && some > pace) some = pace;
+            }
             if (terms + some > tile.few) {
                 put_aside(total, sums, !aside);
                 terms = 0, aside = true;
