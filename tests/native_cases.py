@@ -101,6 +101,7 @@ def matrix_problems() -> Iterator[ConvProblem]:
             yield conv((2, 6, 11), c, k, kernel, dilation=dilation, residual=residual, dtype=BF16)
     for size, stride, dtype in itertools.product(((1, 7, 7), (3, 7, 7), (2, 5, 9)), (1, 2), (F32, BF16)):
         yield conv(size, 776, 712, 1, stride, dtype=dtype)
+        yield conv(size, 776, 712, 1, stride, residual=True, dtype=dtype)
         yield conv(size, 776, 712, 1, stride, gate=True, residual=True, dtype=dtype)
         yield conv(size, 256, 264, 3, stride, residual=True, activation="none", dtype=dtype)
     yield conv((5, 1, 1), 776, 712, 1, dtype=BF16)

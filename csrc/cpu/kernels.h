@@ -265,20 +265,26 @@ __attribute__((noinline)) void summed(const Tile& tile) {
         const char edge = N < 3 || G > 2 || !tile.edges ? char(WITHIN) : tile.edges[t];
         for (int left = tile.units; left > 0;) {
             int some = left < tile.few ? left : tile.few;
-            if (announced < M) {
-                const int until = pace < 8 ? M : announced + 1;
-                while (announced < until) announce<T, N, G>(tile, announced++);
-                if (pace >= 8 && some > pace) some = pace;
-            }
             if (terms + some > tile.few) {
                 put_aside(total, sums, !aside);
                 terms = 0, aside = true;
             }
-            if (N >= 3 && G <= 2 && edge == FIRST) add_products<A, M, N, G, 1, M>(sums, x, w, next, some, step);
-            else if (N >= 3 && G <= 2 && edge == LAST) add_products<A, M, N, G, 0, M - 1>(sums, x, w, next, some, step);
-            else add_products<A, M, N, G, 0, M>(sums, x, w, next, some, step);
             terms += some, left -= some;
-            w += some * N * LANES, next += some * LANES, x += some * G * sizeof(Unit);
+            for (int now = some; some > 0; some -= now) {
+                now = some;
+                if (announced < M) {
+                    const int until = pace < 8 ? M : announced + 1;
+                    while (announced < until) announce<T, N, G>(tile, announced++);
+                    if (pace >= 8 && now > pace) now = pace;
+                }
+                if (N >= 3 && G <= 2 && edge == FIRST)
+                    add_products<A, M, N, G, 1, M>(sums, x, w, next, now, step);
+                else if (N >= 3 && G <= 2 && edge == LAST)
+                    add_products<A, M, N, G, 0, M - 1>(sums, x, w, next, now, step);
+                else
+                    add_products<A, M, N, G, 0, M>(sums, x, w, next, now, step);
+                w += now * N * LANES, next += now * LANES, x += now * G * sizeof(Unit);
+            }
         }
     }
     if (aside) take_back(total, sums);

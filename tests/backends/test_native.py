@@ -199,6 +199,14 @@ def test_nor_on_the_other_images_of_a_batch():
         assert torch.equal(whole[0][1:2], one[0]) and torch.equal(whole[1][1:2], one[1]), problem
 
 
+def test_nor_on_them_where_a_map_is_added():
+    for problem in [p for p in ALL if p.input_shape[0] > 1 and p.residual and not p.gate and p.input_shape[1] > 60]:
+        given = cases.operands(problem)
+        run, x, residual = native.prepare_conv(problem, given["weight"], given["bias"]), given["x"], given["residual"]
+        whole, one = (run(x, None, r, False, False) for x, r in ((x, residual), (x[1:2], residual[1:2])))
+        assert torch.equal(whole[1:2], one), problem
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("name", ["regnety_002", "regnetv_040", "resnetv2_50"])
 def test_nor_does_that_of_a_stage(name, dtype, threads):
