@@ -43,7 +43,7 @@ void conv_chunk(const Conv& conv, int64_t number, void* const* buffers, int64_t 
             for (int g = 0; g < own.groups; g++) std::fill_n(tile.sums + g * tile.apart, own.each, 0.0f);
         }
         const Kernels& kernels = kernels_of<A, T>(own.vectors, own.together);
-        const int64_t pieces = divided(row, kernels.most), size_of_tile = conv.taps * conv.units * own.vectors * LANES;
+        const int64_t pieces = divided(row, kernels.most), of_a_vector = conv.taps * conv.units * LANES;
         for (int64_t r = 0; r < rows; r++) {
             const int64_t start = conv.flat ? image * conv.pixels + first
                                             : (image * s.out_height + first + r) * s.out_width;
@@ -63,8 +63,7 @@ void conv_chunk(const Conv& conv, int64_t number, void* const* buffers, int64_t 
                     for (int t = 0; t < tile.tap_count; t++) edges[t] = conv.edge(t % across, done, done + size - 1);
                     tile.edges = edges;
                 }
-                const int64_t last = own.vectors - (rows - r) * pieces + piece;  // of so many calls as vectors
-                tile.next = weight + (last < 0 ? 0 : size_of_tile + last * conv.taps * conv.units * LANES);
+                tile.next = asked_for(weight, of_a_vector, own.vectors, (rows - r) * pieces - piece - 1);
                 tile.y = static_cast<T*>(buffers[s.y]) + y;
                 tile.residual = s.residual < 0 ? nullptr : static_cast<const T*>(buffers[s.residual]) + y;
                 kernels.by_pixels[size](tile);

@@ -209,11 +209,10 @@ ALWAYS void take_back(float* total, Vec (&sums)[M][N]) {
 template <typename T, int N, int G>
 ALWAYS void announce(const Tile& tile, int i) {
     constexpr int LINE = 64 / sizeof(T);
-    const T* residual = static_cast<const T*>(tile.residual) + i * tile.pitch;
-    const T* y = static_cast<const T*>(tile.y) + i * tile.pitch;
-    for (int c = 0; c < N * LANES / G; c += LINE) __builtin_prefetch(y + c, 1);
+    const int64_t at = i * tile.pitch;
+    for (int c = 0; c < N * LANES / G; c += LINE) __builtin_prefetch(static_cast<const T*>(tile.y) + at + c, 1);
     if (!tile.residual) return;
-    for (int c = 0; c < N * LANES / G; c += LINE) __builtin_prefetch(residual + c);
+    for (int c = 0; c < N * LANES / G; c += LINE) __builtin_prefetch(static_cast<const T*>(tile.residual) + at + c);
 }
 
 /// Add the products of so many units to the sums of the pixels from BEGIN to END.
@@ -289,6 +288,13 @@ __attribute__((noinline)) void summed(const Tile& tile) {
     }
     if (aside) take_back(total, sums);
     end<T, M, N, G>(sums, tile);
+}
+
+/// What a call asks for, with so many others `left` behind it: the last ones, as many as there are vectors, ask for one
+/// vector's weights each of those that lie behind their own, the others for nothing that is not near.
+template <typename Unit>
+const Unit* asked_for(const Unit* weight, int64_t of_a_vector, int64_t vectors, int64_t left) {
+    return left < vectors ? weight + (2 * vectors - 1 - left) * of_a_vector : weight;
 }
 
 using Kernel = void (*)(const Tile&);

@@ -157,13 +157,13 @@ void winograd_chunk(const Winograd& w, int64_t number, void* const* buffers, con
     tile.step = width, tile.taps = taps, tile.tap_count = 1, tile.units = int(w.per_group), tile.few = FEW_TERMS;
     tile.pitch = row, tile.channels = int(row), tile.groups = 1, tile.raw = true;
     for (int place = 0; place < PLACES; place++) {
-        tile.weight = static_cast<const float*>(s.weight) + own.weight + place * w.per_group * row;
+        const float* weight = static_cast<const float*>(s.weight) + own.weight + place * w.per_group * row;
+        tile.weight = weight;
         for (int64_t piece = 0, done = 0; piece < pieces; piece++) {
             const int64_t size = some / pieces + (piece < some % pieces);
             tile.x = panel + place * w.place + done * width;
             tile.y = products + place * w.product + done * row;
-            const int64_t last = own.vectors - pieces + piece;
-            tile.next = static_cast<const float*>(tile.weight) + (last < 0 ? 0 : (own.vectors + last) * w.per_group * LANES);
+            tile.next = asked_for(weight, w.per_group * LANES, own.vectors, pieces - piece - 1);
             kernels.by_pixels[size](tile);
             done += size;
         }

@@ -163,7 +163,7 @@ class Room:
             return self._piece[start : self._used]
 
 
-class Store(dict):
+class Packing(dict):
     """What was packed for the forms of a network, by key, and the room that its weights lie in."""
 
     def __init__(self) -> None:

@@ -159,7 +159,7 @@ class _Kept(NamedTuple):
     """What was made of blocks, kept with the first one's plan, as long as the others are the same."""
 
     others: list[Plan]
-    weights: native.Store
+    weights: native.Packing
     made: dict[tuple, Made]
 
 
@@ -168,7 +168,7 @@ def made(stages: Sequence[Sequence[Plan]], x: Tensor, planar: bool = False) -> M
     first, *others = (plan for plans in stages for plan in plans)
     kept = first.programs.get(len(others))
     if kept is None or not all(map(is_, kept.others, others)):
-        kept = first.programs[len(others)] = _Kept(others, native.Store(), {})
+        kept = first.programs[len(others)] = _Kept(others, native.Packing(), {})
     key = (x.shape, planar)
     found = kept.made.get(key)
     if found is None:

@@ -96,13 +96,13 @@ class Recorder:
     """
 
     def __init__(
-        self, shape: Sequence[int], dtype: torch.dtype, planar: bool = False, weights: native.Store | None = None
+        self, shape: Sequence[int], dtype: torch.dtype, planar: bool = False, weights: native.Packing | None = None
     ):
         self.steps: list[Step] = []
         self.kept: list[Any] = []
         self.sizes: dict[int, int] = {_INPUT: 0, _OUTPUT: 0}
         self.views: dict[int, View] = {}
-        self.weights = native.Store() if weights is None else weights
+        self.weights = native.Packing() if weights is None else weights
         self.input = Map(_INPUT, tuple(shape), dtype, planar=planar)
 
     def stage(self, forms: Sequence[Form], x: Map) -> Map:
@@ -439,7 +439,7 @@ class Program:
         shape: Sequence[int],
         dtype: torch.dtype,
         planar: bool = False,
-        weights: native.Store | None = None,
+        weights: native.Packing | None = None,
     ):
         recorder = Recorder(shape, dtype, planar, weights)
         x = recorder.input
