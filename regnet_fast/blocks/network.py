@@ -23,7 +23,7 @@ from .chain import Chain, current_plans, is_fused, made, told
 from .fused import FOUND, PIECES, STATE, Freezable, Fused, Plan, unfit
 from .program import Program
 from .units import Refused
-from .watch import calls_forward, hooks, not_derived, only_forwards, transformed
+from .watch import Joined, calls_forward, hooks, not_derived, only_forwards, transformed
 
 _CALLED = ("forward_features", "forward_head")
 """What the host's forward calls of the network itself, and somebody may put their own in its place."""
@@ -271,6 +271,7 @@ class _Found:
         self._each = [*zip(chain.from_iterable(links), chain.from_iterable(plans), strict=True)]
         pieces = {*network.__dict__.get(PIECES, {}).values()}
         self._looked_at = [(child, plan) for child, plan in self._each if not plan.frozen]
+        self._watch = Joined([plan for _, plan in self._looked_at])
         self._frozen = all(child in pieces for child, _ in self._looked_at)
         blocks = [child for child, _ in self._each]
         inside = {id(m) for child in blocks if child not in pieces for m in child.modules()}
@@ -332,7 +333,7 @@ class _Found:
         if [*map(_CHECKPOINTS, self._checkpointed)] != seen.checkpointing:
             return False
         block, plan = self._each[0]
-        if not block.follows(plan, x) or not all(child.follows(plan, x) for child, plan in self._looked_at):
+        if not block.follows(plan, x) or not self._watch.current():
             return False
         if not all(state.get(STATE) is derived for state, derived in zip(self._blocks, seen.derived, strict=True)):
             return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter, methodcaller
 from typing import Any
@@ -39,7 +39,8 @@ class Structure:
 
     def __init__(self, module: nn.Module):
         self._modules = list(module.modules())
-        self._states = [m.__dict__ for m in self._modules]
+        self._inner = self._modules[1:]
+        self._states, self._inner_states = [m.__dict__ for m in self._modules], [m.__dict__ for m in self._inner]
         self._children = [state["_modules"] for state in self._states if state["_modules"]]
         named = [(state, names) for state in self._states if (names := [n for n in _CONFIG if n in state])]
         self._configured, self._settings = [state for state, _ in named], [itemgetter(*names) for _, names in named]
@@ -47,8 +48,8 @@ class Structure:
         self._loose = [
             (state, name) for state in self._states for name, value in [*state.items()] if isinstance(value, Tensor)
         ]
-        self._hooks_seen, self._hooked = RemovableHandle.next_id, any(hooked(m) for m in self._modules[1:])
-        self._structure = self._read_structure()
+        self._hooks_seen, self._hooked = RemovableHandle.next_id, any(map(hooked, self._inner))
+        self._classes, self._modes, self._sizes, self._values = self._read_structure()
         self._kept_children = [dict(children) for children in self._children]
 
     def of(self, module: nn.Module) -> bool:
@@ -62,7 +63,7 @@ class Structure:
         return (
             [*map(_CLASS, self._modules)],
             [*map(_MODE, self._states)],
-            [*map(len, self._states[1:])],
+            [*map(len, self._inner_states)],
             [*map(itemgetter.__call__, self._settings, self._configured)],
         )
 
@@ -93,10 +94,19 @@ class Structure:
         """Whether everything is as it was."""
         if RemovableHandle.next_id != self._hooks_seen or self._hooked:
             seen = RemovableHandle.next_id
-            if any(hooked(m) for m in self._modules[1:]) != self._hooked:
+            if any(map(hooked, self._inner)) != self._hooked:
                 return False
             self._hooks_seen = seen
-        return self._children == self._kept_children and self._read_structure() == self._structure
+        structure = self._classes, self._modes, self._sizes, self._values
+        return self._children == self._kept_children and self._read_structure() == structure
+
+
+_LISTS = (
+    *("_modules", "_inner", "_states", "_inner_states", "_children", "_kept_children", "_configured", "_settings"),
+    *("_classes", "_modes", "_sizes", "_values"),
+    *("_tables", "_loose", "_held", "tensors", "_matrices", "_versions", "_pointers", "_strides", "_probes", "_probed"),
+)
+"""What a `Watch` reads and compares, item by item."""
 
 
 class Watch(Structure):
@@ -126,8 +136,9 @@ class Watch(Structure):
         self._matrices = [t for t in self.tensors if t.dim() > 1]
         self._memory = [t.detach() for t in self.tensors]  # as long as it is held no other tensor can be put there
         self._versions, self._pointers, self._strides = self._read_memory()
-        self._probe = _largest(max((t for t in self._memory if t.dim() > 1), key=Tensor.numel, default=None))
-        self._probed = None if self._probe is None else self._probe.item()
+        probe = _largest(max((t for t in self._memory if t.dim() > 1), key=Tensor.numel, default=None))
+        self._probes = [] if probe is None else [probe]
+        self._probed = [*map(Tensor.item, self._probes)]
         self.storages = frozenset(map(_storage, self.tensors))
         _STEPS.watch(self)
 
@@ -154,8 +165,22 @@ class Watch(Structure):
         return (
             [*map(_POINTER, self.tensors)] == self._pointers
             and [*map(_STRIDE, self._matrices)] == self._strides
-            and (self._probe is None or self._probe.item() == self._probed)
+            and [*map(Tensor.item, self._probes)] == self._probed
         )
+
+
+class Joined(Watch):
+    """Watches as one, current where all of them are: long lists are read in half the time of many short ones. Nobody
+    listened to what they watch when they were made.
+    """
+
+    def __init__(self, watches: Sequence[Watch]):
+        for name in _LISTS:
+            setattr(self, name, [*chain.from_iterable(getattr(watch, name) for watch in watches)])
+        self._hooks_seen, self._hooked = min((w._hooks_seen for w in watches), default=0), False
+        self.storages = frozenset().union(*(watch.storages for watch in watches))
+        self.stepped = any(watch.stepped for watch in watches)
+        _STEPS.watch(self)
 
 
 def _largest(t: Tensor | None) -> Tensor | None:
