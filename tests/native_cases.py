@@ -228,12 +228,16 @@ def largest_cases() -> Iterator[tuple]:
 
 
 def largest(size, channels: int, window, dtype: torch.dtype, value: float | None) -> tuple[Tensor, Tensor]:
-    """A max pool of negative numbers and what it has to be; every fifth pixel is `value`, and all of one channel."""
+    """A max pool of negative numbers and what it has to be; every fifth pixel is `value`, and all of one channel. What is
+    no number stands beside infinities.
+    """
     torch.manual_seed(0)
     n, h, w = size
     x = -maps((n, channels, h, w), dtype).abs()
     if value is not None:
-        x.permute(0, 2, 3, 1).reshape(-1, channels)[::5] = value  # a view of memory in channels_last
+        pixels = x.permute(0, 2, 3, 1).reshape(-1, channels)  # a view of memory in channels_last
+        pixels[1::3] = INFINITE if value is NAN else pixels[1::3]
+        pixels[::5] = value
         x[:, -1] = value
     expected = F.max_pool2d(x.double(), *window).to(dtype)
     step = native.window_step(native.LARGEST, x.shape, expected.shape, dtype, window, 0, 1)

@@ -114,7 +114,7 @@ ALWAYS void end_vector(const Vec (&sums)[M][N], int j, Vec least, const Tile& ti
         Vec z = one_by_one<G>(sums[i][j]);
         const int64_t at = i * tile.pitch;
         if (tile.residual) z += WHOLE ? gathered<G>(residual + at, tile.apart) : load(residual + at, count);
-        z = z < least ? least : z;
+        z = at_least(least, z);
         total += z;
         if (WHOLE) scatter<G>(y + at, tile.apart, z);
         else store(y + at, z, count);

@@ -100,6 +100,7 @@ struct Waiting {
     int count;          // of registers
     int channels, row;  // that are there; sums of a position
     int64_t period, width, pitch;
+    int64_t ahead;  // of a result: what is brought into the second cache when it is written
     const float* bias;
     float* total;  // that the results are added to by channels, or null
     using Some = void (*)(Waiting&, Positions&, int64_t);
@@ -113,7 +114,33 @@ struct Waiting {
     }
 };
 
-/// y = activation(sums + bias + residual) of some positions, of which those on the border are left out.
+/// y = activation(sums + bias + residual) of some pixels, all channels of which are there or not.
+template <int ACTIVATION, bool ADDED, bool TOTAL, int VECTORS, bool WHOLE>
+ALWAYS void finish_pixels(const Waiting& w, Waiting::Positions& p, int64_t count, const int (&own)[VECTORS],
+                          const Vec (&bias)[VECTORS], Vec (&totals)[VECTORS]) {
+    const int64_t row = w.row, pitch = w.pitch;
+    const float* sums = p.sums;
+    const Bf16* residual = p.residual;
+    Bf16* y = p.y;
+    for (int64_t k = 0; k < count; k++, sums += row, y += pitch) {
+        asm("" : "+r"(y));  // an address of its own, which is faster than one made of that of the residual
+        Vec z[VECTORS];
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; j++) {
+            z[j] = bias[j] + load(sums + j * LANES);
+            if (ADDED) z[j] += WHOLE ? load(residual + j * LANES) : load(residual + j * LANES, own[j]);
+            z[j] = activate<Bf16>(z[j], ACTIVATION);
+            if (TOTAL) totals[j] += z[j];
+            if (WHOLE && j % 2) store(y + (j - 1) * LANES, z[j - 1], z[j]);
+            else if (!WHOLE || VECTORS == 1) store(y + j * LANES, z[j], own[j]);
+        }
+        __builtin_prefetch(y + w.ahead, 0, 2);
+        if (ADDED) residual += pitch;
+    }
+    p.y = y, p.residual = residual;
+}
+
+/// The same of some positions, of which those on the border are left out.
 template <int ACTIVATION, bool ADDED, bool TOTAL, int VECTORS>
 __attribute__((noinline)) void finish_positions(Waiting& w, Waiting::Positions& p, int64_t count) {
     int own[VECTORS];
@@ -123,27 +150,15 @@ __attribute__((noinline)) void finish_positions(Waiting& w, Waiting::Positions& 
         bias[j] = load(w.bias + j * LANES);
         if (TOTAL) totals[j] = load(w.total + j * LANES, own[j]);
     }
-    const int64_t width = w.width, period = w.period, pitch = w.pitch, row = w.row;
-    const float* sums = p.sums;
-    const Bf16* residual = p.residual;
-    Bf16* y = p.y;
-    int64_t column = p.column;
-    for (int64_t k = 0; k < count; k++, sums += row) {
-        if (column < width) {
-#pragma GCC unroll 8
-            for (int j = 0; j < VECTORS; j++) {
-                Vec z = bias[j] + load(sums + j * LANES);
-                if (ADDED) z += load(residual + j * LANES, own[j]);
-                z = activate<Bf16>(z, ACTIVATION);
-                if (TOTAL) totals[j] += z;
-                store(y + j * LANES, z, own[j]);
-            }
-            y += pitch;
-            if (ADDED) residual += pitch;
-        }
-        if (++column == period) column = 0;
+    p.left -= count;
+    while (count > 0) {
+        const bool pixels = p.column < w.width, whole = own[VECTORS - 1] == LANES;
+        const int64_t some = std::min(count, (pixels ? w.width : w.period) - p.column);
+        if (pixels && whole) finish_pixels<ACTIVATION, ADDED, TOTAL, VECTORS, true>(w, p, some, own, bias, totals);
+        if (pixels && !whole) finish_pixels<ACTIVATION, ADDED, TOTAL, VECTORS, false>(w, p, some, own, bias, totals);
+        p.sums += some * w.row, p.column += some, count -= some;
+        if (p.column == w.period) p.column = 0;
     }
-    p.left -= count, p.sums = sums, p.y = y, p.residual = residual, p.column = column;
     for (int j = 0; TOTAL && j < VECTORS; j++) store(w.total + j * LANES, totals[j], own[j]);
 }
 
@@ -200,33 +215,39 @@ void matrix_group(const Matrix& m, const Chunk& chunk, const Lines& lines, int64
     const int64_t rows = divided(pieces, 2), columns = divided(end - begin, 2);
     Waiting waiting = {};
     waiting.period = lines.period, waiting.width = lines.width, waiting.pitch = s.out_channels;
-    for (int64_t number = 0; number < rows * columns; number++) {
-        const int64_t row = m.weights_first() ? number % rows : number / columns;
-        const int64_t first = begin + 2 * (m.weights_first() ? number / rows : number % columns);
+    waiting.ahead = m.segments.size() <= FEW_SEGMENTS ? 2 * SIDE * s.out_channels : 0;
+    Piece found[2], next = {};
+    for (int64_t number = 0, row = 0, first = begin; number < rows * columns; number++) {
         const int64_t channel = group * m.out + first * SIDE;
-        const bool two = first + 1 < end, both = 2 * row + 1 < pieces;
-        const Piece found[] = {lines.piece(2 * row), lines.piece(2 * row + both)};
-        const char* from[2];
-        for (int i = 0; i < 2; i++) from[i] = x + found[i].line * lines.down + found[i].at * m.hop();
+        const int count = 2 * row + 1 < pieces ? 2 : 1;
+        const bool two = first + 1 < end;
+        const char* from[2] = {};
+        if (m.weights_first() || first == begin)
+            for (int i = 0; i < count; i++, next = lines.behind(next)) found[i] = next;
+        for (int i = 0; i < count; i++) from[i] = x + found[i].line * lines.down + lines.at(found[i]) * m.hop();
         if (m.many) announce(m, first, row, rows);
         const Bf16* weight = static_cast<const Bf16*>(s.weight) + (group * m.tiles + first) * m.tile_size();
-        if (two) (both ? matrix_sums<2, 2> : matrix_sums<1, 2>)(m, from[0], from[1], weight, sums, waiting);
-        else (both ? matrix_sums<2, 1> : matrix_sums<1, 1>)(m, from[0], from[1], weight, sums, waiting);
-        waiting.count = both ? 2 : 1, waiting.row = two ? 2 * SIDE : SIDE;
+        if (two) (count == 2 ? matrix_sums<2, 2> : matrix_sums<1, 2>)(m, from[0], from[1], weight, sums, waiting);
+        else (count == 2 ? matrix_sums<2, 1> : matrix_sums<1, 1>)(m, from[0], from[1], weight, sums, waiting);
+        waiting.count = count, waiting.row = two ? 2 * SIDE : SIDE;
         waiting.channels = int(std::min<int64_t>(waiting.row, m.out - first * SIDE));
         waiting.bias = s.bias + channel, waiting.total = tile.sums ? tile.sums + channel : nullptr;
         waiting.some = two ? finishing<ACTIVATION, 2 * SIDE / LANES>(tile.residual, tile.sums)
                            : finishing<ACTIVATION, SIDE / LANES>(tile.residual, tile.sums);
         for (int i = 0; i < waiting.count; i++) {
             const Piece& piece = found[i];
-            const int64_t down = piece.line + piece.start / lines.period, column = piece.start % lines.period;
-            const int64_t pixel = lines.pixel + down * lines.width + std::min(column, lines.width);
+            const int64_t pixel = lines.pixel + piece.down * lines.width + std::min(piece.column, lines.width);
             const int64_t y = pixel * s.out_channels + channel;
             Waiting::Positions& p = waiting.positions[i];
-            p.left = std::min(lines.side, lines.positions - piece.start), p.column = column;
-            p.sums = sums + (i * SIDE + piece.start - piece.at) * waiting.row;
+            p.left = std::min(lines.side, lines.positions - piece.start), p.column = piece.column;
+            p.sums = sums + (i * SIDE + piece.start - lines.at(piece)) * waiting.row;
             p.y = static_cast<Bf16*>(tile.y) + y;
             p.residual = tile.residual ? static_cast<const Bf16*>(tile.residual) + y : nullptr;
+        }
+        if (m.weights_first()) {
+            if (++row == rows) row = 0, first += 2, next = {};
+        } else if ((first += 2) >= end) {
+            first = begin, row++;
         }
     }
     waiting.finish(2 * SIDE);
@@ -280,7 +301,7 @@ inline void pack_matrix(const Matrix& m, const float* weight, Bf16* packed, int 
             for (int64_t n = first * SIDE; n < (first + some) * SIDE; n += SIDE)
                 for (int64_t i = 0; i < m.depth * SIDE; i++, to++) {
                     const int64_t k = n + i / 2 % SIDE, term = segment.term + i / (2 * SIDE) * 2 + i % 2;
-                    const int64_t t = segment.row * s.kernel[1] + term / m.pitch, c = term % m.pitch;
+                    const int64_t t = segment.row * s.kernel[1] + term / m.terms, c = term % m.terms;
                     const bool there = k < m.out && c < m.per_group;
                     put(to, there ? weight[((group * m.out + k) * m.per_group + c) * taps + t] : 0.0f);
                 }

@@ -24,6 +24,8 @@ constexpr double UNIT_PRODUCTS = 16, RESULT = 12, BROUGHT = 4, WEIGHT = 4;
 constexpr int64_t LEAST_POSITIONS = 64;      // of a band
 constexpr int64_t LEAST_ROWS = 6;            // since those beside them are brought into place for a band as well
 constexpr int64_t LEAST_WIDE = 32;           // channels of the groups that are brought into place together
+constexpr int64_t CROWDED = 128;             // numbers from pixel to pixel, multiples of which share few sets of a cache
+constexpr size_t FEW_SEGMENTS = 4;           // in whose time the next results are not near by themselves
 constexpr double MORE_SEGMENTS = 1.25;       // that are worth reading a map where it lies, or from where lines begin
 
 /// Terms that are neighbours in a row of the kernel, from one on.
@@ -33,7 +35,8 @@ struct Segment {
 
 /// A register of positions of a line.
 struct Piece {
-    int64_t line, start, at;  // its first position that counts, and its first one
+    int64_t line, start;   // its first position that counts
+    int64_t down, column;  // where that one is: how many periods before it, and in its own
 };
 
 /// The positions of a chunk. Those of a line follow each other at one distance; of each period the first are pixels.
@@ -43,16 +46,22 @@ struct Lines {
     int64_t down;          // bytes from a line's input to the next one's
     int64_t pixel;         // the first one of the result
 
-    Piece piece(int64_t number) const {
-        const int64_t start = number % pieces * side;
-        return {number / pieces, start, std::min(start, positions - side)};
+    /// The first position of a piece, from which on its register is read.
+    int64_t at(const Piece& piece) const { return std::min(piece.start, positions - side); }
+
+    Piece behind(Piece piece) const {
+        piece.start += side, piece.column += side;
+        if (piece.start >= positions) return {piece.line + 1, 0, piece.down + 1, 0};
+        while (piece.column >= period) piece.column -= period, piece.down++;
+        return piece;
     }
 };
 
 struct Matrix {
     Step step;
     int64_t per_group, out, tiles;       // channels of a group, its output channels and their registers
-    int64_t pitch;                       // numbers of a pixel of a group as it is read, at least its channels
+    int64_t terms;                       // numbers of a pixel of a group that are summed, at least its channels
+    int64_t pitch;                       // from such a pixel to the next one, as they are read
     int64_t depth;                       // terms of a segment
     std::vector<Segment> segments;       // in the order in which they are summed
     std::vector<int64_t> reads;          // where each is read, in bytes from a position's first number
@@ -90,16 +99,18 @@ struct Matrix {
         for (int64_t width = exact; width <= aligned; width += 2)
             if (count(width) < count(best)) best = width;
         const auto few = [&](int64_t width) { return double(count(width)) <= MORE_SEGMENTS * double(count(best)); };
-        pitch = flat && !grouped() && few(exact) ? exact : few(aligned) ? aligned : best;
-        depth = merged * pitch / count(pitch);
-        for (int64_t term = 0; term < step.kernel[1] * pitch; term += depth)
+        terms = flat && !grouped() && few(exact) ? exact : few(aligned) ? aligned : best;
+        depth = merged * terms / count(terms), pitch = terms;
+        for (int64_t term = 0; term < step.kernel[1] * terms; term += depth)
             for (int64_t row = 0; row < step.kernel[0]; row++) segments.push_back({row, term});
-        if (pitch % depth == 0)  // what one tap reads is in the first cache when its neighbours read it
+        if (terms % depth == 0) {  // what one tap reads is in the first cache when its neighbours read it
             std::stable_sort(segments.begin(), segments.end(),
-                             [&](const Segment& a, const Segment& b) { return a.term % pitch < b.term % pitch; });
+                             [&](const Segment& a, const Segment& b) { return a.term % terms < b.term % terms; });
+            if (!flat && terms % CROWDED == 0) pitch += 2 * SIDE;  // a line
+        }
         for (const Segment& one : segments) {
-            const int64_t right = one.term / pitch * step.dilation[1], pixel = one.row * step.dilation[0] * panel_width;
-            reads.push_back(2 * ((pixel + right) * pitch + one.term % pitch));
+            const int64_t right = one.term / terms * step.dilation[1], pixel = one.row * step.dilation[0] * panel_width;
+            reads.push_back(2 * ((pixel + right) * pitch + one.term % terms));
         }
     }
 

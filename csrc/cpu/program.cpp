@@ -66,33 +66,47 @@ void affine_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t ba
     }
 }
 
-/// y[p] = the largest x in the window of p, NaN where there is one; or the mean of those that are in the image.
+/// The largest of a vector's numbers in some rows and columns, NaN where there is one; or their sum.
+template <typename T, bool SUM>
+ALWAYS Vec of_window(const T* x, int64_t rows, int64_t down, int64_t columns, int64_t across, int count) {
+    Vec found = all(SUM ? 0.0f : -std::numeric_limits<float>::infinity()), odd = {};
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < columns; j++) {
+            const Vec z = load(x + i * down + j * across, count);
+            if (SUM) found += z;
+            else found = at_least(found, z), odd += z * 0.0f;
+        }
+    if (SUM || none(odd != odd)) return found;
+    for (int64_t i = 0; i < rows; i++)  // infinities, or what is no number: what came behind it took its place
+        for (int64_t j = 0; j < columns; j++) {
+            const Vec z = load(x + i * down + j * across, count);
+            found = z != z ? z : found;
+        }
+    return found;
+}
+
+/// Of y = the largest x in the window of each pixel, or the mean of those that are in the image, some pixels.
 template <typename T, bool MEAN>
 void window_chunk(const Step& s, void* const* buffers, int64_t chunk, int64_t bands, int64_t band) {
     const int64_t image = chunk / bands, first = chunk % bands * band, pixels = s.out_height * s.out_width;
-    const int64_t end = std::min(first + band, pixels);
+    const int64_t end = std::min(first + band, pixels), whole = s.channels / LANES * LANES;
     const T* x = static_cast<const T*>(buffers[s.x]) + image * s.height * s.width * s.channels;
     T* y = static_cast<T*>(buffers[s.y]) + image * pixels * s.channels;
+    const int64_t down = s.dilation[0] * s.width * s.channels, across = s.dilation[1] * s.channels;
+    const auto inside = [&](int dim, int64_t at, int64_t size) {  // which of the window's rows or columns are
+        const int64_t begin = at * s.stride[dim] - s.padding[dim], apart = s.dilation[dim];
+        const int64_t out = begin < 0 ? divided(-begin, apart) : 0;
+        return Rows{begin + out * apart, std::min(s.kernel[dim], begin < size ? divided(size - begin, apart) : 0) - out};
+    };
     for (int64_t p = first; p < end; p++) {
-        const int64_t top = p / s.out_width * s.stride[0] - s.padding[0];
-        const int64_t left = p % s.out_width * s.stride[1] - s.padding[1];
-        for (int64_t c = 0; c < s.channels; c += LANES) {
-            const int count = int(std::min<int64_t>(LANES, s.channels - c));
-            Vec found = all(MEAN ? 0.0f : -std::numeric_limits<float>::infinity());
-            int inside = 0;
-            for (int64_t i = 0; i < s.kernel[0]; i++) {
-                const int64_t row = top + i * s.dilation[0];
-                if (row < 0 || row >= s.height) continue;
-                for (int64_t j = 0; j < s.kernel[1]; j++) {
-                    const int64_t column = left + j * s.dilation[1];
-                    if (column < 0 || column >= s.width) continue;
-                    const Vec z = load(x + (row * s.width + column) * s.channels + c, count);
-                    if (MEAN) found += z, inside++;
-                    else found = (z > found) | (z != z) ? z : found;
-                }
-            }
-            store(y + p * s.channels + c, MEAN ? found / float(inside) : found, count);
-        }
+        const Rows rows = inside(0, p / s.out_width, s.height), columns = inside(1, p % s.out_width, s.width);
+        const T* from = x + (rows.first * s.width + columns.first) * s.channels;
+        const auto put = [&](int64_t c, int count) {
+            const Vec found = of_window<T, MEAN>(from + c, rows.count, down, columns.count, across, count);
+            store(y + p * s.channels + c, MEAN ? found / float(rows.count * columns.count) : found, count);
+        };
+        for (int64_t c = 0; c < whole; c += LANES) put(c, LANES);
+        if (whole < s.channels) put(whole, int(s.channels - whole));
     }
 }
 

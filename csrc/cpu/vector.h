@@ -80,6 +80,15 @@ ALWAYS void store(Bf16* p, Vec v) {
 #endif
 }
 
+/// Two vectors, one behind the other.
+ALWAYS void store(Bf16* p, Vec first, Vec second) {
+#if defined(__AVX512BF16__)
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+#else
+    store(p, first), store(p + LANES, second);
+#endif
+}
+
 /// Copy fewer than 16 numbers.
 template <typename T>
 ALWAYS void copy_few(T* to, const T* from, int count) {
@@ -290,8 +299,33 @@ ALWAYS Vec logistic(Vec x) {
 
 enum Activation { NONE, RELU, SILU, SIGMOID, RELU6, HARD_SWISH, HARD_SIGMOID, LEAKY_RELU };
 
+/// z, where it is not below `least`: what is no number stays none, and -0 is not below 0.
+ALWAYS Vec at_least(Vec least, Vec z) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_max_ps((__m512)least, (__m512)z);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_max_ps((__m256)least, (__m256)z);
+#else
+    return z < least ? least : z;
+#endif
+}
+
+/// Whether no lane is true.
+ALWAYS bool none(Ints lanes) {
+#if defined(__AVX512F__)
+    return !_mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes);
+#else
+    int32_t any = 0;
+    for (int l = 0; l < LANES; l++) any |= lanes[l];
+    return !any;
+#endif
+}
+
 /// What is no number stays none.
-ALWAYS Vec between(Vec z, float least, float most) { return z < least ? all(least) : z > most ? all(most) : z; }
+ALWAYS Vec between(Vec z, float least, float most) {
+    z = at_least(all(least), z);
+    return z > most ? all(most) : z;
+}
 
 /// z / 6, rounded once: a product with the sixth alone would make all results of many layers larger by its own error.
 ALWAYS Vec sixth(Vec z) {
@@ -304,7 +338,7 @@ template <typename T>
 ALWAYS Vec activate(Vec z, int activation) {
     switch (activation) {
         case RELU:
-            return z < 0.0f ? Vec{} : z;
+            return at_least(Vec{}, z);
         case SILU:
             return z * logistic<T>(z);
         case SIGMOID:
