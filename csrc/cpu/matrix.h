@@ -100,7 +100,8 @@ struct Waiting {
     int count;          // of registers
     int channels, row;  // that are there; sums of a position
     int64_t period, width, pitch;
-    int64_t ahead;  // of a result: what is brought into the second cache when it is written
+    int64_t ahead;  // from a result to what is brought into the second cache when it is written
+    Asked* asked;
     const float* bias;
     float* total;  // that the results are added to by channels, or null
     using Some = void (*)(Waiting&, Positions&, int64_t);
@@ -188,6 +189,7 @@ __attribute__((noinline)) void matrix_sums(const Matrix& m, const char* a, const
         if constexpr (M == 2) tile_product<2, 5, 6>();
         if constexpr (M == 2 && N == 2) tile_product<3, 5, 7>();
         weight += N * size;
+        waiting.asked->two_lines();
         waiting.finish(some);
     }
     tile_store<0>(sums, 4 * ROW);
@@ -208,12 +210,13 @@ inline void announce(const Matrix& m, int64_t tile, int64_t part, int64_t parts)
 /// other.
 template <int ACTIVATION>
 void matrix_group(const Matrix& m, const Chunk& chunk, const Lines& lines, int64_t group, const char* x,
-                  const Tile& tile) {
+                  const Tile& tile, Asked& asked) {
     alignas(64) float sums[2 * SIDE * 2 * SIDE];
     const Step& s = m.step;
     const int64_t begin = m.first_tile(chunk), end = m.end_tile(chunk), pieces = lines.count * lines.pieces;
     const int64_t rows = divided(pieces, 2), columns = divided(end - begin, 2);
     Waiting waiting = {};
+    waiting.asked = &asked;
     waiting.period = lines.period, waiting.width = lines.width, waiting.pitch = s.out_channels;
     waiting.ahead = m.segments.size() <= FEW_SEGMENTS ? 2 * SIDE * s.out_channels : 0;
     Piece found[2], next = {};
@@ -279,7 +282,8 @@ inline void matrix_chunk(const Matrix& m, int64_t number, void* const* buffers, 
     const Registers registers(Shapes(int(lines.side), int(m.depth)));
     with_activation(int(s.activation), [&](auto known) {
         for (int64_t g = 0; g < groups; g++)
-            matrix_group<decltype(known)::value>(m, chunk, lines, group + g, x + g * 2 * m.group_panel(), tile);
+            matrix_group<decltype(known)::value>(m, chunk, lines, group + g, x + g * 2 * m.group_panel(), tile,
+                                                 scratch.asked);
     });
 }
 

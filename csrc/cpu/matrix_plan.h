@@ -10,6 +10,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "amx.h"
@@ -25,6 +26,7 @@ constexpr int64_t LEAST_POSITIONS = 64;      // of a band
 constexpr int64_t LEAST_ROWS = 6;            // since those beside them are brought into place for a band as well
 constexpr int64_t LEAST_WIDE = 32;           // channels of the groups that are brought into place together
 constexpr int64_t CROWDED = 128;             // numbers from pixel to pixel, multiples of which share few sets of a cache
+constexpr int64_t MOST_ASKED = 1 << 20;      // bytes of weights that are brought into the second cache ahead
 constexpr size_t FEW_SEGMENTS = 4;           // in whose time the next results are not near by themselves
 constexpr double MORE_SEGMENTS = 1.25;       // that are worth reading a map where it lies, or from where lines begin
 
@@ -190,6 +192,12 @@ struct Matrix {
     /// Numbers of the weights of a register of output channels, and of all.
     int64_t tile_size() const { return int64_t(segments.size()) * depth * SIDE; }
     int64_t size() const { return step.groups * tiles * tile_size(); }
+
+    /// The bytes of weights that a thread begins with.
+    std::pair<int64_t, int64_t> first_weights(int thread, int threads) const {
+        const int64_t all = 2 * size(), begin = many ? all * thread / threads / 64 * 64 : 0;
+        return {begin, std::min(begin + MOST_ASKED, many ? all * (thread + 1) / threads : all)};
+    }
 
     int64_t chunks() const { return images * bands * blocks; }
 

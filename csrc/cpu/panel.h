@@ -11,10 +11,22 @@
 
 namespace {
 
+/// Weights of the step behind this one that are yet to be brought into the second cache.
+struct Asked {
+    const char *next, *end;
+
+    ALWAYS void two_lines() {
+        if (next >= end) return;
+        __builtin_prefetch(next, 0, 2), __builtin_prefetch(next + 64, 0, 2);
+        next += 128;
+    }
+};
+
 /// What a thread holds: the input of some rows, or pixels, brought into place.
 struct Scratch {
     char* panel;
     int64_t step = -1, image = -1, slice = -1, begin = 0, end = 0;
+    Asked asked = {};
 };
 
 /// Some channels of a pixel as they are read: x * gate * scale + shift with the activation before, as a Stored.

@@ -169,6 +169,13 @@ struct Work {
 
     int64_t panel() const { return winograd ? winograd->panel : matrix ? matrix->panel : conv ? conv->panel : 0; }
 
+    /// What a thread will ask for first, where the step before has the time to bring it near.
+    Asked asked(int thread, int threads) const {
+        if (!matrix) return {};
+        const auto [begin, end] = matrix->first_weights(thread, threads);
+        return {static_cast<const char*>(step.weight) + begin, static_cast<const char*>(step.weight) + end};
+    }
+
     void run(int64_t number, void* const* buffers, int64_t chunk, Scratch& scratch) const {
         if (step.kind == MEANS) {
             means_chunk(step, buffers, chunk);
@@ -238,6 +245,7 @@ void run_steps(const Program& program, void* const* buffers, char* memory, int t
     Scratch scratch{memory + thread * program.scratch};
     for (size_t i = 0; i < program.steps.size(); i++) {
         const Work& work = program.steps[i];
+        scratch.asked = i + 1 < program.steps.size() ? program.steps[i + 1].asked(thread, threads) : Asked{};
         for (int other = 0; other < threads; other++) {
             const int owner = (thread + other) % threads;
             const int64_t end = work.chunks * (owner + 1) / threads, start = work.chunks * owner / threads;
