@@ -22,6 +22,9 @@ namespace {
 // of one, and the time of a result, of a number that is brought into place and of a weight.
 constexpr double UNIT_PRODUCTS = 16, RESULT = 12, BROUGHT = 4, WEIGHT = 4;
 
+constexpr double SMALLEST_CHUNK = 1e5, LARGEST_CHUNK = 2e6;
+constexpr int64_t SHARES = 2;         // of a step for each thread, at least, and
+constexpr double SHARES_OF_SUMS = 8;  // of an image where results are summed by bands, for any number of threads
 constexpr int64_t LEAST_POSITIONS = 64;      // of a band
 constexpr int64_t LEAST_ROWS = 6;            // since those beside them are brought into place for a band as well
 constexpr int64_t LEAST_WIDE = 32;           // channels of the groups that are brought into place together
@@ -73,7 +76,8 @@ struct Matrix {
     bool many;                           // weights there are
     int64_t panel_width, panel;          // pixels of a row, bytes
 
-    explicit Matrix(const Step& given) : step(given) {
+    /// To be computed by so many threads, on which neither the layout of the weights nor the bands of sums depend.
+    explicit Matrix(const Step& given, int threads = 1) : step(given) {
         per_group = step.channels / step.groups, out = step.out_channels / step.groups, tiles = divided(out, SIDE);
         flat = step.kernel[0] == 1 && step.kernel[1] == 1 && !step.padding[0] && !step.padding[1];
         running = step.stride[0] == 1 && step.stride[1] == 1;
@@ -84,7 +88,7 @@ struct Matrix {
         const bool by_image = read || !running || step.sums >= 0 || !flat;  // else as one long image
         images = by_image ? step.images : 1;
         pixels = step.out_height * step.out_width * (by_image ? 1 : step.images);
-        cut();
+        cut(threads);
     }
 
     bool grouped() const { return step.groups > 1; }
@@ -125,7 +129,7 @@ struct Matrix {
 
     /// Into chunks: into bands first, so that a thread finds in its own cache what it has computed in the step before.
     /// Many weights are cut instead, so that each is read by one thread, for all images.
-    void cut() {
+    void cut(int threads) {
         const int64_t rows = band_rows(), row = flat ? 1 : step.out_width;
         const int64_t units = grouped() ? step.groups : divided(tiles, 2);
         const int64_t together = grouped() ? divided(LEAST_WIDE, per_group) : 1;
@@ -133,7 +137,9 @@ struct Matrix {
         const double read = direct ? 0 : BROUGHT * double(step.channels * step.stride[0] * step.stride[1]);
         const double work = double(rows * row) * ((products + RESULT) * double(step.out_channels) + read) +
                             WEIGHT * double(size());
-        const int64_t most = std::max<int64_t>(1, int64_t(work / chunk_of(work) + 0.5));  // chunks of an image
+        const double shares = step.sums >= 0 ? SHARES_OF_SUMS : double(SHARES * threads) / double(images);
+        const double chunks = std::min(std::max(shares, work / LARGEST_CHUNK), work / SMALLEST_CHUNK);  // of an image
+        const int64_t most = std::max<int64_t>(1, int64_t(chunks + 0.5));
         many = size() > MANY_WEIGHTS && !grouped();
         const int64_t least =
             flat ? LEAST_POSITIONS : std::max(step.kernel[0] > 1 ? LEAST_ROWS : 1, divided(2 * SIDE, row));

@@ -140,7 +140,7 @@ struct Work {
     std::unique_ptr<Matrix> matrix;
     int64_t chunks = 0, bands = 1, band = 0;
 
-    explicit Work(const Step& given) : step(given) {
+    Work(const Step& given, int threads) : step(given) {
         if (step.kind == CONV && step.way == WINOGRAD) {
             winograd.reset(new Winograd(step));
             chunks = winograd->chunks();
@@ -148,7 +148,7 @@ struct Work {
             depthwise.reset(new Depthwise(step));
             chunks = depthwise->chunks();
         } else if (step.kind == CONV && step.way == MATRIX) {
-            matrix.reset(new Matrix(step));
+            matrix.reset(new Matrix(step, threads));
             chunks = matrix->chunks();
         } else if (step.kind == CONV) {
             conv.reset(new Conv(step));
@@ -311,12 +311,12 @@ int64_t bands_of(const Step* step) {
                                     : Conv(*step).bands;
 }
 
-/// A program of steps, or null where there is no memory for it.
-void* new_program(const Step* steps, int64_t count) {
+/// A program of steps, cut for so many threads, or null where there is no memory for it.
+void* new_program(const Step* steps, int64_t count, int threads) {
     try {
         std::unique_ptr<Program> made(new Program);
         for (int64_t i = 0; i < count; i++) {
-            made->steps.emplace_back(steps[i]);
+            made->steps.emplace_back(steps[i], threads);
             made->scratch = std::max(made->scratch, divided(made->steps.back().panel(), 4096) * 4096);
         }
         return made.release();

@@ -80,7 +80,7 @@ _PROGRAM = {
     "packed_size": (POINTER(Step),),
     "pack_weight": (POINTER(Step), c_void_p, c_void_p, c_int),
     "bands_of": (POINTER(Step),),
-    "new_program": (POINTER(Step), c_int64),
+    "new_program": (POINTER(Step), c_int64, c_int),
     "free_program": (c_void_p,),
     "scratch_size": (c_void_p,),
     "run_program": (c_void_p, POINTER(c_void_p), c_void_p, c_int, CHECK, POINTER(c_double)),

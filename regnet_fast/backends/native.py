@@ -204,7 +204,7 @@ class Program:
         self.steps = steps
         self._keep, self._lib, self._places, self._size = keep, _library(), places, size
         self._given = [(i, place.given, place.offset) for i, place in enumerate(places) if place.given is not None]
-        self._handle = self._lib.new_program((Step * len(steps))(*steps), len(steps))
+        self._handle = self._lib.new_program((Step * len(steps))(*steps), len(steps), torch.get_num_threads())
         if not self._handle:
             raise MemoryError("There is no memory for a program of csrc/cpu.")
         weakref.finalize(self, self._lib.free_program, self._handle)
