@@ -105,6 +105,9 @@ def matrix_problems() -> Iterator[ConvProblem]:
         yield conv(size, 776, 712, 1, stride, gate=True, residual=True, dtype=dtype)
         yield conv(size, 256, 264, 3, stride, residual=True, activation="none", dtype=dtype)
     yield conv((5, 1, 1), 776, 712, 1, dtype=BF16)
+    for c, groups, stride, dilation in itertools.product((128, 384), (1, 2), (1, 2), (1, 2)):
+        yield conv((2, 9, 12), c * groups, c * groups, 3, stride, groups, dilation=dilation, dtype=BF16)
+        yield conv((2, 9, 12), c * groups, 40 * groups, 3, stride, groups, gate=True, residual=True, dtype=BF16)
     for size, c, stride, dtype in itertools.product(((2, 9, 20), (1, 33, 5)), (32, 144), (1, 2), (F32, BF16)):
         for kernel, residual in ((1, False), (3, True)):
             yield conv(size, c, c, kernel, stride, 2, gate=True, residual=residual, dtype=dtype)
@@ -159,6 +162,16 @@ def computed(p: ConvProblem) -> tuple[Tensor, Tensor | None, float]:
     if run.any_layout:
         near = max(near, error(run(given["x"].contiguous(), None, None, False, False), expected, p.dtype))
     return y, means, max(near, error(means, expected.mean((2, 3)), p.dtype))
+
+
+def one_result(p: ConvProblem) -> bool:
+    """Whether it is the same to the bit however many threads it is cut for."""
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 3, 16):
+        torch.set_num_threads(threads)
+        found.append(computed(p)[:2])
+    torch.set_num_threads(before)
+    return all(a is b or torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
 
 
 def through_cases() -> Iterator[tuple]:
@@ -350,6 +363,8 @@ def main() -> None:
         y, _, near = computed(p)
         digest.update(y.float().contiguous().numpy().tobytes())
         worst = max(worst, near)
+    for p in itertools.islice(problems(), 0, None, 7):
+        assert one_result(p), p
     for activation, dtype in itertools.product(native.ACTIVATION_CODES, (F32, BF16)):
         assert activated(activation, dtype) < 1, (activation, dtype)
     for case in through_cases():
