@@ -241,8 +241,8 @@ def largest_cases() -> Iterator[tuple]:
 
 
 def largest(size, channels: int, window, dtype: torch.dtype, value: float | None) -> tuple[Tensor, Tensor]:
-    """A max pool of negative numbers and what it has to be; every fifth pixel is `value`, and all of one channel. What is
-    no number stands beside infinities.
+    """A max pool of negative numbers and what it has to be; every fifth pixel is `value`, and all of one channel. NaN
+    stands beside infinities.
     """
     torch.manual_seed(0)
     n, h, w = size
