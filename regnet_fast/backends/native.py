@@ -194,8 +194,9 @@ class Program:
         places: of each buffer.
         size: bytes of the program's own memory.
 
-    `program(pointers, check)` runs it with torch's number of threads, on what the call gives, and says whether the
-    result counts: what `check()` said, which is asked while the other threads begin. Safe to share between threads.
+    It is cut for torch's number of threads when it is made. `program(pointers, check)` runs it with as many as there
+    are then, on what the call gives, and says whether the result counts: what `check()` said, which is asked while the
+    other threads begin. Safe to share between threads.
 
     Attributes: `steps`.
     """
@@ -272,7 +273,7 @@ class Conv(Run):
 
     def _program(self, x: Tensor, means: bool) -> tuple[Program, tuple[int, ...]]:
         planar = self.any_layout and not x.is_contiguous(memory_format=torch.channels_last)
-        key = (x.shape, planar, means)
+        key = (x.shape, planar, means, torch.get_num_threads())
         found = self._programs.get(key)
         if found is None:
             problem = replace(self.problem, input_shape=tuple(x.shape))

@@ -169,7 +169,7 @@ def made(stages: Sequence[Sequence[Plan]], x: Tensor, planar: bool = False) -> M
     kept = first.programs.get(len(others))
     if kept is None or not all(map(is_, kept.others, others)):
         kept = first.programs[len(others)] = _Kept(others, native.Packing(), {})
-    key = (x.shape, planar)
+    key = (x.shape, planar, torch.get_num_threads())  # which it is cut for
     found = kept.made.get(key)
     if found is None:
         try:

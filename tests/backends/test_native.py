@@ -60,6 +60,18 @@ def test_no_bit_depends_on_how_a_convolution_is_cut():
         assert cases.one_result(problem), problem
 
 
+def test_a_program_is_cut_for_the_threads_that_there_are(threads):
+    model, problem = regnet_fast.rebuild(randomized("regnetx_002")).model, cases.conv((1, 14, 14), 64, 64, 1)
+    given, x = cases.operands(problem), torch.randn(1, 3, 64, 64)
+    run = native.prepare_conv(problem, given["weight"], given["bias"])
+    with torch.inference_mode(), backend("native"):
+        for count in (1, 4, 1):
+            threads(count)
+            model(x)
+            run(given["x"], None, None, False, False)
+    assert len(run._programs) == len(programs(model.stem)) == 2
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_an_image_in_nchw(dtype):
     for kernel, stride in ((3, 2), (7, 2), (3, 1), (1, 1)):
