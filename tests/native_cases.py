@@ -107,7 +107,7 @@ def matrix_problems() -> Iterator[ConvProblem]:
     yield conv((5, 1, 1), 776, 712, 1, dtype=BF16)
     for c, groups, stride, dilation in itertools.product((128, 384), (1, 2), (1, 2), (1, 2)):
         yield conv((2, 9, 12), c * groups, c * groups, 3, stride, groups, dilation=dilation, dtype=BF16)
-        yield conv((2, 9, 12), c * groups, 40 * groups, 3, stride, groups, gate=True, residual=True, dtype=BF16)
+        yield conv((2, 9, 12), c * groups, c * groups, 3, stride, groups, gate=True, residual=True, dtype=BF16)
     for size, c, stride, dtype in itertools.product(((2, 9, 20), (1, 33, 5)), (32, 144), (1, 2), (F32, BF16)):
         for kernel, residual in ((1, False), (3, True)):
             yield conv(size, c, c, kernel, stride, 2, gate=True, residual=residual, dtype=dtype)
