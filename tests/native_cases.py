@@ -106,8 +106,9 @@ def matrix_problems() -> Iterator[ConvProblem]:
         yield conv(size, 256, 264, 3, stride, residual=True, activation="none", dtype=dtype)
     yield conv((5, 1, 1), 776, 712, 1, dtype=BF16)
     for c, groups, stride, dilation in itertools.product((128, 384), (1, 2), (1, 2), (1, 2)):
-        yield conv((2, 9, 12), c * groups, c * groups, 3, stride, groups, dilation=dilation, dtype=BF16)
-        yield conv((2, 9, 12), c * groups, c * groups, 3, stride, groups, gate=True, residual=True, dtype=BF16)
+        facts = dict(dilation=dilation, dtype=BF16)
+        yield conv((2, 9, 12), c * groups, c * groups, 3, stride, groups, **facts)
+        yield conv((2, 9, 12), c * groups, c * groups, 3, stride, groups, gate=True, residual=True, **facts)
     for size, c, stride, dtype in itertools.product(((2, 9, 20), (1, 33, 5)), (32, 144), (1, 2), (F32, BF16)):
         for kernel, residual in ((1, False), (3, True)):
             yield conv(size, c, c, kernel, stride, 2, gate=True, residual=residual, dtype=dtype)
@@ -167,10 +168,12 @@ def computed(p: ConvProblem) -> tuple[Tensor, Tensor | None, float]:
 def one_result(p: ConvProblem) -> bool:
     """Whether it is the same to the bit however many threads it is cut for."""
     before, found = torch.get_num_threads(), []
-    for threads in (1, 3, 16):
-        torch.set_num_threads(threads)
-        found.append(computed(p)[:2])
-    torch.set_num_threads(before)
+    try:
+        for threads in (1, 3, 16):
+            torch.set_num_threads(threads)
+            found.append(computed(p)[:2])
+    finally:
+        torch.set_num_threads(before)
     return all(a is b or torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
 
 
@@ -249,7 +252,8 @@ def largest(size, channels: int, window, dtype: torch.dtype, value: float | None
     x = -maps((n, channels, h, w), dtype).abs()
     if value is not None:
         pixels = x.permute(0, 2, 3, 1).reshape(-1, channels)  # a view of memory in channels_last
-        pixels[1::3] = INFINITE if value is NAN else pixels[1::3]
+        if value is NAN:
+            pixels[1::3] = INFINITE
         pixels[::5] = value
         x[:, -1] = value
     expected = F.max_pool2d(x.double(), *window).to(dtype)

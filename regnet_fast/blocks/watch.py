@@ -170,7 +170,7 @@ class Watch(Structure):
 
 
 class Joined(Watch):
-    """Watches as one, current where all of them are: long lists are read in half the time of many short ones. Nobody
+    """Watches as one, current where all of them are: a few long lists are read faster than many short ones. Nobody
     listened to what they watch when they were made.
     """
 
@@ -179,8 +179,9 @@ class Joined(Watch):
             setattr(self, name, [*chain.from_iterable(getattr(watch, name) for watch in watches)])
         self._hooks_seen, self._hooked = min((w._hooks_seen for w in watches), default=0), False
         self.storages = frozenset().union(*(watch.storages for watch in watches))
-        self.stepped = any(watch.stepped for watch in watches)
+        self.stepped = False
         _STEPS.watch(self)
+        self.stepped |= any(watch.stepped for watch in watches)  # before it was told of steps
 
 
 def _largest(t: Tensor | None) -> Tensor | None:
