@@ -64,25 +64,26 @@ __attribute__((noinline)) inline void fill(const Matrix& m, void* const* buffers
         for (int64_t g = 0; g < groups; g++) std::memset(static_cast<void*>(to + g * apart), 0, 2 * pixels * m.pitch);
     };
     if (m.flat && m.running && prologue.as_it_is) return put(x + first * step, step, end - first, out);
-    for (int64_t p = first; m.flat && p < end;) {
-        const int64_t column = p % s.out_width, some = std::min(s.out_width - column, end - p);
-        const int64_t from = p / s.out_width * s.stride[0] * s.width + column * s.stride[1];
-        put(x + from * step, step * s.stride[1], some, out);
+    for (int64_t p = first; m.flat && p < end;) {  // rows of all images that are one
+        const int64_t row = p / s.out_width, column = p % s.out_width, some = std::min(s.out_width - column, end - p);
+        const int64_t top = row / s.out_height * s.height + row % s.out_height * s.stride[0];
+        put(x + (top * s.width + column * s.stride[1]) * step, step * s.stride[1], some, out);
         p += some, out += some * m.pitch;
     }
     if (m.flat) return;
-    const int64_t left = std::min(s.padding[1], m.panel_width);
-    const int64_t inside = std::max<int64_t>(0, std::min(m.panel_width - left, s.width));
-    const int64_t top = first * s.stride[0] - s.padding[0], rows = m.read_rows(end - first);
-    for (int64_t row = top; row < top + rows; row++, out += m.panel_width * m.pitch) {
-        if (row < 0 || row >= s.height) {
-            zero(out, m.panel_width);
-            continue;
+    const int64_t top = first * s.stride[0] - s.padding[0], rows = m.read_rows(end - first), every = m.phases[1];
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t phase = 0; phase < every; phase++) {
+            const bool there = top + row >= 0 && top + row < s.height;
+            const int64_t before = std::max<int64_t>(0, divided(s.padding[1] - phase, every));
+            const int64_t begin = there ? std::min(before, m.panel_width) : m.panel_width;
+            const int64_t column = phase + begin * every - s.padding[1];
+            const int64_t inside = std::max<int64_t>(0, std::min(m.panel_width - begin, divided(s.width - column, every)));
+            Bf16* to = out + m.place(row, phase) * m.pitch;
+            zero(to, begin);
+            put(x + ((top + row) * s.width + column) * step, step * every, inside, to + begin * m.pitch);
+            zero(to + (begin + inside) * m.pitch, m.panel_width - begin - inside);
         }
-        zero(out, left);
-        put(x + row * s.width * step, step, inside, out + left * m.pitch);
-        zero(out + (left + inside) * m.pitch, m.panel_width - left - inside);
-    }
 }
 
 #if defined(AMX_UNIT) || defined(AMX_EMULATED)

@@ -4,7 +4,8 @@
 // A register of pixels is read where they lie, with the distance between them as its step. So its pixels are positions
 // that follow each other at one distance: in rows that are brought into place with their border, all positions of a
 // convolution without a stride do, from row to row; those on the border are computed, and left out in the end. With a
-// stride the positions of one row do. What a row of the kernel reads of a position lies together where it is not dilated,
+// stride they do where the rows and the columns of each phase, every second of two, are brought into place for
+// themselves, or else the positions of one row do. What a row of the kernel reads of a position lies together where it is not dilated,
 // so that the taps of narrow groups share registers. It is cut into equal segments of at most a register's row.
 
 #pragma once
@@ -31,6 +32,7 @@ constexpr int64_t LEAST_WIDE = 32;           // channels of the groups that are 
 constexpr int64_t CROWDED = 128;             // numbers from pixel to pixel, multiples of which share few sets of a cache
 constexpr int64_t MOST_ASKED = 1 << 20;      // bytes of weights that are brought into the second cache ahead
 constexpr size_t FEW_SEGMENTS = 4;           // in whose time the next results are not near by themselves
+constexpr double FEWER_REGISTERS = 1.25;     // by which they are far fewer
 constexpr double MORE_SEGMENTS = 1.25;       // that are worth reading a map where it lies, or from where lines begin
 
 /// Terms that are neighbours in a row of the kernel, from one on.
@@ -74,27 +76,47 @@ struct Matrix {
     int64_t images, pixels;              // of each, where it is flat
     int64_t band, bands, block, blocks;  // rows or pixels of a chunk, at most; groups, or pairs of registers of channels
     bool many;                           // weights there are
-    int64_t panel_width, panel;          // pixels of a row, bytes
+    int64_t phases[2];                   // of rows and of columns, each brought into place for itself
+    int64_t panel_width, panel;          // pixels of a row of a phase, bytes
 
     /// To be computed by so many threads, on which neither the layout of the weights nor the bands of sums depend.
     explicit Matrix(const Step& given, int threads = 1) : step(given) {
         per_group = step.channels / step.groups, out = step.out_channels / step.groups, tiles = divided(out, SIDE);
         flat = step.kernel[0] == 1 && step.kernel[1] == 1 && !step.padding[0] && !step.padding[1];
-        running = step.stride[0] == 1 && step.stride[1] == 1;
-        panel_width = (step.out_width - 1) * step.stride[1] + (step.kernel[1] - 1) * step.dilation[1] + 1;
         lay(step.dilation[1] == 1 ? step.kernel[1] : 1);
+        for (int i : {0, 1}) phases[i] = in_phases() ? step.stride[i] : 1;
+        running = step.stride[0] == phases[0] && step.stride[1] == phases[1];
+        panel_width = divided(read_columns(), phases[1]);
         const bool read = step.gate >= 0 || step.scale || step.planar;
         direct = flat && running && !read && !grouped() && pitch == step.channels;
-        const bool by_image = read || !running || step.sums >= 0 || !flat;  // else as one long image
+        const bool by_image = read || step.sums >= 0 || !flat;  // else as one long image
         images = by_image ? step.images : 1;
         pixels = step.out_height * step.out_width * (by_image ? 1 : step.images);
         cut(threads);
+        for (const Segment& one : segments) {
+            const int64_t row = one.row * step.dilation[0], column = one.term / terms * step.dilation[1];
+            reads.push_back(2 * (place(row, column) * pitch + one.term % terms));
+        }
     }
+
+    /// Whether rows and columns of each phase are brought into place for themselves: where that makes registers fewer by
+    /// far, since it takes longer.
+    bool in_phases() const {
+        for (int i : {0, 1})
+            if (step.dilation[i] != 1 || step.kernel[i] < step.stride[i]) return false;
+        const int64_t rows = step.out_height, width = divided(read_columns(), step.stride[1]);
+        const int64_t running = divided(rows * width, SIDE), of_rows = rows * divided(step.out_width, SIDE);
+        return !flat && whole_taps() && double(of_rows) >= FEWER_REGISTERS * double(running);
+    }
+
+    /// Whether a segment is of one tap.
+    bool whole_taps() const { return terms % depth == 0; }
 
     bool grouped() const { return step.groups > 1; }
 
-    /// Whether weights stay in the first cache while positions pass, and not the other way round.
-    bool weights_first() const { return many || grouped(); }
+    /// Whether weights stay in the first cache while positions pass, and not the other way round: positions come from the
+    /// second cache as weights do, but from places that share its sets.
+    bool weights_first() const { return grouped() || (many && !flat); }
 
     /// Of the pitches that make the fewest segments the smallest; in their place one by which pixels begin where lines
     /// do, or before it that of a map that can be read where it lies, where it costs few segments.
@@ -109,14 +131,10 @@ struct Matrix {
         depth = merged * terms / count(terms), pitch = terms;
         for (int64_t term = 0; term < step.kernel[1] * terms; term += depth)
             for (int64_t row = 0; row < step.kernel[0]; row++) segments.push_back({row, term});
-        if (terms % depth == 0) {  // what one tap reads is in the first cache when its neighbours read it
+        if (whole_taps()) {  // what one tap reads is in the first cache when its neighbours read it
             std::stable_sort(segments.begin(), segments.end(),
                              [&](const Segment& a, const Segment& b) { return a.term % terms < b.term % terms; });
             if (!flat && terms % CROWDED == 0) pitch += 2 * SIDE;  // a line
-        }
-        for (const Segment& one : segments) {
-            const int64_t right = one.term / terms * step.dilation[1], pixel = one.row * step.dilation[0] * panel_width;
-            reads.push_back(2 * ((pixel + right) * pitch + one.term % terms));
         }
     }
 
@@ -143,7 +161,7 @@ struct Matrix {
         many = size() > MANY_WEIGHTS && !grouped();
         const int64_t least =
             flat ? LEAST_POSITIONS : std::max(step.kernel[0] > 1 ? LEAST_ROWS : 1, divided(2 * SIDE, row));
-        const int64_t bytes = 2 * pitch * (grouped() ? together : 1) * (flat ? 1 : panel_width * step.stride[0]);
+        const int64_t bytes = 2 * pitch * (grouped() ? together : 1) * (flat ? 1 : read_columns() * step.stride[0]);
         const int64_t fit = direct ? rows : std::max(least, (many ? 8 : 2) * PANEL / bytes), needed = divided(rows, fit);
         if (many) {
             bands = needed;
@@ -182,15 +200,31 @@ struct Matrix {
     }
 
     /// Bytes from a position to the next one.
-    int64_t hop() const { return 2 * pitch * (flat ? 1 : step.stride[1]); }
+    int64_t hop() const { return 2 * pitch * (flat ? 1 : step.stride[1] / phases[1]); }
 
     /// Rows of input that some rows read.
     int64_t read_rows(int64_t count) const {
         return (count - 1) * step.stride[0] + (step.kernel[0] - 1) * step.dilation[0] + 1;
     }
 
+    /// Columns of input that a row reads.
+    int64_t read_columns() const {
+        return (step.out_width - 1) * step.stride[1] + (step.kernel[1] - 1) * step.dilation[1] + 1;
+    }
+
+    /// Rows of a phase in a panel.
+    int64_t phase_rows() const { return divided(read_rows(band), phases[0]); }
+
+    /// The pixel of a group's part of a panel where a row and a column of input that a chunk reads lie.
+    int64_t place(int64_t row, int64_t column) const {
+        const int64_t phase = row % phases[0] * phases[1] + column % phases[1];
+        return (phase * phase_rows() + row / phases[0]) * panel_width + column / phases[1];
+    }
+
     /// Numbers of a group's part of a panel.
-    int64_t group_panel() const { return (flat ? band : read_rows(band) * panel_width) * pitch; }
+    int64_t group_panel() const {
+        return (flat ? band : phases[0] * phases[1] * phase_rows() * panel_width) * pitch;
+    }
 
     /// Numbers of a row before its groups are put apart.
     int64_t spare() const { return grouped() ? panel_width * step.channels : 0; }
