@@ -63,7 +63,7 @@ void conv_chunk(const Conv& conv, int64_t number, void* const* buffers, int64_t 
                     for (int t = 0; t < tile.tap_count; t++) edges[t] = conv.edge(t % across, done, done + size - 1);
                     tile.edges = edges;
                 }
-                tile.next = asked_for(weight, of_a_vector, own.vectors, (rows - r) * pieces - piece - 1);
+                ask(tile, weight, of_a_vector, own.vectors, r * pieces + piece, rows * pieces);
                 tile.y = static_cast<T*>(buffers[s.y]) + y;
                 tile.residual = s.residual < 0 ? nullptr : static_cast<const T*>(buffers[s.residual]) + y;
                 kernels.by_pixels[size](tile);

@@ -10,6 +10,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
@@ -27,7 +28,8 @@ struct Tile {
     int units;  // of each group that a tap sums
     int few;    // terms that are added to each other before they are added to the sum of all
     const void* weight;
-    const void* next;  // weights that are asked for meanwhile, a vector for each unit
+    const void* next;  // weights that are asked for meanwhile, and
+    int64_t pace;      // how many of their units for each one that is summed
     const float* bias;
     const void* residual;  // laid out as y, or null
     void* y;
@@ -218,7 +220,7 @@ ALWAYS void announce(const Tile& tile, int i) {
 /// Add the products of so many units to the sums of the pixels from BEGIN to END.
 template <typename A, int M, int N, int G, int BEGIN, int END>
 ALWAYS void add_products(Vec (&sums)[M][N], const char* x, const typename A::Unit* w, const typename A::Unit* next,
-                         int count, int64_t step) {
+                         int64_t pace, int count, int64_t step) {
     using Unit = typename A::Unit;
     using Operand = typename A::Operand;
     const int64_t thrice = 3 * step;
@@ -230,7 +232,7 @@ ALWAYS void add_products(Vec (&sums)[M][N], const char* x, const typename A::Uni
             __builtin_prefetch(w + j * LANES + AHEAD);
         }
         __builtin_prefetch(next, 0, 2);
-        w += N * LANES, next += LANES;
+        w += N * LANES, next += pace;
         asm("" : "+r"(a), "+r"(b), "+r"(c));
 #pragma GCC unroll 16
         for (int i = BEGIN; i < END; i++) {
@@ -277,12 +279,12 @@ __attribute__((noinline)) void summed(const Tile& tile) {
                     if (pace >= 8 && now > pace) now = pace;
                 }
                 if (N >= 3 && G <= 2 && edge == FIRST)
-                    add_products<A, M, N, G, 1, M>(sums, x, w, next, now, step);
+                    add_products<A, M, N, G, 1, M>(sums, x, w, next, tile.pace, now, step);
                 else if (N >= 3 && G <= 2 && edge == LAST)
-                    add_products<A, M, N, G, 0, M - 1>(sums, x, w, next, now, step);
+                    add_products<A, M, N, G, 0, M - 1>(sums, x, w, next, tile.pace, now, step);
                 else
-                    add_products<A, M, N, G, 0, M>(sums, x, w, next, now, step);
-                w += now * N * LANES, next += now * LANES, x += now * G * sizeof(Unit);
+                    add_products<A, M, N, G, 0, M>(sums, x, w, next, tile.pace, now, step);
+                w += now * N * LANES, next += now * tile.pace, x += now * G * sizeof(Unit);
             }
         }
     }
@@ -290,11 +292,12 @@ __attribute__((noinline)) void summed(const Tile& tile) {
     end<T, M, N, G>(sums, tile);
 }
 
-/// What a call asks for, with so many others `left` behind it: the last ones, as many as there are vectors, ask for one
-/// vector's weights each of those that lie behind their own, the others for nothing that is not near.
+/// Have the call of a number, of so many with these weights, ask for its share of those that lie behind them, a line for
+/// each unit at most.
 template <typename Unit>
-const Unit* asked_for(const Unit* weight, int64_t of_a_vector, int64_t vectors, int64_t left) {
-    return left < vectors ? weight + (2 * vectors - 1 - left) * of_a_vector : weight;
+void ask(Tile& tile, const Unit* weight, int64_t of_a_vector, int64_t vectors, int64_t number, int64_t calls) {
+    tile.pace = std::min<int64_t>(LANES, (vectors * LANES + calls - 1) / calls);
+    tile.next = weight + vectors * of_a_vector + number * tile.pace * (of_a_vector / LANES);
 }
 
 using Kernel = void (*)(const Tile&);

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <vector>
 
+#include <unistd.h>
+
 #include "kernels.h"
 
 namespace {
@@ -40,9 +42,19 @@ constexpr double CHUNKS = 24;          // of a step, about, where they are betwe
 constexpr int64_t FEW_UNITS = 32;      // of fewer the taps of a kernel's row are read as one
 constexpr double FEW_FOR_A_WEIGHT = 8;  // pixels that a weight serves for its reading not to be what takes the time
 constexpr int64_t PANEL = 128 << 10;   // bytes of input that stay in the second cache
-constexpr int64_t FEW_PIXELS = 28;     // that a weight is read for, at least
+constexpr int64_t FEW_PIXELS = 28;     // that a weight is read for, at least, and
+constexpr int64_t FEW_FOR_MANY = 56;   // where there are many
 constexpr int64_t MANY_WEIGHTS = 512 << 10;  // of a group, that do not stay in the second cache
 constexpr int64_t SLICE = 48;          // channels that are brought into place together, at least
+
+/// Bytes of the second cache.
+inline int64_t second_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (size > 0) return size;
+#endif
+    return 1 << 20;
+}
 
 int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -99,6 +111,9 @@ struct Conv {
 
     int per_unit() const { return step.bfloat16 ? Pairs::PER_UNIT : 1; }
 
+    /// Whether a group has many weights.
+    bool many() const { return taps * units * (step.out_channels / step.groups) >= MANY_WEIGHTS; }
+
     void tile() {
         const int64_t groups = step.groups, out = step.out_channels / groups;
         taps = step.kernel[0] * step.kernel[1];
@@ -108,7 +123,7 @@ struct Conv {
         int64_t weight = 0;
         for (int64_t g = 0; g < groups; g += together) {
             const int64_t there = std::min(together, groups - g), turns = together == 2 ? there : together;
-            const int64_t most = taps * units * out >= MANY_WEIGHTS ? std::min(2, MOST_VECTORS) : MOST_VECTORS;
+            const int64_t most = many() ? std::min(2, MOST_VECTORS) : MOST_VECTORS;
             const int64_t lanes = LANES / turns, vectors = divided(out, lanes), calls = divided(vectors, most);
             for (int64_t i = 0, done = 0; i < calls; i++) {
                 const int64_t some = vectors / calls + (i < vectors % calls), each = std::min(some * lanes, out - done);
@@ -156,12 +171,14 @@ struct Conv {
         waits = std::max(1.0, FEW_FOR_A_WEIGHT / double(row * rows));
         const double work = waits * double(row * rows) * step.out_channels * taps * per_group;  // of an image
         chunk = chunk_of(work);
-        bands_first = !whole || (direct && step.out_channels * units > pixels * pitch);
+        const int64_t weights = step.out_channels * units;  // which stay in the second cache, or are read by one thread
+        bands_first = !whole || (direct && weights > pixels * pitch && 4 * weights > second_cache() / 2);
         int64_t most = std::max<int64_t>(1, int64_t(chunk / tile_work));
-        if (whole) most = std::max(most, divided(FEW_PIXELS, row));
+        const int64_t few = divided(many() ? FEW_FOR_MANY : FEW_PIXELS, row);
+        if (whole) most = std::max(most, few);
         const int64_t bytes = panel_width * pitch * 4;
         const int64_t fit = flat ? PANEL / bytes : (PANEL / bytes - reach()) / step.stride[0] + 1;
-        most = std::max(std::min(most, fit), whole ? divided(FEW_PIXELS, row) : int64_t(1));
+        most = std::max(std::min(most, fit), whole ? few : int64_t(1));
         if (flat && most < rows) most = divided(most, best_pixels()) * best_pixels();
         bands = divided(rows, std::min(most, rows));
         band = divided(rows, bands);

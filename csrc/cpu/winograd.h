@@ -163,7 +163,7 @@ void winograd_chunk(const Winograd& w, int64_t number, void* const* buffers, con
             const int64_t size = some / pieces + (piece < some % pieces);
             tile.x = panel + place * w.place + done * width;
             tile.y = products + place * w.product + done * row;
-            tile.next = asked_for(weight, w.per_group * LANES, own.vectors, pieces - piece - 1);
+            ask(tile, weight, w.per_group * LANES, own.vectors, piece, pieces);
             kernels.by_pixels[size](tile);
             done += size;
         }
