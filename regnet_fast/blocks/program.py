@@ -105,9 +105,26 @@ class Recorder:
         self.weights = native.Packing() if weights is None else weights
         self.input = Map(_INPUT, tuple(shape), dtype, planar=planar)
 
-    def stage(self, forms: Sequence[Form], x: Map) -> Map:
-        """What a stage makes of x, in parts of the batch."""
-        bound, parts = [self.bound(form) for form in forms], counts(x.shape[0], self._images(forms, x))
+    def run(self, stages: Sequence[Sequence[Form]], x: Map) -> Map:
+        """What stages make of x. Neighbours that take as many images at a time are one, so that the map between them is
+        still in the cache when it is read.
+        """
+        probe = Recorder(x.shape, x.dtype, x.planar, self.weights)
+        behind, together = probe.input, []
+        for forms in stages:
+            own = probe._images(forms, behind)
+            if together and together[-1][1] == own:
+                together[-1][0].extend(forms)
+            else:
+                together.append(([*forms], own))
+            behind = probe._through([probe.bound(form) for form in forms], behind)
+        for forms, own in together:
+            x = self._stage(forms, x, own)
+        return self.value(x)
+
+    def _stage(self, forms: Sequence[Form], x: Map, most: int) -> Map:
+        """What a stage makes of x, in parts of the batch of so many images at most."""
+        bound, parts = [self.bound(form) for form in forms], counts(x.shape[0], most)
         if len(parts) == 1:
             return self.value(self._through(bound, x))
         whole, done = None, 0
@@ -442,11 +459,8 @@ class Program:
         weights: native.Packing | None = None,
     ):
         recorder = Recorder(shape, dtype, planar, weights)
-        x = recorder.input
         with torch.inference_mode(False), torch.no_grad():
-            for forms in stages:
-                x = recorder.stage(forms, x)
-            x = recorder.value(x)
+            x = recorder.run(stages, recorder.input)
         if x.buffer == _INPUT:
             raise Refused("it gives its input")
         recorder.rename(x.buffer, _OUTPUT)
