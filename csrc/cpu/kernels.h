@@ -213,7 +213,7 @@ ALWAYS void announce(const Tile& tile, int i) {
     constexpr int LINE = 64 / sizeof(T);
     const int64_t at = i * tile.pitch;
     for (int c = 0; c < N * LANES / G; c += LINE) __builtin_prefetch(static_cast<const T*>(tile.y) + at + c, 1);
-    if (!tile.residual) return;
+    if (!tile.residual || tile.residual == tile.y) return;
     for (int c = 0; c < N * LANES / G; c += LINE) __builtin_prefetch(static_cast<const T*>(tile.residual) + at + c);
 }
 
