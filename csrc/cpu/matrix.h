@@ -173,12 +173,13 @@ Waiting::Some finishing(bool added, bool total) {
 }
 
 /// sums[m][p][k] = the sum over all terms, of M registers of positions and N of output channels. What waits there is
-/// finished while the unit computes, all of it before the sums are stored.
-template <int M, int N>
+/// finished before the sums are stored: while the unit computes, some for each segment, or at once.
+template <int M, int N, bool AT_ONCE>
 __attribute__((noinline)) void matrix_sums(const Matrix& m, const char* a, const char* b, const Bf16* weight, float* sums,
                                            Waiting& waiting) {
     constexpr int ROW = N * SIDE;
     const int64_t hop = m.hop(), size = m.depth * SIDE, some = divided(2 * SIDE, int64_t(m.reads.size()));
+    if constexpr (AT_ONCE) waiting.finish(2 * SIDE);
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
     for (const int64_t at : m.reads) {
         tile_load<6>(weight, 4 * SIDE);
@@ -191,12 +192,19 @@ __attribute__((noinline)) void matrix_sums(const Matrix& m, const char* a, const
         if constexpr (M == 2 && N == 2) tile_product<3, 5, 7>();
         weight += N * size;
         waiting.asked->two_lines();
-        waiting.finish(some);
+        if constexpr (!AT_ONCE) waiting.finish(some);
     }
     tile_store<0>(sums, 4 * ROW);
     if constexpr (N == 2) tile_store<1>(sums + SIDE, 4 * ROW);
     if constexpr (M == 2) tile_store<2>(sums + SIDE * ROW, 4 * ROW);
     if constexpr (M == 2 && N == 2) tile_store<3>(sums + SIDE * ROW + SIDE, 4 * ROW);
+}
+
+inline auto sums_of(int positions, int channels, bool at_once) {
+    static constexpr decltype(&matrix_sums<1, 1, false>) found[2][2][2] = {
+        {{matrix_sums<1, 1, false>, matrix_sums<1, 1, true>}, {matrix_sums<1, 2, false>, matrix_sums<1, 2, true>}},
+        {{matrix_sums<2, 1, false>, matrix_sums<2, 1, true>}, {matrix_sums<2, 2, false>, matrix_sums<2, 2, true>}}};
+    return found[positions - 1][channels - 1][at_once];
 }
 
 /// Have a part of the weights of the next output channels brought near.
@@ -219,7 +227,8 @@ void matrix_group(const Matrix& m, const Chunk& chunk, const Lines& lines, int64
     Waiting waiting = {};
     waiting.asked = &asked;
     waiting.period = lines.period, waiting.width = lines.width, waiting.pitch = s.out_channels;
-    waiting.ahead = m.segments.size() <= FEW_SEGMENTS ? 2 * SIDE * s.out_channels : 0;
+    waiting.ahead = 2 * SIDE * s.out_channels;
+    const bool at_once = (ACTIVATION == NONE || ACTIVATION == RELU) && m.near;
     Piece found[2], next = {};
     for (int64_t number = 0, row = 0, first = begin; number < rows * columns; number++) {
         const int64_t channel = group * m.out + first * SIDE;
@@ -231,8 +240,7 @@ void matrix_group(const Matrix& m, const Chunk& chunk, const Lines& lines, int64
         for (int i = 0; i < count; i++) from[i] = x + found[i].line * lines.down + lines.at(found[i]) * m.hop();
         if (m.many) announce(m, first, row, rows);
         const Bf16* weight = static_cast<const Bf16*>(s.weight) + (group * m.tiles + first) * m.tile_size();
-        if (two) (count == 2 ? matrix_sums<2, 2> : matrix_sums<1, 2>)(m, from[0], from[1], weight, sums, waiting);
-        else (count == 2 ? matrix_sums<2, 1> : matrix_sums<1, 1>)(m, from[0], from[1], weight, sums, waiting);
+        sums_of(count, two ? 2 : 1, at_once)(m, from[0], from[1], weight, sums, waiting);
         waiting.count = count, waiting.row = two ? 2 * SIDE : SIDE;
         waiting.channels = int(std::min<int64_t>(waiting.row, m.out - first * SIDE));
         waiting.bias = s.bias + channel, waiting.total = tile.sums ? tile.sums + channel : nullptr;

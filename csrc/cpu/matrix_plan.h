@@ -29,9 +29,9 @@ constexpr double SHARES_OF_SUMS = 8;  // of an image where results are summed by
 constexpr int64_t LEAST_POSITIONS = 64;      // of a band
 constexpr int64_t LEAST_ROWS = 6;            // since those beside them are brought into place for a band as well
 constexpr int64_t LEAST_WIDE = 32;           // channels of the groups that are brought into place together
-constexpr int64_t CROWDED = 128;             // numbers from pixel to pixel, multiples of which share few sets of a cache
+constexpr int64_t CROWDED = 64;              // numbers from pixel to pixel, whose multiples share few sets of a cache
 constexpr int64_t MOST_ASKED = 1 << 20;      // bytes of weights that are brought into the second cache ahead
-constexpr size_t FEW_SEGMENTS = 4;           // in whose time the next results are not near by themselves
+constexpr int64_t PASSES = 5;                // of weights through a thread for them to be in the second cache mostly
 constexpr double FEWER_REGISTERS = 1.25;     // by which they are far fewer
 constexpr double MORE_SEGMENTS = 1.25;       // that are worth reading a map where it lies, or from where lines begin
 
@@ -75,7 +75,7 @@ struct Matrix {
     bool flat, direct, running;          // 1x1; read where it lies; positions go on from row to row
     int64_t images, pixels;              // of each, where it is flat
     int64_t band, bands, block, blocks;  // rows or pixels of a chunk, at most; groups, or pairs of registers of channels
-    bool many;                           // weights there are
+    bool many, near;                     // weights there are; they are where the unit hardly waits for them
     int64_t phases[2];                   // of rows and of columns, each brought into place for itself
     int64_t panel_width, panel;          // pixels of a row of a phase, bytes
 
@@ -134,7 +134,7 @@ struct Matrix {
         if (whole_taps()) {  // what one tap reads is in the first cache when its neighbours read it
             std::stable_sort(segments.begin(), segments.end(),
                              [&](const Segment& a, const Segment& b) { return a.term % terms < b.term % terms; });
-            if (!flat && terms % CROWDED == 0) pitch += 2 * SIDE;  // a line
+            if (!flat && terms > CROWDED && terms % CROWDED == 0) pitch += 2 * SIDE;  // a line
         }
     }
 
@@ -159,6 +159,7 @@ struct Matrix {
         const double chunks = std::min(std::max(shares, work / LARGEST_CHUNK), work / SMALLEST_CHUNK);  // of an image
         const int64_t most = std::max<int64_t>(1, int64_t(chunks + 0.5));
         many = size() > MANY_WEIGHTS && !grouped();
+        near = grouped() || (flat && !many && images * pixels >= PASSES * 2 * SIDE * threads);
         const int64_t least =
             flat ? LEAST_POSITIONS : std::max(step.kernel[0] > 1 ? LEAST_ROWS : 1, divided(2 * SIDE, row));
         const int64_t bytes = 2 * pitch * (grouped() ? together : 1) * (flat ? 1 : read_columns() * step.stride[0]);

@@ -33,6 +33,9 @@ _BYTES_PER_THREAD = 5e6
 two threads with 1 MB of second-level cache each and 32 MB of third-level cache (docs/cpu.md).
 """
 
+_BYTES_BESIDE_MATRIX_UNIT = 2.5e6
+"""The same beside the matrix unit, which is so fast that only the second-level cache, 2 MB there, is near enough."""
+
 
 def images(form: Form, shape: Sequence[int], dtype: torch.dtype) -> int:
     """How many images of a batch on a CPU go through a stage at a time, so that the widest map of its first form, which
@@ -45,6 +48,22 @@ def images(form: Form, shape: Sequence[int], dtype: torch.dtype) -> int:
         room *= 2  # arithmetic and not memory is short there, and it is faster on more images
     fit = int(room / (form.widest(*shape[1:]) * dtype.itemsize))
     return min(1 << max(fit, 1).bit_length() - 1, shape[0])
+
+
+def _beside_the_matrix_unit(steps: Sequence[Step]) -> int | None:
+    """How many images go through the steps of a stage at a time, so that its widest map fits near the matrix unit; None
+    where it computes none of them, or their weights, which every part reads anew, do not fit either.
+    """
+    own = [step for step in steps if step.kind == native.CONV and step.way == native.MATRIX]
+    weights = sum(2 * s.out_channels * s.channels // s.groups * s.kernel[0] * s.kernel[1] for s in own)
+    room = _BYTES_BESIDE_MATRIX_UNIT * torch.get_num_threads()
+    if not own or weights > room:
+        return None
+    read, written = (
+        (s.channels * s.height * s.width for s in own),
+        (s.out_channels * s.out_height * s.out_width for s in own),
+    )
+    return 1 << max(int(room / (2 * max(*read, *written))), 1).bit_length() - 1
 
 
 def counts(batch: int, most: int) -> list[int]:
@@ -112,12 +131,13 @@ class Recorder:
         probe = Recorder(x.shape, x.dtype, x.planar, self.weights)
         behind, together = probe.input, []
         for forms in stages:
-            own = probe._images(forms, behind)
+            own, begin = probe._images(forms, behind), len(probe.steps)
+            behind = probe._through([probe.bound(form) for form in forms], behind)
+            own = min(own, _beside_the_matrix_unit(probe.steps[begin:]) or own)
             if together and together[-1][1] == own:
                 together[-1][0].extend(forms)
             else:
                 together.append(([*forms], own))
-            behind = probe._through([probe.bound(form) for form in forms], behind)
         for forms, own in together:
             x = self._stage(forms, x, own)
         return self.value(x)
