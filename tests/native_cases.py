@@ -105,7 +105,10 @@ def matrix_problems() -> Iterator[ConvProblem]:
         yield conv(size, 776, 712, 1, stride, gate=True, residual=True, dtype=dtype)
         yield conv(size, 256, 264, 3, stride, residual=True, activation="none", dtype=dtype)
     yield conv((5, 1, 1), 776, 712, 1, dtype=BF16)
-    for c, groups, stride, dilation in itertools.product((128, 384), (1, 2), (1, 2), (1, 2)):
+    for size, (c, k), stride in itertools.product(((1, 20, 31), (3, 14, 14)), ((48, 48), (24, 56), (130, 17)), (1, 2)):
+        for activation, residual, gate in itertools.product(("relu", "none"), (False, True), (False, True)):
+            yield conv(size, c, k, 1, stride, activation=activation, residual=residual, gate=gate, dtype=BF16)
+    for c, groups, stride, dilation in itertools.product((128, 192, 384), (1, 2), (1, 2), (1, 2)):
         facts = dict(dilation=dilation, dtype=BF16)
         yield conv((2, 9, 12), c * groups, c * groups, 3, stride, groups, **facts)
         yield conv((2, 9, 12), c * groups, c * groups, 3, stride, groups, gate=True, residual=True, **facts)

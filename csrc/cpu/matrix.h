@@ -200,6 +200,7 @@ __attribute__((noinline)) void matrix_sums(const Matrix& m, const char* a, const
     if constexpr (M == 2 && N == 2) tile_store<3>(sums + SIDE * ROW + SIDE, 4 * ROW);
 }
 
+/// `matrix_sums` of so many registers.
 inline auto sums_of(int positions, int channels, bool at_once) {
     static constexpr decltype(&matrix_sums<1, 1, false>) found[2][2][2] = {
         {{matrix_sums<1, 1, false>, matrix_sums<1, 1, true>}, {matrix_sums<1, 2, false>, matrix_sums<1, 2, true>}},

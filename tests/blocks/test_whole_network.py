@@ -118,6 +118,12 @@ def test_it_is_the_same_function_by_one_program(name, deployed, dtype, ran, monk
             for room in (30_000, 120_000):  # neighbouring stages take as many images, all of them or some
                 monkeypatch.setattr(program, "_BYTES_PER_THREAD", room)
                 assert torch.equal(copy.deepcopy(ours)(x), found) and len(ran[-1]._run._places) > whole
+            with (
+                monkeypatch.context() as patch
+            ):  # all stages are as near as those of few weights are to the matrix unit
+                patch.setattr(program, "_BYTES_PER_THREAD", 1e9)
+                patch.setattr(program, "_beside_the_matrix_unit", lambda steps: 2)
+                assert torch.equal(copy.deepcopy(ours)(x), found) and len(ran[-1]._run._places) > whole
         ran.clear()
 
 
@@ -129,6 +135,28 @@ def test_no_bit_depends_on_the_number_of_threads(name, dtype, threads):
         threads(count)
         found.append(twins(name)[1].to(dtype)(x))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_images_beside_the_matrix_unit(threads):
+    """As many as the widest map fits for, in powers of two, where the weights of all steps fit as well."""
+
+    def step(images, c, k, side, way):
+        geometry = Geometry(padding=(1, 1))
+        facts = ("relu", False, False, torch.bfloat16, "cpu")
+        made = native.conv_step(ConvProblem((images, c, side, side), k, (3, 3), geometry, *facts))
+        made.way = way
+        return made
+
+    threads(2)
+    assert program._beside_the_matrix_unit([]) is None
+    assert program._beside_the_matrix_unit([step(64, 64, 64, 56, native.DIRECT)]) is None
+    narrow, wide = step(64, 64, 64, 28, native.MATRIX), step(64, 64, 256, 56, native.MATRIX)
+    assert program._beside_the_matrix_unit([narrow]) == 32  # of 0.1 MB in 5 MB
+    assert program._beside_the_matrix_unit([narrow, wide]) == 2  # of 1.6 MB
+    assert program._beside_the_matrix_unit([narrow, step(64, 4, 8, 700, native.MATRIX)]) == 1  # of 7.8 MB
+    threads(1)
+    assert program._beside_the_matrix_unit([narrow, wide]) == 1
+    assert program._beside_the_matrix_unit([narrow, step(64, 1024, 512, 14, native.MATRIX)]) is None  # 9 MB of weights
 
 
 @torch.no_grad()
