@@ -52,18 +52,15 @@ def images(form: Form, shape: Sequence[int], dtype: torch.dtype) -> int:
 
 def _beside_the_matrix_unit(steps: Sequence[Step]) -> int | None:
     """How many images go through the steps of a stage at a time, so that its widest map fits near the matrix unit; None
-    where it computes none of them, or their weights, which every part reads anew, do not fit either.
+    where that computes none of them, or where their weights, which every part reads anew, do not fit as well.
     """
     own = [step for step in steps if step.kind == native.CONV and step.way == native.MATRIX]
     weights = sum(2 * s.out_channels * s.channels // s.groups * s.kernel[0] * s.kernel[1] for s in own)
     room = _BYTES_BESIDE_MATRIX_UNIT * torch.get_num_threads()
     if not own or weights > room:
         return None
-    read, written = (
-        (s.channels * s.height * s.width for s in own),
-        (s.out_channels * s.out_height * s.out_width for s in own),
-    )
-    return 1 << max(int(room / (2 * max(*read, *written))), 1).bit_length() - 1
+    widest = max(max(s.channels * s.height * s.width, s.out_channels * s.out_height * s.out_width) for s in own)
+    return 1 << max(int(room / (2 * widest)), 1).bit_length() - 1
 
 
 def counts(batch: int, most: int) -> list[int]:

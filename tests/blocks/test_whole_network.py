@@ -118,9 +118,7 @@ def test_it_is_the_same_function_by_one_program(name, deployed, dtype, ran, monk
             for room in (30_000, 120_000):  # neighbouring stages take as many images, all of them or some
                 monkeypatch.setattr(program, "_BYTES_PER_THREAD", room)
                 assert torch.equal(copy.deepcopy(ours)(x), found) and len(ran[-1]._run._places) > whole
-            with (
-                monkeypatch.context() as patch
-            ):  # all stages are as near as those of few weights are to the matrix unit
+            with monkeypatch.context() as patch:  # in parts for the matrix unit alone, on any machine
                 patch.setattr(program, "_BYTES_PER_THREAD", 1e9)
                 patch.setattr(program, "_beside_the_matrix_unit", lambda steps: 2)
                 assert torch.equal(copy.deepcopy(ours)(x), found) and len(ran[-1]._run._places) > whole
